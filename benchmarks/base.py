@@ -1,0 +1,160 @@
+"""What a benchmark is: images decoded once, classes with names, a split, a class order, a licence.
+
+A benchmark plug-in is one file with one frozen dataclass, registered by name, whose fields are its
+parameters and whose ``load(seed)`` returns the data:
+
+    @benchmarks.register("digits")
+    @dataclass(frozen=True, kw_only=True)
+    class Digits(BenchmarkConfig): ...
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import pairwise
+from typing import ClassVar
+
+import numpy as np
+import numpy.typing as npt
+
+from cl_adapters.errors import ConfigError, DataError
+from cl_adapters.registry import Registry
+
+UInt8Images = Sequence[npt.NDArray[np.uint8]] | npt.NDArray[np.uint8]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Augmentation:
+    """Training-time augmentation, applied before the backbone's own resize and normalisation.
+
+    Attributes:
+        kind: "crop" (RandomResizedCrop), "affine" (small rotation, shift, scale) or "none".
+        scale: area range of "crop"; size factor range of "affine".
+        flip: horizontal flip with probability one half. Wrong for characters.
+        degrees: rotation range of "affine", in degrees each way.
+        translate: largest shift of "affine" as a fraction of the image side.
+    """
+
+    kind: str = "crop"
+    scale: tuple[float, float] = (0.05, 1.0)
+    flip: bool = True
+    degrees: float = 10.0
+    translate: float = 0.08
+
+    def __post_init__(self) -> None:
+        if self.kind not in ("crop", "affine", "none"):
+            raise ValueError(f"augmentation kind must be 'crop', 'affine' or 'none', not {self.kind!r}")
+
+
+@dataclass(frozen=True)
+class ImageSet:
+    """Decoded images with labels.
+
+    Attributes:
+        images: N arrays uint8 [H, W, 3] (one array [N, H, W, 3] when all sizes agree).
+        labels: int64 [N], indices into ``BenchmarkData.classes``.
+        names: N short names for messages ("train/cat/3.png"), or empty.
+    """
+
+    images: UInt8Images
+    labels: npt.NDArray[np.int64]
+    names: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.images) != len(self.labels):
+            raise DataError(f"{len(self.images)} images but {len(self.labels)} labels")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+@dataclass(frozen=True, kw_only=True)
+class BenchmarkData:
+    """A loaded benchmark, ready to be turned into Avalanche streams.
+
+    Attributes:
+        classes: class names; position = label.
+        class_order: labels in the order in which they arrive.
+        task_sizes: number of new classes of each task; sums to ``len(classes)``.
+        licence: licence and source of the images, one line.
+        train, test: the images.
+        augmentation: training-time augmentation.
+    """
+
+    name: str
+    classes: tuple[str, ...]
+    class_order: tuple[int, ...]
+    task_sizes: tuple[int, ...]
+    licence: str
+    train: ImageSet
+    test: ImageSet
+    augmentation: Augmentation = field(default_factory=Augmentation)
+
+    def __post_init__(self) -> None:
+        if sorted(self.class_order) != list(range(len(self.classes))):
+            raise DataError(f"{self.name}: class_order is not a permutation of 0..{len(self.classes) - 1}")
+        if sum(self.task_sizes) != len(self.classes) or min(self.task_sizes, default=0) < 1:
+            raise DataError(f"{self.name}: task sizes {self.task_sizes} do not split {len(self.classes)} classes")
+        for split, part in (("train", self.train), ("test", self.test)):
+            counts = np.bincount(part.labels, minlength=len(self.classes))
+            empty = [self.classes[label] for label in np.flatnonzero(counts == 0)]
+            if empty:
+                raise DataError(f"{self.name}: no {split} image of class {', '.join(empty[:5])}")
+
+    @property
+    def tasks(self) -> tuple[tuple[int, ...], ...]:
+        """Labels of each task, in arrival order."""
+        cuts = np.cumsum((0, *self.task_sizes))
+        return tuple(self.class_order[a:b] for a, b in pairwise(cuts))
+
+
+class BenchmarkConfig(ABC):
+    """Base of the benchmark plug-ins: frozen dataclasses of parameters.
+
+    Attributes:
+        argument: name of the field that ``NAME:ARGUMENT`` sets on the command line, if any.
+        summary: one line for ``cl-adapters list benchmarks``.
+    """
+
+    argument: ClassVar[str | None] = None
+    summary: ClassVar[str] = ""
+
+    @abstractmethod
+    def load(self, seed: int) -> BenchmarkData:
+        """Return the data; the same ``seed`` and parameters give the same bytes.
+
+        Args:
+            seed: of the class order (where the benchmark has no fixed one) and of made-up images.
+        """
+
+
+benchmarks: Registry[type[BenchmarkConfig]] = Registry("benchmark", "cl_adapters.benchmarks.data")
+
+
+def arrival_order(num_classes: int, seed: int | None) -> tuple[int, ...]:
+    """Class order of the class-incremental literature: ``RandomState(seed).permutation``.
+
+    ``seed=1993`` gives the order of MOS, SEMA and PILOT (algorithms: data_manager.py); None the natural order.
+
+    Raises:
+        ConfigError: the seed is not one that ``RandomState`` takes.
+    """
+    if seed is None:
+        return tuple(range(num_classes))
+    if not 0 <= seed < 2**32:
+        raise ConfigError(f"the seed of the class order must lie between 0 and 2**32 - 1, got {seed}")
+    return tuple(int(label) for label in np.random.RandomState(seed).permutation(num_classes))
+
+
+def split_evenly(num_classes: int, tasks: int) -> tuple[int, ...]:
+    """Task sizes for ``tasks`` tasks; the first ones take one class more where it does not divide.
+
+    Raises:
+        ConfigError: more tasks than classes, or fewer than one task.
+    """
+    if not 1 <= tasks <= num_classes:
+        raise ConfigError(f"tasks must be between 1 and the number of classes {num_classes}, got {tasks}")
+    base, extra = divmod(num_classes, tasks)
+    return tuple(base + (i < extra) for i in range(tasks))

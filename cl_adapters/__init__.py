@@ -1,0 +1,45 @@
+"""Continual learning with adapters on frozen pre-trained transformers.
+
+The names below are the core and need no Avalanche; strategies for Avalanche are in ``cl_adapters.strategies``.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from cl_adapters._lazy import lazy_names
+
+if TYPE_CHECKING:
+    from cl_adapters._version import __version__
+    from cl_adapters.adapters.bottleneck import Bottleneck
+    from cl_adapters.backbone import FrozenBackbone
+    from cl_adapters.bank import AdapterBank, Route
+    from cl_adapters.errors import ClAdaptersError
+    from cl_adapters.model import AdapterModel
+    from cl_adapters.predictors.base import Prediction
+
+__all__ = [
+    "AdapterBank",
+    "AdapterModel",
+    "Bottleneck",
+    "ClAdaptersError",
+    "FrozenBackbone",
+    "Prediction",
+    "Route",
+    "__version__",
+]
+
+if not TYPE_CHECKING:
+    __getattr__, __dir__ = lazy_names(
+        __name__,
+        {
+            "AdapterBank": "bank",
+            "AdapterModel": "model",
+            "Bottleneck": "adapters.bottleneck",
+            "ClAdaptersError": "errors",
+            "FrozenBackbone": "backbone",
+            "Prediction": "predictors.base",
+            "Route": "bank",
+            "__version__": "_version",
+        },
+    )

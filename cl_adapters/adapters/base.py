@@ -1,0 +1,79 @@
+"""What an adapter type is: named tensors plus a pure function. Bank, merging and files know no more."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Annotated, Any, ClassVar, TypeAlias
+
+import torch
+from pydantic import BeforeValidator, PlainSerializer
+from torch import Tensor
+
+from cl_adapters.config import build, to_plain
+from cl_adapters.registry import Registry
+
+
+class AdapterType(ABC):
+    """Base of the adapter types: frozen dataclasses of hyper-parameters without any tensor.
+
+    Shape letters: B batch, N tokens, D width.
+    """
+
+    summary: ClassVar[str] = ""
+
+    @property
+    @abstractmethod
+    def site_kind(self) -> str:
+        """Kind of :class:`cl_adapters.sites.Site` that it attaches to."""
+
+    @abstractmethod
+    def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors of one adapter at a site of width D."""
+
+    @abstractmethod
+    def init(self, width: int, generator: torch.Generator) -> dict[str, Tensor]:
+        """Fresh float32 tensors on the CPU, all draws from ``generator``."""
+
+    @abstractmethod
+    def apply(self, x_BND: Tensor, params: Mapping[str, Tensor], noise: torch.Generator | None = None) -> Tensor:
+        """The adapter's output delta, to be added at the site's target.
+
+        Args:
+            x_BND: [B, N, D], read at the site's source.
+            params: tensors of :meth:`shapes`; either as they are (one adapter for all samples) or each with one
+                more leading dimension B (one adapter per sample).
+            noise: generator of the dropout masks while training; None (no dropout) otherwise.
+
+        Returns:
+            delta_BND, [B, N, D].
+        """
+
+    def num_parameters(self, width: int) -> int:
+        """Numbers in one adapter at one site."""
+        return sum(torch.Size(shape).numel() for shape in self.shapes(width).values())
+
+
+adapters: Registry[type[AdapterType]] = Registry("adapter type", "cl_adapters.adapters")
+
+
+def adapter_from(value: Any) -> AdapterType:
+    """An adapter type from a name, or from a mapping with "type" and its options.
+
+    Raises:
+        UnknownName: no such type.
+        ConfigError: unknown option, wrong type or range.
+    """
+    if isinstance(value, AdapterType):
+        return value
+    options = {"type": value} if isinstance(value, str) else dict(value)
+    return build(adapters.get(options.pop("type", "bottleneck")), options, "adapter")
+
+
+def adapter_to_plain(adapter: AdapterType) -> dict[str, Any]:
+    """The mapping from which :func:`adapter_from` makes the same type again."""
+    return {"type": adapters.name_of(adapter)} | to_plain(adapter)
+
+
+AdapterField: TypeAlias = Annotated[AdapterType, BeforeValidator(adapter_from), PlainSerializer(adapter_to_plain)]
+"""An adapter type as a field of a configuration dataclass."""

@@ -1,0 +1,79 @@
+"""Typed configuration: frozen dataclasses built from plain mappings (YAML, JSON, ``--set key=value``)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from types import UnionType
+from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
+
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from cl_adapters.errors import ConfigError, suggestion
+
+C = TypeVar("C")
+
+
+def build(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
+    """Build the frozen dataclass ``cls`` from plain values, checking every key and type.
+
+    Args:
+        cls: a dataclass type; its ``__post_init__`` may check ranges and raise ``ValueError``.
+        values: field names to plain values (numbers, strings, lists, mappings for nested dataclasses).
+        where: prefix of the field names in messages ("benchmark", "strategy").
+
+    Raises:
+        ConfigError: an unknown key (with the nearest known one), a missing key, a wrong type or range.
+    """
+    prefix = f"{where}." if where else ""
+    _check(cls, values, prefix)
+    try:
+        config: C = _adapter(cls).validate_python(dict(values))
+    except ValidationError as error:
+        problems = "; ".join(_explain(prefix, problem) for problem in error.errors())
+        raise ConfigError(problems) from error
+    return config
+
+
+def to_plain(config: Any) -> dict[str, Any]:
+    """Return the dataclass as JSON-ready plain values; ``build`` of the same class gives it back."""
+    plain = _adapter(type(config)).dump_python(config, mode="json", include=set(_options(type(config))))
+    assert isinstance(plain, dict)
+    return plain
+
+
+def _options(cls: Any) -> list[str]:
+    return [field.name for field in dataclasses.fields(cls) if field.init]
+
+
+def _check(cls: Any, values: Mapping[str, Any], prefix: str) -> None:
+    """Reject, also in nested dataclasses, what pydantic would accept (true for 1) or name without a suggestion."""
+    known, hints = _options(cls), get_type_hints(cls)
+    for key, value in values.items():
+        if key not in known:
+            raise ConfigError(f"unknown option {prefix}{key!s}{suggestion(str(key), known)} Known: {', '.join(known)}")
+        hint = hints[key]
+        types = set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}
+        if isinstance(value, bool) and bool not in types and types & {int, float}:
+            raise ConfigError(f"{prefix}{key}: input should be a number, got {value!r}")
+        if isinstance(value, Mapping):
+            for nested in filter(dataclasses.is_dataclass, types):
+                _check(nested, value, f"{prefix}{key}.")
+
+
+@functools.cache
+def _adapter(cls: Any) -> TypeAdapter[Any]:
+    if not hasattr(cls, "__pydantic_config__"):
+        cls.__pydantic_config__ = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+    return TypeAdapter(cls)
+
+
+def _explain(prefix: str, problem: Any) -> str:
+    place = (prefix + ".".join(str(part) for part in problem["loc"])).rstrip(".") or "configuration"
+    if problem["type"] == "missing":
+        return f"{place} is required"
+    text = problem["msg"].removeprefix("Value error, ")
+    if problem["type"] == "value_error":  # from __post_init__, whose own words name the value
+        return f"{place}: {text}"
+    return f"{place}: {text[:1].lower()}{text[1:]}, got {problem['input']!r}"

@@ -1,0 +1,25 @@
+"""Exponential moving average towards an anchor: the adapter merging of MOS."""
+
+from __future__ import annotations
+
+from torch import Tensor
+
+from cl_adapters.merge.base import merges
+
+
+@merges.register("ema")
+def ema(tensors: list[Tensor], momentum: float = 0.1, steps: int = 1) -> Tensor:
+    """Apply ``w <- (1 - m) w + m anchor`` ``steps`` times, in closed form.
+
+    After n steps ``w = anchor + (1 - m)^n (w - anchor)``. Source: MOS (Sun et al. 2025), adapter merging.
+
+    Args:
+        tensors: [w, anchor], of one shape.
+        momentum: m, the share of the anchor in one step; in [0, 1].
+        steps: n.
+
+    Returns:
+        A new tensor of that shape.
+    """
+    weight, anchor = tensors
+    return anchor + (1 - momentum) ** steps * (weight - anchor)

@@ -1,0 +1,216 @@
+"""AdapterModel: backbone + bank + heads + predictor. Usable alone: train with a strategy, then save, load, predict."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+
+from cl_adapters.backbone import FrozenBackbone
+from cl_adapters.bank import AdapterBank, Routes
+from cl_adapters.batches import Inputs, batch_size, take, to_device
+from cl_adapters.errors import ClAdaptersError, DataError
+from cl_adapters.features import FeatureMemory, LazyFeatures
+from cl_adapters.heads import LinearHead, PrototypeHead
+from cl_adapters.images import decode_image
+from cl_adapters.predictors.base import Prediction, Predictor
+from cl_adapters.predictors.fixed import Fixed
+from cl_adapters.statistics import ClassStatistics
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What :meth:`AdapterModel.predict_files` says about one file.
+
+    Attributes:
+        file: as given.
+        label: class label of the best column.
+        name: its class name.
+        score: softmax of the logits at that column, in [0, 1].
+        adapter: slot that answered; -1 is the bare backbone.
+        ranking: (class name, score) of the best five.
+    """
+
+    file: str
+    label: int
+    name: str
+    score: float
+    adapter: int
+    ranking: tuple[tuple[str, float], ...]
+
+
+class AdapterModel(nn.Module):
+    """A continually trained classifier.
+
+    Attributes:
+        backbone: frozen encoder.
+        bank: adapters; None for strategies that train none.
+        head: linear head, one column per class.
+        prototypes: prototype head, one column per class.
+        statistics: class Gaussians in column order, or None.
+        predictor: the inference rule.
+        classes: class label of each column, in arrival order.
+        class_names: label to name, where known.
+        task_of_column: int64 [C], the task (0-based) in which each column arrived.
+    """
+
+    def __init__(self, backbone: FrozenBackbone, bank: AdapterBank | None = None) -> None:
+        super().__init__()
+        self.backbone = backbone
+        self.bank = bank
+        self.head = LinearHead(backbone.num_features)
+        self.prototypes = PrototypeHead(backbone.num_features)
+        self.statistics: ClassStatistics | None = None
+        self.predictor: Predictor = Fixed(slot=-1, head="prototype")
+        self.classes: list[int] = []
+        self.class_names: dict[int, str] = {}
+        self.task_of_column = torch.empty(0, dtype=torch.long)
+        self.to(backbone.device)
+
+    # --- structure -----------------------------------------------------------------------------------------------
+
+    @property
+    def num_slots(self) -> int:
+        """Adapters in the bank."""
+        return 0 if self.bank is None else self.bank.num_slots
+
+    @property
+    def num_tasks(self) -> int:
+        """Tasks so far."""
+        return int(self.task_of_column[-1]) + 1 if len(self.task_of_column) else 0
+
+    @property
+    def device(self) -> torch.device:
+        """Where inputs have to be."""
+        return self.backbone.device
+
+    def add_task(self, labels: Sequence[int]) -> None:
+        """Append one column per new label, as the next task.
+
+        Raises:
+            DataError: no label, or one that is already known.
+        """
+        if not labels:
+            raise DataError("a task needs at least one class")
+        known = sorted(set(labels) & set(self.classes))
+        if known:
+            raise DataError(
+                f"classes {known} were learned in an earlier task; class-incremental learning takes each class in one "
+                "task. Merge the tasks, or leave those images out"
+            )
+        task = self.num_tasks
+        self.classes.extend(labels)
+        self.task_of_column = torch.cat([self.task_of_column, torch.full((len(labels),), task)])
+
+    def columns_of(self, labels_B: Tensor) -> Tensor:
+        """Columns (int64 [B]) of class labels (int64 [B]); -1 where the class is not known."""
+        table = {label: column for column, label in enumerate(self.classes)}
+        return torch.tensor([table.get(label, -1) for label in labels_B.tolist()], dtype=torch.long)
+
+    def name_of(self, label: int) -> str:
+        """Class name of a label, or its number as text."""
+        return self.class_names.get(label, str(label))
+
+    # --- computing -----------------------------------------------------------------------------------------------
+
+    def features(self, x: Inputs, routes: Routes | None, noise: torch.Generator | None = None) -> Tensor:
+        """Features [B, D] with the given adapters (None: the bare backbone)."""
+        if self.bank is None:
+            if routes is not None:
+                raise ClAdaptersError("this model has no adapters to route to")
+            return self.backbone.features(x)
+        with self.bank.route(routes, noise):
+            return self.backbone.features(x)
+
+    def answer(
+        self, x: Inputs, memory: FeatureMemory | None = None, samples: Sequence[int] | None = None
+    ) -> Prediction:
+        """Predict one batch and say how; changes no state.
+
+        Args:
+            x: B inputs.
+            memory: features known from earlier evaluations, and
+            samples: the B numbers under which it knows them.
+
+        Raises:
+            ClAdaptersError: no task was learned yet.
+        """
+        if not self.classes:
+            raise ClAdaptersError("this model knows no class yet: train it on a task first")
+        with torch.inference_mode():
+            lazy = LazyFeatures(self, to_device(x, self.device), memory, samples)
+            return self.predictor.predict(self, lazy)
+
+    def forward(self, x: Inputs) -> Tensor:
+        """Logits float32 [B, C]; columns are ``classes``."""
+        return self.answer(x).logits.float()
+
+    def predict(self, x: Inputs, batch: int = 64) -> Tensor:
+        """Logits float32 [B, C] on the CPU, in batches of ``batch``; columns are ``classes``."""
+        rows = torch.arange(batch_size(x)).split(batch)
+        return torch.cat([self.forward(take(x, part)).cpu() for part in rows])
+
+    def predict_files(self, files: Sequence[str | Path], batch: int = 64) -> list[Answer]:
+        """Classify image files.
+
+        Raises:
+            DataError: a file that is no readable image, by name.
+            ClAdaptersError: the backbone has no image preprocessing.
+        """
+        preprocessing = self.backbone.preprocessing
+        if preprocessing is None:
+            raise ClAdaptersError("this backbone has no image preprocessing: call predict on prepared inputs")
+        transform = preprocessing.eval_transform()
+        answers: list[Answer] = []
+        for start in range(0, len(files), batch):
+            part = files[start : start + batch]
+            prediction = self.answer(torch.stack([transform(decode_image(Path(file))) for file in part]))
+            answers += [self._explain(file, prediction, i) for i, file in enumerate(part)]
+        return answers
+
+    def _explain(self, file: str | Path, prediction: Prediction, row: int) -> Answer:
+        scores_C = prediction.logits[row].float().softmax(0).cpu()
+        best = scores_C.topk(min(5, len(scores_C)))
+        names = [self.name_of(self.classes[column]) for column in best.indices.tolist()]
+        ranking = tuple(zip(names, best.values.tolist(), strict=True))
+        label = self.classes[int(best.indices[0])]
+        return Answer(str(file), label, *ranking[0], int(prediction.adapter[row]), ranking)
+
+    # --- files ---------------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path, *, overwrite: bool = False, link_from: str | Path | None = None) -> Path:
+        """Write the model (without the backbone's weights) as a folder, atomically; see ``model_files``.
+
+        Args:
+            path: folder to make.
+            overwrite: replace an existing one.
+            link_from: an earlier save of the same model; unchanged files are hard-linked.
+
+        Raises:
+            StorageError: the place exists or cannot be written.
+        """
+        from cl_adapters.model_files import save_model
+
+        return save_model(
+            self, Path(path), overwrite=overwrite, link_from=None if link_from is None else Path(link_from)
+        )
+
+    @classmethod
+    def load(cls, path: str | Path, backbone: FrozenBackbone | None = None, device: str = "cpu") -> AdapterModel:
+        """Read a saved model.
+
+        Args:
+            path: folder of :meth:`save`.
+            backbone: the backbone; default the recorded one is loaded again by name.
+            device: where to put it.
+
+        Raises:
+            StorageError: missing, altered or newer files.
+            IncompatibleBackbone: not the backbone that the adapters were trained on.
+        """
+        from cl_adapters.model_files import load_model
+
+        return load_model(Path(path), backbone).to(device)

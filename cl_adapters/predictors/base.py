@@ -1,0 +1,48 @@
+"""What a predictor is: a pure function from a model and inputs to logits, with what it did to get them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from torch import Tensor
+
+from cl_adapters.registry import Registry
+
+if TYPE_CHECKING:
+    from cl_adapters.features import LazyFeatures
+    from cl_adapters.model import AdapterModel
+
+
+@dataclass(frozen=True)
+class Prediction:
+    """Answers for B samples.
+
+    Attributes:
+        logits: float32 [B, C]; columns are ``model.classes``.
+        adapter: int64 [B], the slot whose features the answer comes from; -1 is the bare backbone.
+        passes: int64 [B], backbone passes that were run for each sample.
+    """
+
+    logits: Tensor
+    adapter: Tensor
+    passes: Tensor
+
+
+class Predictor(ABC):
+    """Base of the predictors: frozen dataclasses of parameters; they keep no state and change none."""
+
+    summary: ClassVar[str] = ""
+
+    @abstractmethod
+    def predict(self, model: AdapterModel, features: LazyFeatures) -> Prediction:
+        """Answer for one batch.
+
+        Args:
+            model: heads, prototypes and the map from classes to tasks.
+            features: the batch; asks the backbone only for (sample, adapter) pairs that are needed.
+        """
+
+
+predictors: Registry[type[Predictor]] = Registry("predictor", "cl_adapters.predictors")

@@ -1,0 +1,36 @@
+"""One adapter for every input."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar, Literal
+
+import torch
+
+from cl_adapters.predictors.base import Prediction, Predictor, predictors
+
+if TYPE_CHECKING:
+    from cl_adapters.features import LazyFeatures
+    from cl_adapters.model import AdapterModel
+
+
+@predictors.register("fixed")
+@dataclass(frozen=True, kw_only=True)
+class Fixed(Predictor):
+    """The same adapter for every input: one pass.
+
+    Attributes:
+        slot: the adapter; -1 is the bare backbone.
+        head: "linear", or "prototype" (cosine to class means, as SimpleCIL).
+    """
+
+    summary: ClassVar[str] = "one adapter (or none) for every input"
+
+    slot: int = -1
+    head: Literal["linear", "prototype"] = "linear"
+
+    def predict(self, model: AdapterModel, features: LazyFeatures) -> Prediction:
+        """Logits of the chosen head on the features under ``slot``."""
+        f_BD = features.under(self.slot)
+        logits_BC = model.head(f_BD) if self.head == "linear" else model.prototypes(f_BD)
+        return Prediction(logits_BC, torch.full((features.batch,), self.slot), features.passes_B)

@@ -1,0 +1,32 @@
+"""The adapter of the task whose class prototype is nearest: retrieval in one hop."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from cl_adapters.predictors.base import Prediction, Predictor, predictors
+
+if TYPE_CHECKING:
+    from cl_adapters.features import LazyFeatures
+    from cl_adapters.model import AdapterModel
+
+
+@predictors.register("nearest_prototype")
+@dataclass(frozen=True, kw_only=True)
+class NearestPrototype(Predictor):
+    """Prototypes under one adapter name the task; that task's adapter and the linear head answer.
+
+    Attributes:
+        slot: the adapter under which prototypes were taken; -1 is the bare backbone.
+    """
+
+    summary: ClassVar[str] = "the adapter of the nearest class prototype's task; at most two passes"
+
+    slot: int = 0
+
+    def predict(self, model: AdapterModel, features: LazyFeatures) -> Prediction:
+        """Linear logits under the retrieved adapters."""
+        nearest_B = model.prototypes(features.under(self.slot)).argmax(1).cpu()
+        adapter_B = model.task_of_column[nearest_B]
+        return Prediction(model.head(features(features.rows, adapter_B)), adapter_B, features.passes_B)

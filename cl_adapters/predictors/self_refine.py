@@ -1,0 +1,62 @@
+"""Self-refined retrieval of MOS: predict, look which task the prediction belongs to, use its adapter, repeat."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from cl_adapters.predictors.base import Prediction, Predictor, predictors
+
+if TYPE_CHECKING:
+    from cl_adapters.features import LazyFeatures
+    from cl_adapters.model import AdapterModel
+
+
+@predictors.register("self_refine")
+@dataclass(frozen=True, kw_only=True)
+class SelfRefine(Predictor):
+    """Self-refined retrieval (MOS, Sun et al. 2025, section on self-refined adapter retrieval; released mos.py).
+
+    1. o = prototype logits under adapter 0; i = task of argmax o.
+    2. At most ``max_steps`` times: z = linear logits under adapter i; j = task of argmax z; stop if j = i, else
+       i <- j. The last z always comes from the last adapter that was evaluated.
+    3. The answer is ``softmax(z) + softmax(T o)`` with T tasks so far; without ensemble z alone.
+
+    An image costs 1 + (distinct further adapters visited) passes, at most 1 + ``max_steps``; the images that still
+    change share one mixed batch per round. The released code runs all T adapters on every image instead.
+
+    Attributes:
+        max_steps: evaluations of z at most.
+        ensemble: add the prototype logits.
+    """
+
+    summary: ClassVar[str] = "MOS: follow the predicted task's adapter until the prediction stays"
+
+    max_steps: int = 4
+    ensemble: bool = True
+
+    def __post_init__(self) -> None:
+        if self.max_steps < 1:
+            raise ValueError(f"max_steps must be at least 1, got {self.max_steps}")
+
+    def predict(self, model: AdapterModel, features: LazyFeatures) -> Prediction:
+        """Lazy retrieval with the logits of the version that runs every adapter."""
+        tasks = model.task_of_column
+        o_BC = model.prototypes(features.under(0))
+        adapter_B = tasks[o_BC.argmax(1).cpu()]
+        z_BC = torch.zeros_like(o_BC)
+        active = features.rows
+        for step in range(self.max_steps):
+            z_MC = model.head(features(active, adapter_B[active]))
+            z_BC[active.to(z_BC.device)] = z_MC
+            next_M = tasks[z_MC.argmax(1).cpu()]
+            moved = next_M != adapter_B[active]
+            if step == self.max_steps - 1 or not moved.any():
+                break
+            active, next_M = active[moved], next_M[moved]
+            adapter_B[active] = next_M
+        num_tasks = int(tasks.max()) + 1
+        logits_BC = z_BC.softmax(1) + (num_tasks * o_BC).softmax(1) if self.ensemble else z_BC
+        return Prediction(logits_BC, adapter_B, features.passes_B)

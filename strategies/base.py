@@ -1,0 +1,321 @@
+"""AdapterStrategy: what every strategy shares. A strategy answers four questions: what grows for an experience,
+what is trained in which phase, what is consolidated afterwards, and how one predicts.
+"""
+
+from __future__ import annotations
+
+import inspect
+import math
+from abc import abstractmethod
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any, ClassVar
+
+import torch
+from avalanche.core import BasePlugin
+from avalanche.training.plugins import EvaluationPlugin
+from avalanche.training.plugins.evaluation import default_evaluator
+from avalanche.training.templates import SupervisedTemplate
+from torch import Tensor, nn
+from torch.utils.data import DataLoader
+
+from cl_adapters.backbone import FrozenBackbone
+from cl_adapters.bank import AdapterBank, Routes
+from cl_adapters.config import build, to_plain
+from cl_adapters.errors import ConfigError, DataError, TrainingDiverged
+from cl_adapters.model import AdapterModel
+from cl_adapters.predictors.base import Predictor
+from cl_adapters.randomness import derive, generator, isolated, seed_globals
+from cl_adapters.registry import Registry
+from cl_adapters.strategies.config import StrategyConfig, TrainingConfig
+from cl_adapters.strategies.experiences import experience_classes
+from cl_adapters.strategies.phases import Batch, Phase
+from cl_adapters.timing import Stopwatch
+
+
+class AdapterStrategy(SupervisedTemplate):  # type: ignore[misc]
+    """Base of the strategies; an Avalanche strategy with ``train(experience)`` and ``eval(stream)``.
+
+    Args:
+        model: a :class:`FrozenBackbone`, your own ``nn.Module`` (it is wrapped), or an :class:`AdapterModel` that
+            this strategy made before.
+        seed: of everything random. The result is a function of the seed and the order of the experiences alone:
+            evaluations in between, or the random state around it, change nothing.
+        config: settings; default the strategy's own.
+        device: where to compute.
+        plugins, evaluator, eval_every, peval_mode: as in Avalanche.
+        class_names: class label to name, recorded with the model.
+        progress: called as (phase name, steps done, steps in all) during long work.
+        options: single fields of ``config`` by name, for instance ``train_epochs=10``.
+
+    Attributes:
+        config: the resolved settings.
+        model: the :class:`AdapterModel`.
+        timings: seconds of "train", "statistics", "alignment" and "eval".
+    """
+
+    Config: ClassVar[type[StrategyConfig]] = StrategyConfig
+    summary: ClassVar[str] = ""
+    frozen_after_task: ClassVar[bool] = True
+    """Whether an adapter never changes after its task: then evaluations may reuse features."""
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        # Avalanche's check of keyword names knows nothing of the fields of a config; ours is in _resolve
+        cls.__init__ = cls.__init__.__wrapped__
+        own = [p for p in inspect.signature(AdapterStrategy.__init__).parameters.values() if p.name != "options"]
+        fields = inspect.signature(cls.Config).parameters.values()
+        cls.__signature__ = inspect.Signature([*own[1:], *fields])
+
+    def __init__(
+        self,
+        *,
+        model: nn.Module,
+        seed: int = 0,
+        config: StrategyConfig | None = None,
+        device: str | torch.device = "cpu",
+        plugins: Sequence[BasePlugin] | None = None,
+        evaluator: EvaluationPlugin | Callable[[], EvaluationPlugin] | None = default_evaluator,
+        eval_every: int = -1,
+        peval_mode: str = "epoch",
+        class_names: Mapping[int, str] | None = None,
+        progress: Callable[[str, int, int], None] | None = None,
+        **options: Any,
+    ) -> None:
+        self.config = self._resolve(config, options)
+        device = torch.device(device)
+        if not isinstance(model, AdapterModel):
+            model = self.new_model(FrozenBackbone.wrap(model).to(device))
+        model.class_names.update(class_names or {})
+        super().__init__(
+            model=model.to(device),
+            optimizer=self._new_optimizer(),
+            train_mb_size=self.config.train_mb_size,
+            train_epochs=getattr(self.config, "train_epochs", 0),
+            eval_mb_size=self.config.eval_mb_size,
+            device=device,
+            plugins=plugins,
+            evaluator=evaluator,
+            eval_every=eval_every,
+            peval_mode=peval_mode,
+        )
+        self.seed = seed
+        self.timings = Stopwatch()
+        self.progress = progress
+        self._phase: Phase | None = None
+        self._features: Tensor | None = None
+        self._noise: torch.Generator | None = None
+        self._loader_options: dict[str, Any] = {}
+
+    # --- the four questions --------------------------------------------------------------------------------------
+
+    def new_model(self, backbone: FrozenBackbone) -> AdapterModel:
+        """The model before the first task."""
+        if not isinstance(self.config, TrainingConfig):
+            return AdapterModel(backbone)
+        return AdapterModel(backbone, AdapterBank(backbone, self.config.adapter, self.config.blocks))
+
+    @abstractmethod
+    def grow(self, task: int) -> None:
+        """Add what task ``task`` (0-based) needs; the model has its new columns already."""
+
+    @abstractmethod
+    def phases(self, task: int) -> Iterable[Phase]:
+        """The training loops of this task, in order."""
+
+    @abstractmethod
+    def consolidate(self, task: int) -> None:
+        """After the phases: merge, freeze, statistics, alignment, prototypes."""
+
+    @abstractmethod
+    def predictor(self, task: int, training: bool) -> Predictor:
+        """The inference rule after task ``task``, or while it is still in training."""
+
+    def routes(self) -> Routes | None:
+        """The adapters of the forward pass in training."""
+        return None
+
+    def before_pass(self) -> None:
+        """Called before every training forward."""
+
+    def before_step(self) -> None:
+        """Called between backward and the optimizer's step."""
+
+    def after_step(self) -> None:
+        """Called after the optimizer's step."""
+
+    def recall(self, experiences: Iterable[Any]) -> None:
+        """On resume: given the experiences of finished tasks, for strategies that keep their data."""
+
+    # --- helpers for subclasses ----------------------------------------------------------------------------------
+
+    @property
+    def task(self) -> int:
+        """Index of the newest task."""
+        return self.model.num_tasks - 1
+
+    def generator(self, purpose: str, task: int) -> torch.Generator:
+        """A fresh CPU generator for one purpose in one task."""
+        return generator(self.seed, purpose, task)
+
+    def training_features(self, routes: Routes | None) -> tuple[Tensor, Tensor]:
+        """Features of the experience's training images without augmentation.
+
+        Returns:
+            float32 [N, D] on the CPU, and the column of each sample, int64 [N].
+        """
+        loader = DataLoader(
+            self.experience.dataset.eval(),
+            batch_size=self.config.eval_mb_size,
+            num_workers=self._loader_options.get("num_workers", 0),
+        )
+        features, labels = [], []
+        with torch.inference_mode():
+            for x, y, *_ in loader:
+                features.append(self.model.features(x.to(self.device), routes).float().cpu())
+                labels.append(torch.as_tensor(y))
+        # out of inference mode, so that later code may save or differentiate through what is built from them
+        return torch.cat(features).clone(), self.model.columns_of(torch.cat(labels))
+
+    def per_class(self, f_ND: Tensor, columns_N: Tensor) -> list[Tensor]:
+        """The features [N_c, D] of each class of the newest task, in column order."""
+        first = int((self.model.task_of_column < self.task).sum())
+        return [f_ND[columns_N == column] for column in range(first, len(self.model.classes))]
+
+    # --- Avalanche's life-cycle ----------------------------------------------------------------------------------
+
+    def train(self, experiences: Any, eval_streams: Any = None, **loader_options: Any) -> Any:
+        """Learn one experience, or several in order; see Avalanche. Global random states are left as they were."""
+        self._loader_options = loader_options
+        try:
+            with isolated(self.device), self.timings.part("train"):
+                return super().train(experiences, eval_streams, **loader_options)
+        finally:
+            self._phase = self._features = self._noise = None
+            self._loader_options = {}
+
+    def eval(self, experiences: Any, **loader_options: Any) -> Any:
+        """Evaluate; see Avalanche. Changes no tensor of the model and no random state."""
+        with isolated(self.device), self.timings.part("eval"):
+            return super().eval(experiences, **loader_options)
+
+    def train_dataset_adaptation(self, **kwargs: Any) -> None:
+        """Check the experience before anything grows, then let Avalanche choose the data."""
+        self.model.backbone.check_frozen()
+        if not len(self.experience.dataset):
+            raise DataError("this experience has no training sample: drop the empty task from the stream")
+        task = self.model.num_tasks
+        seed_globals(derive(self.seed, "loader", task))
+        super().train_dataset_adaptation(**kwargs)
+
+    def model_adaptation(self, model: Any = None) -> Any:
+        """Grow for the experience, in training only: Avalanche calls this in evaluation too."""
+        if self.is_training:
+            labels = experience_classes(self.experience)
+            self.model.add_task(labels)
+            self.grow(self.task)
+            self.model.predictor = self.predictor(self.task, training=True)
+        return self.model
+
+    def make_optimizer(self, **kwargs: Any) -> None:
+        """Nothing: each phase installs its own parameters, in place."""
+        self.optimized_param_id = {}
+
+    def _train_exp(self, experience: Any, eval_streams: Any = None, **kwargs: Any) -> None:
+        self._noise = generator(self.seed, "dropout", self.task, device=self.device)
+        for phase in self.phases(self.task):
+            self._phase = phase
+            phase.install(self.optimizer)
+            steps = len(self.dataloader)
+            for epoch in range(phase.epochs):
+                phase.set_epoch(self.optimizer, epoch)
+                self._before_training_epoch(**kwargs)
+                if self._stop_training:
+                    self._stop_training = False
+                    break
+                self.training_epoch(**kwargs)
+                self._after_training_epoch(**kwargs)
+                self.report(phase.name, (epoch + 1) * steps, phase.epochs * steps)
+        self._phase = None
+        self.optimizer.zero_grad()
+
+    def _after_training_exp(self, **kwargs: Any) -> None:
+        self.consolidate(self.task)
+        self.model.predictor = self.predictor(self.task, training=False)
+        super()._after_training_exp(**kwargs)
+
+    def report(self, phase: str, done: int, total: int) -> None:
+        """Tell the progress listener, if any."""
+        if self.progress is not None:
+            self.progress(phase, done, total)
+
+    # --- one batch -----------------------------------------------------------------------------------------------
+
+    def forward(self) -> Tensor:
+        """Logits [B, L] indexed by class label, as Avalanche's metrics expect; unseen labels at minus infinity."""
+        if self.is_training:
+            self.before_pass()
+            self._features = self.model.features(self.mb_x, self.routes(), self._noise)
+            columns_BC = self.model.head(self._features)
+        elif not self.model.classes:
+            return torch.zeros(len(self.mb_y), int(self.mb_y.max()) + 1, device=self.device)
+        else:
+            columns_BC = self.model(self.mb_x)
+        return self._by_label(columns_BC)
+
+    def criterion(self) -> Tensor:
+        """The phase's loss in training; in evaluation cross-entropy over the samples of known classes."""
+        columns_B = self.model.columns_of(self.mb_y).to(self.device)
+        logits_BC = self.mb_output[:, self.model.classes]
+        if self.is_training:
+            assert self._phase is not None and self._features is not None
+            return self._phase.loss(Batch(self._features, logits_BC, columns_B))
+        seen = columns_B >= 0
+        if not seen.any():
+            return logits_BC.new_zeros(())
+        return nn.functional.cross_entropy(logits_BC[seen], columns_B[seen])
+
+    def backward(self) -> None:
+        """Backward, unless the loss is no number.
+
+        Raises:
+            TrainingDiverged: says where.
+        """
+        if not math.isfinite(self.loss.item()):
+            raise TrainingDiverged(
+                f"the loss became {self.loss.item()} in task {self.task} at epoch {self.clock.train_exp_epochs}, "
+                f"iteration {self.clock.train_epoch_iterations}: lower lr (now {self.optimizer.param_groups[0]['lr']:g}) "
+                "or check the inputs for values that are not finite"
+            )
+        super().backward()
+
+    def optimizer_step(self) -> None:
+        """The optimizer's step between the strategy's own hooks."""
+        self.before_step()
+        super().optimizer_step()
+        self.after_step()
+
+    # --- private -------------------------------------------------------------------------------------------------
+
+    def _by_label(self, logits_BC: Tensor) -> Tensor:
+        width = max(*self.model.classes, int(self.mb_y.max())) + 1
+        labels = torch.tensor(self.model.classes, device=logits_BC.device)
+        wide = logits_BC.new_full((len(logits_BC), width), -torch.inf)
+        return wide.index_copy(1, labels, logits_BC)
+
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        """An optimizer whose parameters each phase replaces; torch refuses an empty one."""
+        placeholder = nn.Parameter(torch.zeros(1), requires_grad=False)
+        return torch.optim.SGD([placeholder], lr=1.0, momentum=getattr(self.config, "momentum", 0.0))
+
+    @classmethod
+    def _resolve(cls, config: StrategyConfig | None, options: Mapping[str, Any]) -> StrategyConfig:
+        if config is None:
+            return build(cls.Config, options, cls.__name__)
+        if not isinstance(config, cls.Config):
+            raise ConfigError(f"{cls.__name__} takes a {cls.Config.__name__}, got {type(config).__name__}")
+        return build(cls.Config, to_plain(config) | dict(options), cls.__name__) if options else config
+
+
+AdapterStrategy.__init__ = AdapterStrategy.__init__.__wrapped__  # type: ignore[method-assign,attr-defined]
+
+strategies: Registry[type[AdapterStrategy]] = Registry("strategy", "cl_adapters.strategies")

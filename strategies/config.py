@@ -1,0 +1,55 @@
+"""Settings shared by the strategies."""
+
+from __future__ import annotations
+
+import dataclasses
+
+from cl_adapters.adapters.base import AdapterField
+from cl_adapters.adapters.bottleneck import Bottleneck
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class StrategyConfig:
+    """Settings that every strategy has.
+
+    Attributes:
+        train_mb_size: training batch size.
+        eval_mb_size: batch size of evaluation and statistics.
+    """
+
+    train_mb_size: int = 48
+    eval_mb_size: int = 128
+
+    def __post_init__(self) -> None:
+        if self.train_mb_size < 1 or self.eval_mb_size < 1:
+            raise ValueError("batch sizes must be at least 1")
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainingConfig(StrategyConfig):
+    """Settings of strategies that train adapters by SGD; the defaults are those of MOS on CIFAR-100.
+
+    Attributes:
+        adapter: adapter type with its options.
+        blocks: blocks that get adapters; None: all.
+        train_epochs: E, epochs per task.
+        lr: learning rate of the adapters, cosine to 0.
+        head_lr_factor: the head's learning rate is this times ``lr``.
+        momentum: of SGD.
+        weight_decay: on adapters and head.
+    """
+
+    adapter: AdapterField = dataclasses.field(default_factory=Bottleneck)
+    blocks: tuple[int, ...] | None = None
+    train_epochs: int = 20
+    lr: float = 0.03
+    head_lr_factor: float = 0.1
+    momentum: float = 0.9
+    weight_decay: float = 5e-4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if self.train_epochs < 1:
+            raise ValueError(f"train_epochs must be at least 1, got {self.train_epochs}")
+        if self.lr <= 0:
+            raise ValueError(f"lr must be positive, got {self.lr}")

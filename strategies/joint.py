@@ -1,0 +1,56 @@
+"""Joint: one adapter trained on the data of all tasks so far. The upper bound: it keeps every image."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import Any, ClassVar, Literal
+
+from avalanche.benchmarks.utils import AvalancheDataset
+from avalanche.benchmarks.utils.utils import concat_datasets
+
+from cl_adapters.strategies.base import strategies
+from cl_adapters.strategies.config import StrategyConfig, TrainingConfig
+from cl_adapters.strategies.phases import Phase
+from cl_adapters.strategies.sequential import Sequential
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class JointConfig(TrainingConfig):
+    """Settings of the upper bound.
+
+    Attributes:
+        budget: "full" runs ``train_epochs`` epochs over everything seen so far at every task; "equal" runs as many
+            steps as Sequential takes on the newest task alone (rounded up to whole epochs).
+    """
+
+    budget: Literal["full", "equal"] = "full"
+
+
+@strategies.register("joint")
+class Joint(Sequential):
+    """Sequential on the union of all experiences so far, going on from the model of the task before."""
+
+    Config: ClassVar[type[StrategyConfig]] = JointConfig
+    summary: ClassVar[str] = "one adapter on the data of all tasks so far: the upper bound"
+    config: JointConfig
+
+    def __init__(self, **options: Any) -> None:
+        super().__init__(**options)
+        self._datasets: list[AvalancheDataset] = []
+
+    def train_dataset_adaptation(self, **kwargs: Any) -> None:
+        """Train on everything seen so far."""
+        super().train_dataset_adaptation(**kwargs)
+        self._datasets.append(self.experience.dataset)
+        self.adapted_dataset = concat_datasets([dataset.train() for dataset in self._datasets])
+
+    def phases(self, task: int) -> Iterable[Phase]:
+        """The phase of Sequential, shorter where the budget is equal."""
+        for phase in super().phases(task):
+            share = 1.0 if self.config.budget == "full" else len(self._datasets[-1]) / len(self.adapted_dataset)
+            yield dataclasses.replace(phase, epochs=max(1, round(phase.epochs * share + 0.499)))
+
+    def recall(self, experiences: Iterable[Any]) -> None:
+        """Take back the data of finished tasks."""
+        self._datasets = [experience.dataset for experience in experiences]

@@ -1,0 +1,190 @@
+"""MOS: model surgery for pre-trained class-incremental learning (Sun et al., AAAI 2025).
+
+task t:  adapter A_t starts from A_(t-1);  loss = CE(current classes) + reg * L_orth
+         after every step  A_t <- (1 - m) A_t + m mu_t,   mu_t = mean(A_0 .. A_(t-1))
+then:    class Gaussians under A_t;  alignment of the linear head;  prototypes under A_0
+predict: self-refined retrieval (cl_adapters.predictors.self_refine)
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable
+from typing import ClassVar, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cl_adapters.alignment import Alignment, align
+from cl_adapters.bank import Route
+from cl_adapters.merge.ema import ema
+from cl_adapters.merge.mean import mean
+from cl_adapters.predictors.base import Predictor
+from cl_adapters.predictors.fixed import Fixed
+from cl_adapters.predictors.self_refine import SelfRefine
+from cl_adapters.statistics import ClassStatistics, Covariance
+from cl_adapters.strategies.base import AdapterStrategy, strategies
+from cl_adapters.strategies.config import StrategyConfig, TrainingConfig
+from cl_adapters.strategies.phases import Batch, ParamGroup, Phase, current_task_loss
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class MOSConfig(TrainingConfig):
+    """Settings of MOS; the defaults are those of the released CIFAR-100 configuration.
+
+    Attributes:
+        merge: "paper" merges once after every optimizer step; "released" follows the training schedule of the
+            released code, in which every forward pass merges all L layers L times (layer l of that pass computes
+            with (1 - m)^(l + 1) of the deviation) before the step and its own merge. Evaluation is pure in both.
+        adapter_momentum: m, share of mu_t in one merge.
+        reg: weight of the orthogonality loss.
+        temperature: divisor of its similarities.
+        covariance: of the class Gaussians: "full", "diagonal" (ImageNet-A) or "low_rank".
+        alignment: settings of the classifier alignment, which runs from the second task on.
+        ensemble: add the prototype logits when predicting.
+        max_steps: of the retrieval.
+    """
+
+    merge: Literal["paper", "released"] = "paper"
+    adapter_momentum: float = 0.1
+    reg: float = 0.1
+    temperature: float = 0.8
+    covariance: Covariance = "full"
+    alignment: Alignment = dataclasses.field(default_factory=Alignment)
+    ensemble: bool = True
+    max_steps: int = 4
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        if not 0 <= self.adapter_momentum <= 1:
+            raise ValueError(f"adapter_momentum must be in [0, 1], got {self.adapter_momentum}")
+
+
+@strategies.register("mos")
+class MOS(AdapterStrategy):
+    """One adapter per task, merged with its predecessors while it trains; retrieval by its own predictions."""
+
+    Config: ClassVar[type[StrategyConfig]] = MOSConfig
+    summary: ClassVar[str] = "adapter merging and self-refined retrieval (AAAI 2025)"
+    config: MOSConfig
+
+    # --- grow ----------------------------------------------------------------------------------------------------
+
+    def grow(self, task: int) -> None:
+        """New head rows, and an adapter that continues from the newest one."""
+        model = self.model
+        model.head.grow(len(model.classes) - model.head.num_classes, self.generator("head", task))
+        start = model.bank.export(task - 1) if task else model.bank.fresh(self.generator("adapter", task))
+        model.bank.add_slot(start)
+
+    # --- train ---------------------------------------------------------------------------------------------------
+
+    def phases(self, task: int) -> Iterable[Phase]:
+        """One phase: the newest adapter and the head."""
+        config, model = self.config, self.model
+        self._live = model.bank.slot_parameters(task)
+        self._layer = [i for i, place in enumerate(model.bank.at) for _ in place.slots[task].parameters()]
+        self._anchor = self._mean_of_finished(task)
+        known = int((model.task_of_column < task).sum())
+        means_KD = None if model.statistics is None else model.statistics.means_CD.to(self.device)
+
+        def loss(batch: Batch) -> Tensor:
+            plain = current_task_loss(batch, known)
+            return plain + config.reg * orthogonality_loss(batch.features, means_KD, config.temperature)
+
+        head_lr = config.lr * config.head_lr_factor
+        yield Phase(
+            name="adapter",
+            epochs=config.train_epochs,
+            groups=(
+                ParamGroup(params=self._live, lr=config.lr, weight_decay=config.weight_decay),
+                ParamGroup(params=list(model.head.parameters()), lr=head_lr, weight_decay=config.weight_decay),
+            ),
+            loss=loss,
+        )
+
+    def routes(self) -> Route:
+        """Everything through the newest adapter."""
+        return Route.single(self.task)
+
+    def before_pass(self) -> None:
+        """Released schedule: layer l computes with l + 1 merges applied."""
+        if self.config.merge == "released" and self._anchor:
+            self._start = [parameter.detach().clone() for parameter in self._live]
+            self._merge(self._start, [layer + 1 for layer in self._layer])
+
+    def before_step(self) -> None:
+        """Released schedule: the step is taken from weights merged once per layer."""
+        if self.config.merge == "released" and self._anchor:
+            self._merge(self._start, [len(self.model.bank.at)] * len(self._live))
+
+    def after_step(self) -> None:
+        """Merge once, in both schedules."""
+        if self._anchor:
+            self._merge(self._live, [1] * len(self._live))
+
+    @torch.no_grad()
+    def _merge(self, weights: Iterable[Tensor], steps: Iterable[int]) -> None:
+        """Set the live adapter to ``weights`` merged ``steps`` times with mu_t."""
+        for live, weight, anchor, n in zip(self._live, weights, self._anchor, steps, strict=True):
+            live.copy_(ema([weight.detach(), anchor], self.config.adapter_momentum, n))
+
+    def _mean_of_finished(self, task: int) -> list[Tensor]:
+        """mu_t, tensor by tensor; empty at the first task."""
+        finished = [[p.detach() for p in self.model.bank.slot_parameters(slot)] for slot in range(task)]
+        return [mean(list(column)) for column in zip(*finished, strict=True)]
+
+    # --- consolidate ---------------------------------------------------------------------------------------------
+
+    def consolidate(self, task: int) -> None:
+        """Freeze the adapter; Gaussians under it; align the head; prototypes under adapter 0."""
+        model, config = self.model, self.config
+        model.bank.freeze(task)
+        self._live, self._anchor, self._start, self._layer = [], [], [], []
+        with self.timings.part("statistics"):
+            if model.statistics is None:
+                model.statistics = ClassStatistics.of_kind(config.covariance, model.backbone.num_features)
+            f_ND, columns_N = self.training_features(Route.single(task))
+            for f_MD in self.per_class(f_ND, columns_N):
+                model.statistics.add(f_MD)
+            if task:  # under adapter 0 they are the same features for the first task
+                f_ND, columns_N = self.training_features(Route.single(0))
+            model.prototypes.append(torch.stack([f_MD.mean(0) for f_MD in self.per_class(f_ND, columns_N)]))
+        if task and config.alignment.epochs:
+            with self.timings.part("alignment"):
+                n = config.alignment.samples_per_class or 5 * config.train_mb_size
+                align(
+                    model.head,
+                    model.statistics,
+                    dataclasses.replace(config.alignment, samples_per_class=n),
+                    weight_decay=config.weight_decay,
+                    generator=self.generator("alignment", task),
+                )
+
+    # --- predict -------------------------------------------------------------------------------------------------
+
+    def predictor(self, task: int, training: bool) -> Predictor:
+        """Self-refined retrieval; while a task trains, its own adapter."""
+        if training:
+            return Fixed(slot=task)
+        return SelfRefine(max_steps=self.config.max_steps, ensemble=self.config.ensemble)
+
+
+def orthogonality_loss(f_BD: Tensor, means_KD: Tensor | None, temperature: float = 0.8) -> Tensor:
+    """L_orth of MOS: every row of [class means; batch features] should be most similar to itself.
+
+    S = M M^T / temperature on raw (not normalised) rows; mean over the rows of the cross-entropy with the row's own
+    index (released mos.py:335-355). Means are constants.
+
+    Args:
+        f_BD: features of the batch.
+        means_KD: means of all classes of finished tasks; None at the first task.
+        temperature: divisor of the similarities.
+
+    Returns:
+        A scalar.
+    """
+    rows_MD = f_BD if means_KD is None else torch.cat([means_KD.to(f_BD), f_BD])
+    similarity_MM = rows_MD @ rows_MD.T / temperature
+    return F.cross_entropy(similarity_MM, torch.arange(len(rows_MD), device=f_BD.device))

@@ -1,0 +1,92 @@
+"""A training loop as data: what is trained, for how long, on which loss."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cl_adapters.alignment import cosine_lr
+
+
+@dataclass(frozen=True)
+class Batch:
+    """What a loss sees of one mini-batch.
+
+    Attributes:
+        features: float [B, D].
+        logits: float [B, C], one column per class so far.
+        columns: int64 [B], the right column of each sample.
+    """
+
+    features: Tensor
+    logits: Tensor
+    columns: Tensor
+
+
+Loss = Callable[[Batch], Tensor]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ParamGroup:
+    """Parameters that share a learning rate.
+
+    Attributes:
+        params: what is trained.
+        lr: learning rate at the start of the phase.
+        weight_decay: L2 factor.
+    """
+
+    params: Sequence[nn.Parameter]
+    lr: float
+    weight_decay: float = 0.0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Phase:
+    """One training loop over the experience.
+
+    Attributes:
+        name: for progress and logs.
+        epochs: passes over the data.
+        groups: what is trained; everything else stays as it is.
+        loss: scalar loss of a batch.
+        schedule: (lr, epoch, epochs) to the learning rate of that epoch.
+    """
+
+    name: str
+    epochs: int
+    groups: Sequence[ParamGroup]
+    loss: Loss
+    schedule: Callable[[float, int, int], float] = field(default=cosine_lr)
+
+    def install(self, optimizer: torch.optim.Optimizer) -> None:
+        """Give the optimizer this phase's parameters, in place: schedulers and loggers keep their reference."""
+        optimizer.state.clear()
+        optimizer.param_groups.clear()
+        for group in self.groups:
+            optimizer.add_param_group(
+                {"params": list(group.params), "lr": group.lr, "weight_decay": group.weight_decay}
+            )
+
+    def set_epoch(self, optimizer: torch.optim.Optimizer, epoch: int) -> None:
+        """Set the learning rates of ``epoch`` (0-based)."""
+        for group, live in zip(self.groups, optimizer.param_groups, strict=True):
+            live["lr"] = self.schedule(group.lr, epoch, self.epochs)
+
+
+def current_task_loss(batch: Batch, known: int) -> Tensor:
+    """Cross-entropy over the columns of the current task alone.
+
+    Leaving the first ``known`` columns out is what setting them to minus infinity does: they get no probability
+    and exactly no gradient.
+    """
+    return F.cross_entropy(batch.logits[:, known:], batch.columns - known)
+
+
+def all_classes_loss(batch: Batch) -> Tensor:
+    """Cross-entropy over all columns so far."""
+    return F.cross_entropy(batch.logits, batch.columns)
