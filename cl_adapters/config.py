@@ -28,8 +28,9 @@ def build(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
     """
     prefix = f"{where}." if where else ""
     _check(cls, values, prefix)
+    hashable: Any = cls  # for mypy, which takes no class for a key
     try:
-        config: C = _adapter(cls).validate_python(dict(values))
+        config: C = _adapter(hashable).validate_python(dict(values))
     except ValidationError as error:
         problems = "; ".join(_explain(prefix, problem) for problem in error.errors())
         raise ConfigError(problems) from error
@@ -38,7 +39,8 @@ def build(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
 
 def to_plain(config: Any) -> dict[str, Any]:
     """Return the dataclass as JSON-ready plain values; ``build`` of the same class gives it back."""
-    plain = _adapter(type(config)).dump_python(config, mode="json", include=set(_options(type(config))))
+    cls: Any = type(config)
+    plain = _adapter(cls).dump_python(config, mode="json", include=set(_options(cls)))
     assert isinstance(plain, dict)
     return plain
 

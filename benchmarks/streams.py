@@ -1,0 +1,45 @@
+"""From decoded benchmark data to Avalanche's streams (imports Avalanche: seconds and a gigabyte)."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from avalanche.benchmarks import benchmark_from_datasets
+from avalanche.benchmarks.scenarios.generic_scenario import CLScenario
+from avalanche.benchmarks.scenarios.supervised import with_classes_timeline
+from avalanche.benchmarks.utils import AvalancheDataset, DataAttribute, TaskLabels
+from avalanche.benchmarks.utils.flat_data import ConstantSequence
+from avalanche.benchmarks.utils.transform_groups import TransformGroups
+
+from cl_adapters.benchmarks.base import BenchmarkData, ImageSet
+from cl_adapters.benchmarks.datasets import ImageDataset, Transform, task_indices
+
+
+def to_avalanche(data: BenchmarkData, train_transform: Transform, eval_transform: Transform) -> CLScenario:
+    """Return an Avalanche benchmark with one experience per task in ``train_stream`` and ``test_stream``.
+
+    Items are (x, y, t) with t = 0, as ``class_incremental_benchmark`` gives them, and labels are those of
+    ``data.classes``, never renumbered. ``exp.dataset.train()`` and ``.eval()`` switch the transform of a
+    training experience; a test experience always uses ``eval_transform``. Avalanche's own
+    ``class_incremental_benchmark`` is not used because it drops classes that do not divide evenly.
+
+    Args:
+        data: the loaded benchmark.
+        train_transform: from an RGB Pillow image to a tensor, with augmentation.
+        eval_transform: the same without augmentation.
+    """
+    train = [_experience(data.train, labels, train_transform, eval_transform) for labels in data.tasks]
+    test = [_experience(data.test, labels, eval_transform, eval_transform).eval() for labels in data.tasks]
+    return with_classes_timeline(benchmark_from_datasets(train=train, test=test))
+
+
+def _experience(
+    images: ImageSet, labels: Sequence[int], train_transform: Transform, eval_transform: Transform
+) -> AvalancheDataset:
+    dataset = ImageDataset(images, task_indices(images, labels))
+    return AvalancheDataset(
+        [dataset],
+        data_attributes=[DataAttribute(dataset.targets, "targets"), TaskLabels(ConstantSequence(0, len(dataset)))],
+        # One object per data set: Avalanche keeps the current group inside it.
+        transform_groups=TransformGroups({"train": train_transform, "eval": eval_transform}),
+    )

@@ -1,0 +1,90 @@
+"""The registry: a new file in the package or an entry point is all that a plug-in needs."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from cl_adapters.errors import ClAdaptersError, UnknownName
+from cl_adapters.registry import Registry
+
+PACKAGE = "registry_test_plugins"
+PLUGIN = """
+from registry_test_plugins import things
+
+@things.register("{name}")
+class {cls}:
+    pass
+"""
+
+
+@pytest.fixture
+def things(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry[type]]:
+    """A registry in a package made for the test, with the plug-ins "apple" and "bear"."""
+    package = tmp_path / PACKAGE
+    package.mkdir()
+    (package / "__init__.py").write_text(
+        f"from cl_adapters.registry import Registry\nthings = Registry('thing', {PACKAGE!r})\n"
+    )
+    for name in ("apple", "bear"):
+        (package / f"{name}.py").write_text(PLUGIN.format(name=name, cls=name.title()))
+    monkeypatch.syspath_prepend(str(tmp_path))
+    yield importlib.import_module(PACKAGE).things
+    for module in [name for name in sys.modules if name.split(".")[0] == PACKAGE]:
+        del sys.modules[module]
+
+
+def test_plugins_are_found_by_scanning(things: Registry[type]) -> None:
+    assert f"{PACKAGE}.apple" not in sys.modules, "nothing is imported before it is asked for"
+    assert things.get("apple").__name__ == "Apple"
+    assert things.names() == ["apple", "bear"]
+
+
+def test_a_new_file_is_all_it_takes(things: Registry[type]) -> None:
+    origin = sys.modules[PACKAGE].__file__
+    assert origin is not None
+    Path(origin).with_name("cup.py").write_text(PLUGIN.format(name="cup", cls="Cup"))
+    assert things.names() == ["apple", "bear", "cup"]
+
+
+def test_unknown_name(things: Registry[type]) -> None:
+    with pytest.raises(UnknownName, match=r"unknown thing 'aple'; did you mean 'apple'\? Known: apple, bear"):
+        things.get("aple")
+
+
+def test_a_registered_name_needs_no_scan(things: Registry[type]) -> None:
+    things.register("own")(int)
+    assert things.get("own") is int
+    assert f"{PACKAGE}.apple" not in sys.modules
+
+
+def test_taken_name_is_refused_and_kept(things: Registry[type]) -> None:
+    apple = things.get("apple")
+    with pytest.raises(
+        ClAdaptersError, match=r"thing 'apple' is registered twice: by .*apple\.Apple and builtins\.int"
+    ):
+        things.register("apple")(int)
+    assert things.get("apple") is apple
+
+
+def test_registering_the_same_again_is_harmless(things: Registry[type]) -> None:
+    apple = things.get("apple")
+    assert things.register("apple")(apple) is apple
+
+
+def test_name_of_classes_and_instances(things: Registry[type]) -> None:
+    apple = things.get("apple")
+    assert things.name_of(apple) == things.name_of(apple()) == "apple"
+    with pytest.raises(UnknownName, match="unknown thing 'int'"):
+        things.name_of(3)
+
+
+def test_entry_points_are_plugins_too(things: Registry[type], monkeypatch: pytest.MonkeyPatch) -> None:
+    point = importlib.metadata.EntryPoint(name="fraction", value="fractions:Fraction", group=PACKAGE)
+    monkeypatch.setattr(importlib.metadata, "entry_points", lambda *, group: [point] if group == PACKAGE else [])
+    assert things.names() == ["apple", "bear", "fraction"]
+    assert things.get("fraction").__module__ == "fractions"
