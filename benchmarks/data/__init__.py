@@ -1,0 +1,1 @@
+"""BENCHMARKS, one file each: a frozen dataclass of parameters with a ``load(seed)``."""
