@@ -18,29 +18,31 @@ DOCUMENT = Path(__file__).parent.parent / "docs" / "results.md"
 
 def make(**changes: Any) -> Results:
     """Results of two tasks with two classes each; figures by hand: A_t = 90, (10*80 + 30*60)/40 = 65."""
-    values: dict[str, Any] = dict(
-        strategy="mos",
-        benchmark="digits",
-        backbone=BackboneInfo(name="vit_glyph_tiny", fingerprint="abc"),
-        seed=3,
-        class_names=("zero", "one", "two", "drei \u4e09"),
-        class_order=(2, 0, 1, 3),
-        task_classes=((2, 0), (1, 3)),
-        test_counts=(10, 30),
-        accuracy_matrix=np.array([[90.0, np.nan], [80.0, 60.0]]),
-        backbone_passes_per_image=Passes(per_evaluation=(1.0, 1.5), overall=1.4),
-        trainable_parameters=(100, 120),
-        stored_bytes_per_task=(4000, 4100),
-        seconds_per_task=(Seconds(train=2.0, eval=0.5), Seconds(train=3.0, statistics=0.25, alignment=1.0)),
-        cpu_seconds_per_task=(Seconds(train=4.0), Seconds(train=6.0)),
-        started="2026-01-01T10:00:00+00:00",
-        finished="2026-01-01T10:01:00+00:00",
-        config={"strategy": {"merge": "paper"}},
-        versions={"python": "3.11"},
-        hardware={"cpu": "x", "threads": 1},
-        licence="public domain",
-        routing=Routing(adapters=("0", "1"), adapter_tasks=(0, 1), counts=((9, 1), (0, 30)), right_share=(100.0, 97.5)),
-    )
+    values: dict[str, Any] = {
+        "strategy": "mos",
+        "benchmark": "digits",
+        "backbone": BackboneInfo(name="vit_glyph_tiny", fingerprint="abc"),
+        "seed": 3,
+        "class_names": ("zero", "one", "two", "drei \u4e09"),
+        "class_order": (2, 0, 1, 3),
+        "task_classes": ((2, 0), (1, 3)),
+        "test_counts": (10, 30),
+        "accuracy_matrix": np.array([[90.0, np.nan], [80.0, 60.0]]),
+        "backbone_passes_per_image": Passes(per_evaluation=(1.0, 1.5), overall=1.4),
+        "trainable_parameters": (100, 120),
+        "stored_bytes_per_task": (4000, 4100),
+        "seconds_per_task": (Seconds(train=2.0, eval=0.5), Seconds(train=3.0, statistics=0.25, alignment=1.0)),
+        "cpu_seconds_per_task": (Seconds(train=4.0), Seconds(train=6.0)),
+        "started": "2026-01-01T10:00:00+00:00",
+        "finished": "2026-01-01T10:01:00+00:00",
+        "config": {"strategy": {"merge": "paper"}},
+        "versions": {"python": "3.11"},
+        "hardware": {"cpu": "x", "threads": 1},
+        "licence": "public domain",
+        "routing": Routing(
+            adapters=("0", "1"), adapter_tasks=(0, 1), counts=((9, 1), (0, 30)), right_share=(100.0, 97.5)
+        ),
+    }
     return Results(**(values | changes))
 
 
