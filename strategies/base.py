@@ -1,5 +1,7 @@
-"""AdapterStrategy: what every strategy shares. A strategy answers four questions: what grows for an experience,
-what is trained in which phase, what is consolidated afterwards, and how one predicts.
+"""AdapterStrategy: what every strategy shares.
+
+A strategy answers four questions: what grows for an experience, what is trained in which phase, what is
+consolidated afterwards, and how one predicts.
 """
 
 from __future__ import annotations
@@ -51,6 +53,7 @@ class AdapterStrategy(SupervisedTemplate):  # type: ignore[misc]
         config: the resolved settings.
         model: the :class:`AdapterModel`.
         timings: seconds of "train", "statistics", "alignment" and "eval".
+        trainable_parameters: numbers trained at once in the newest task.
     """
 
     Config: ClassVar[type[StrategyConfig]] = StrategyConfig
@@ -101,6 +104,7 @@ class AdapterStrategy(SupervisedTemplate):  # type: ignore[misc]
         self.seed = seed
         self.timings = Stopwatch()
         self.progress = progress
+        self.trainable_parameters = 0
         self._phase: Phase | None = None
         self._features: Tensor | None = None
         self._noise: torch.Generator | None = None
@@ -222,9 +226,11 @@ class AdapterStrategy(SupervisedTemplate):  # type: ignore[misc]
 
     def _train_exp(self, experience: Any, eval_streams: Any = None, **kwargs: Any) -> None:
         self._noise = generator(self.seed, "dropout", self.task, device=self.device)
+        self.trainable_parameters = 0
         for phase in self.phases(self.task):
             self._phase = phase
             phase.install(self.optimizer)
+            self.trainable_parameters = max(self.trainable_parameters, phase.num_parameters)
             steps = len(self.dataloader)
             for epoch in range(phase.epochs):
                 phase.set_epoch(self.optimizer, epoch)
@@ -267,7 +273,8 @@ class AdapterStrategy(SupervisedTemplate):  # type: ignore[misc]
         columns_B = self.model.columns_of(self.mb_y).to(self.device)
         logits_BC = self.mb_output[:, self.model.classes]
         if self.is_training:
-            assert self._phase is not None and self._features is not None
+            assert self._phase is not None
+            assert self._features is not None
             return self._phase.loss(Batch(self._features, logits_BC, columns_B))
         seen = columns_B >= 0
         if not seen.any():
@@ -283,8 +290,8 @@ class AdapterStrategy(SupervisedTemplate):  # type: ignore[misc]
         if not math.isfinite(self.loss.item()):
             raise TrainingDiverged(
                 f"the loss became {self.loss.item()} in task {self.task} at epoch {self.clock.train_exp_epochs}, "
-                f"iteration {self.clock.train_epoch_iterations}: lower lr (now {self.optimizer.param_groups[0]['lr']:g}) "
-                "or check the inputs for values that are not finite"
+                f"iteration {self.clock.train_epoch_iterations}: lower lr (now "
+                f"{self.optimizer.param_groups[0]['lr']:g}) or check the inputs for values that are not finite"
             )
         super().backward()
 

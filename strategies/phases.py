@@ -63,6 +63,11 @@ class Phase:
     loss: Loss
     schedule: Callable[[float, int, int], float] = field(default=cosine_lr)
 
+    @property
+    def num_parameters(self) -> int:
+        """Numbers that are trained."""
+        return sum(parameter.numel() for group in self.groups for parameter in group.params)
+
     def install(self, optimizer: torch.optim.Optimizer) -> None:
         """Give the optimizer this phase's parameters, in place: schedulers and loggers keep their reference."""
         optimizer.state.clear()

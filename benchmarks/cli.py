@@ -1,0 +1,258 @@
+"""The `cl-adapters` command."""
+
+from __future__ import annotations
+
+import json
+import sys
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+import yaml
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
+from rich.table import Table
+
+from cl_adapters.errors import ClAdaptersError, ConfigError, UnknownName
+
+if TYPE_CHECKING:
+    from cl_adapters.benchmarks.results import Results
+    from cl_adapters.registry import Registry
+
+app = typer.Typer(
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    help="Continual learning with adapters on frozen pre-trained transformers.",
+)
+console = Console()
+
+Out = Annotated[Path | None, typer.Option("--out", help="New run folder; default runs/STRATEGY-BENCHMARK-sSEED.")]
+Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; default torch's own choice.", min=1)]
+RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.")]
+
+
+@app.command("run")
+def run_command(
+    strategy: Annotated[str, typer.Option(help="Strategy; see `cl-adapters list strategies`.")],
+    benchmark: Annotated[str, typer.Option(help="Benchmark, or NAME:ARGUMENT such as folder:photos.")],
+    backbone: Annotated[str | None, typer.Option(help="Embedded name, or timm:MODEL.")] = None,
+    weights: Annotated[Path | None, typer.Option(help="Local .safetensors weights of the backbone.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="lr=0.01, benchmark.tasks=10, img_size=112, ...")
+    ] = None,
+    seed: Annotated[int, typer.Option(help="Of class order, initial values, augmentation, sampling.", min=0)] = 0,
+    device: Device = "cpu",
+    threads: Threads = None,
+    out: Out = None,
+) -> None:
+    """Run a strategy on a benchmark: train task by task, evaluate, save, report."""
+    from cl_adapters.benchmarks.experiment import resolve
+    from cl_adapters.benchmarks.runner import run
+
+    _use(device, threads)
+    experiment = resolve(
+        strategy,
+        benchmark,
+        backbone=backbone,
+        weights=None if weights is None else str(weights),
+        seed=seed,
+        settings=_settings(settings or []),
+    )
+    out = out or Path("runs") / f"{strategy}-{experiment.benchmark}-s{seed}"
+    with _Live() as live:
+        results = run(experiment, out, device=device, listener=live)
+    _finish(results, out)
+
+
+@app.command("resume")
+def resume_command(folder: RunFolder, device: Device = "cpu", threads: Threads = None) -> None:
+    """Go on with an interrupted run after its last complete task."""
+    from cl_adapters.benchmarks.runner import resume
+
+    _use(device, threads)
+    with _Live() as live:
+        results = resume(folder, device=device, listener=live)
+    _finish(results, folder)
+
+
+@app.command("report")
+def report_command(folder: RunFolder) -> None:
+    """Write the HTML report of a run again, and print its table."""
+    from cl_adapters.benchmarks.report import write_report
+    from cl_adapters.benchmarks.results import read
+
+    results = read(folder)
+    write_report(results, folder / "report.html")
+    _finish(results, folder)
+
+
+@app.command("predict")
+def predict_command(
+    images: Annotated[list[Path], typer.Argument(help="Image files.")],
+    run: Annotated[Path, typer.Option("--run", help="Folder of a run.")],
+    weights: Annotated[Path | None, typer.Option(help="The backbone's weights, if their file has moved.")] = None,
+    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
+) -> None:
+    """Classify image files with the model of a run."""
+    from cl_adapters.benchmarks.runner import latest_model
+
+    model = latest_model(run, None if weights is None else _moved_backbone(run, weights))
+    answers = model.predict_files(images)
+    if as_json:
+        rows = [
+            {"file": a.file, "class": a.name, "label": a.label, "score": a.score, "adapter": a.adapter, "top": a.ranking}
+            for a in answers
+        ]
+        typer.echo(json.dumps(rows, indent=1))
+        return
+    table = Table("image", "class", "score", "adapter", "next best")
+    for answer in answers:
+        runners_up = ", ".join(f"{name} {score:.3f}" for name, score in answer.ranking[1:3])
+        adapter = "none" if answer.adapter < 0 else str(answer.adapter)
+        table.add_row(answer.file, answer.name, f"{answer.score:.3f}", adapter, runners_up)
+    console.print(table)
+
+
+@app.command("list")
+def list_command(kind: Annotated[str, typer.Argument(help="strategies, benchmarks, adapters, merges or predictors.")]) -> None:
+    """List the plug-ins of one kind, with one line each."""
+    registry = _registry(kind)
+    table = Table(kind, "")
+    for name in registry.names():
+        entry = registry.get(name)
+        summary = getattr(entry, "summary", "") or (entry.__doc__ or "").strip().partition("\n")[0]
+        table.add_row(name, summary)
+    console.print(table)
+
+
+def main() -> None:
+    """Entry point: the package's own errors become one line and exit code 2."""
+    try:
+        app()
+    except ClAdaptersError as error:
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False)
+        sys.exit(2)
+
+
+class _Live:
+    """Progress bars and one line per finished task."""
+
+    def __init__(self) -> None:
+        self._bars = Progress(
+            TextColumn("{task.description}"),
+            BarColumn(),
+            MofNCompleteColumn(),
+            TimeElapsedColumn(),
+            TimeRemainingColumn(),
+            console=console,
+            transient=True,
+        )
+        self._bar: Any = None
+        self._task = ""
+
+    def __enter__(self) -> _Live:
+        self._bars.__enter__()
+        return self
+
+    def __exit__(self, *failure: Any) -> None:
+        self._bars.__exit__(*failure)
+
+    def task_started(self, task: int, tasks: int, names: list[str]) -> None:
+        shown = ", ".join(names[:8]) + (", ..." if len(names) > 8 else "")
+        console.print(f"task {task + 1}/{tasks}: {_escape(shown)}", highlight=False)
+        self._task = f"task {task + 1}"
+        self._bar = self._bars.add_task(self._task, total=None)
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        self._bars.update(self._bar, description=f"{self._task} {phase}", completed=done, total=total)
+
+    def task_finished(self, results: Results) -> None:
+        if self._bar is not None:
+            self._bars.remove_task(self._bar)
+            self._bar = None
+        seconds = results.seconds_per_task[-1].total
+        console.print(f"  accuracy on all classes so far {results.a_last:.2f} %   ({seconds:.1f} s)", highlight=False)
+
+
+def _finish(results: Results, out: Path) -> None:
+    table = Table(title=f"{results.strategy} on {results.benchmark}, seed {results.seed}")
+    for column in ("after task", "classes", "A_t %", "passes/image", "train s", "eval s"):
+        table.add_column(column, justify="right")
+    classes = 0
+    for task, labels in enumerate(results.task_classes):
+        classes += len(labels)
+        seconds = results.seconds_per_task[task]
+        learning = seconds.train + seconds.statistics + seconds.alignment
+        passes = results.backbone_passes_per_image.per_evaluation[task]
+        row = (results.a_curve[task], passes, learning, seconds.eval)
+        table.add_row(str(task + 1), str(classes), *(f"{value:.2f}" for value in row if value is not None))
+    console.print(table)
+    forgetting = "-" if results.forgetting is None else f"{results.forgetting:.2f}"
+    console.print(f"A-bar {results.a_bar:.2f} %   A_last {results.a_last:.2f} %   forgetting {forgetting}", highlight=False)
+    console.print(f"results {_escape(str(out / 'results.json'))}", highlight=False, soft_wrap=True)
+    console.print(f"report  {_escape(str(out / 'report.html'))}", highlight=False, soft_wrap=True)
+
+
+def _settings(pairs: list[str]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for pair in pairs:
+        key, equals, text = pair.partition("=")
+        if not equals or not key:
+            raise ConfigError(f"--set takes KEY=VALUE, got {pair!r}")
+        if key in values:
+            raise ConfigError(f"--set {key} is given twice")
+        try:
+            values[key] = yaml.safe_load(text)
+        except yaml.YAMLError as error:
+            raise ConfigError(f"--set {key}: {text!r} is no YAML value; quote it") from error
+    return values
+
+
+def _use(device: str, threads: int | None) -> None:
+    import torch
+
+    try:
+        torch.empty(0, device=torch.device(device))
+    except (RuntimeError, AssertionError) as error:
+        raise ConfigError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
+    if threads is not None:
+        torch.set_num_threads(threads)
+
+
+def _moved_backbone(run: Path, weights: Path) -> Any:
+    import dataclasses
+
+    from cl_adapters.benchmarks.experiment import Experiment
+    from cl_adapters.storage import read_json
+
+    plain = read_json(run / "config.json", schema_version=1)["experiment"]
+    return dataclasses.replace(Experiment.from_plain(plain).backbone, weights=str(weights)).load()
+
+
+def _registry(kind: str) -> Registry[Any]:
+    from cl_adapters.adapters import adapters
+    from cl_adapters.benchmarks.base import benchmarks
+    from cl_adapters.merge import merges
+    from cl_adapters.predictors import predictors
+
+    known: dict[str, Any] = {"adapters": adapters, "benchmarks": benchmarks, "merges": merges, "predictors": predictors}
+    if kind == "strategies":
+        from cl_adapters.strategies.base import strategies
+
+        return strategies
+    if kind not in known:
+        raise UnknownName.of("kind of plug-in", kind, [*known, "strategies"])
+    registry: Registry[Any] = known[kind]
+    return registry
+
+
+def _escape(text: str) -> str:
+    from rich.markup import escape
+
+    return escape(text)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,169 @@
+"""An experiment: one strategy on one benchmark with one backbone and one seed, fully resolved."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cl_adapters.backbone import FrozenBackbone
+from cl_adapters.benchmarks.base import BenchmarkConfig, BenchmarkData
+from cl_adapters.benchmarks.spec import parse_benchmark
+from cl_adapters.config import build, to_plain
+from cl_adapters.errors import ConfigError
+from cl_adapters.strategies.base import AdapterStrategy, strategies
+from cl_adapters.strategies.config import StrategyConfig
+
+CONFIGS = Path(__file__).parent / "configs"
+DEFAULT_BACKBONE = "vit_glyph_tiny"
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """Which backbone; see :meth:`FrozenBackbone.load`.
+
+    Attributes:
+        name: embedded name, or "timm:" and a model name.
+        weights: local .safetensors file.
+        img_size: input side.
+        crop_pct: centre-crop fraction.
+    """
+
+    name: str = DEFAULT_BACKBONE
+    weights: str | None = None
+    img_size: int | None = None
+    crop_pct: float | None = None
+
+    def load(self) -> FrozenBackbone:
+        """Load it."""
+        return FrozenBackbone.load(
+            self.name, weights=self.weights, img_size=self.img_size, crop_pct=self.crop_pct
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Everything that decides a run's numbers.
+
+    Attributes:
+        strategy: registered name, with
+        strategy_config: its settings.
+        benchmark: registered name, with
+        benchmark_config: its parameters.
+        backbone: which backbone.
+        seed: of the run.
+    """
+
+    strategy: str
+    strategy_config: StrategyConfig
+    benchmark: str
+    benchmark_config: BenchmarkConfig
+    backbone: BackboneConfig
+    seed: int
+
+    @property
+    def strategy_class(self) -> type[AdapterStrategy]:
+        """The registered class."""
+        return strategies.get(self.strategy)
+
+    def to_plain(self) -> dict[str, Any]:
+        """JSON-ready; :meth:`from_plain` gives it back."""
+        return {
+            "strategy": {"name": self.strategy} | to_plain(self.strategy_config),
+            "benchmark": {"name": self.benchmark} | to_plain(self.benchmark_config),
+            "backbone": to_plain(self.backbone),
+            "seed": self.seed,
+        }
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Experiment:
+        """Build from nested plain values: "strategy" and "benchmark" (each with a "name"), "backbone", "seed".
+
+        Raises:
+            UnknownName, ConfigError: with the nearest valid name.
+        """
+        strategy, benchmark = dict(plain["strategy"]), dict(plain["benchmark"])
+        name = strategy.pop("name")
+        config = build(strategies.get(name).Config, strategy, name)
+        benchmark_name, benchmark_config = parse_benchmark(benchmark.pop("name"), benchmark)
+        backbone = build(BackboneConfig, plain.get("backbone", {}), "backbone")
+        return cls(name, config, benchmark_name, benchmark_config, backbone, int(plain.get("seed", 0)))
+
+
+def resolve(
+    strategy: str,
+    benchmark: str,
+    *,
+    backbone: str | None = None,
+    weights: str | None = None,
+    seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
+) -> Experiment:
+    """An experiment from the command line: the preset of (strategy, benchmark), then the user's settings on top.
+
+    Args:
+        strategy: name.
+        benchmark: "digits" or "folder:PATH".
+        backbone: default that of the preset, else the embedded one.
+        weights: local weights file.
+        seed: of the run.
+        settings: dotted keys to values. "benchmark.KEY" and "backbone.KEY" go there; "img_size", "weights" and
+            "crop_pct" are the backbone's; every other key is the strategy's ("lr", "adapter.bottleneck").
+
+    Raises:
+        UnknownName, ConfigError: with the nearest valid name.
+    """
+    strategies.get(strategy)
+    plain = preset(strategy, benchmark.partition(":")[0])
+    chosen = {"name": backbone or plain.get("backbone", {}).get("name", DEFAULT_BACKBONE)}
+    if backbone is None or backbone == plain.get("backbone", {}).get("name"):
+        chosen = plain.get("backbone", {}) | chosen
+    plain["backbone"] = chosen | ({} if weights is None else {"weights": weights})
+    plain["strategy"] = plain.get("strategy", {}) | {"name": strategy}
+    plain["benchmark"] = plain.get("benchmark", {}) | {"name": benchmark}
+    plain["seed"] = seed
+    backbone_keys = {field.name for field in dataclasses.fields(BackboneConfig)} - {"name"}
+    for key, value in (settings or {}).items():
+        path = key.split(".")
+        if path[0] in ("benchmark", "backbone", "strategy") and len(path) > 1:
+            section, *path = path
+        else:
+            section = "backbone" if key in backbone_keys else "strategy"
+        _put(plain[section], path, value, key)
+    return Experiment.from_plain(plain)
+
+
+def preset(strategy: str, benchmark: str) -> dict[str, Any]:
+    """The preset ``configs/STRATEGY-BENCHMARK.yaml``, or an empty one."""
+    path = CONFIGS / f"{strategy}-{benchmark}.yaml"
+    if not path.is_file():
+        return {}
+    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
+    unknown = set(content) - {"strategy", "benchmark", "backbone"}
+    if unknown:
+        raise ConfigError(f"{path}: unknown sections {sorted(unknown)}; known: strategy, benchmark, backbone")
+    return dict(content)
+
+
+def data_fingerprint(data: BenchmarkData) -> str:
+    """SHA-256 over class order, task sizes, labels and every pixel: the same data or not."""
+    digest = hashlib.sha256(repr((data.classes, data.class_order, data.task_sizes)).encode())
+    for part in (data.train, data.test):
+        digest.update(part.labels.tobytes())
+        for image in part.images:
+            digest.update(repr(image.shape).encode())
+            digest.update(image.tobytes())
+    return digest.hexdigest()
+
+
+def _put(target: dict[str, Any], path: list[str], value: Any, key: str) -> None:
+    for step in path[:-1]:
+        inner = target.setdefault(step, {})
+        if not isinstance(inner, dict):
+            inner = target[step] = {"type": inner}
+        target = inner
+    target[path[-1]] = value
