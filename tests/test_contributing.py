@@ -1,0 +1,55 @@
+"""The plug-ins printed in CONTRIBUTING.md work as printed."""
+
+from __future__ import annotations
+
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+CHECK = """
+import torch
+from cl_adapters import AdapterBank, AdapterModel, FrozenBackbone, Route
+from cl_adapters.adapters import adapters
+from cl_adapters.benchmarks.base import benchmarks
+from cl_adapters.merge import merges
+from cl_adapters.predictors import predictors
+from cl_adapters.strategies.base import strategies
+from timm.models.vision_transformer import VisionTransformer
+
+kinds = [(adapters, "shift"), (merges, "median"), (predictors, "first"), (strategies, "first_images"),
+         (benchmarks, "greys")]
+for registry, name in kinds:
+    assert name in registry.names(), name
+data = benchmarks.get("greys")().load(seed=0)
+assert len(data.train) == 16 and len(data.tasks) == 2
+values = [torch.tensor([1.0, 5.0]), torch.tensor([3.0, 2.0]), torch.tensor([2.0, 9.0])]
+assert torch.equal(merges.get("median")(values), torch.tensor([2.0, 5.0]))
+
+torch.manual_seed(0)
+backbone = FrozenBackbone.wrap(VisionTransformer(img_size=8, patch_size=4, embed_dim=8, depth=2, num_heads=2,
+                                                 num_classes=0))
+bank = AdapterBank(backbone, adapters.get("shift")())
+x = torch.rand(3, 3, 8, 8)
+for slot in range(2):
+    bank.add_slot(bank.fresh(torch.Generator().manual_seed(slot)))
+model = AdapterModel(backbone, bank)
+plain = model.features(x, None)
+assert torch.equal(model.features(x, Route.single(0)), plain)
+with torch.no_grad():
+    for parameter in bank.slot_parameters(1):
+        parameter.copy_(torch.arange(8.0))
+assert not torch.allclose(model.features(x, Route.single(1)), plain)
+
+strategy = strategies.get("first_images")(model=backbone, evaluator=None)
+assert strategy.config.train_mb_size > 0
+"""
+
+
+def test_printed_plugins_register_and_work(repo_root: Path) -> None:
+    blocks = re.findall(r"```python\n(.*?)```", (repo_root / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.S)
+    assert len(blocks) == 5
+    done = subprocess.run(
+        [sys.executable, "-c", "\n".join((*blocks, CHECK))], cwd=repo_root, capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr[-3000:]
