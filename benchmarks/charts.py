@@ -84,7 +84,7 @@ def heat_map(
     """
     num_rows, num_columns = shares.shape
     left = LEFT - 18
-    size = min(88.0, (WIDTH - left - RIGHT) / max(num_rows, num_columns))
+    size = min(98.0, (WIDTH - left - RIGHT) / max(num_rows, num_columns))
     wide, high = size * num_columns, size * num_rows
     gap = 1.5 if size > 14 else 0.0
     plate = {"x": left - 1, "y": TOP - 1, "width": wide + 2 - gap, "height": high + 2 - gap, "class": "plate"}

@@ -7,7 +7,7 @@ import numpy as np
 from cl_adapters.benchmarks import charts
 from cl_adapters.benchmarks.charts import Series
 from cl_adapters.benchmarks.report_figures import Figure, block_sums, known, listed, span, task_blocks
-from cl_adapters.benchmarks.results import Results
+from cl_adapters.benchmarks.results import Results, Routing
 from cl_adapters.benchmarks.svg import percent
 
 
@@ -21,9 +21,9 @@ def routing(results: Results) -> Figure | None:
     images = counts.sum(axis=1, keepdims=True)
     shares = np.divide(100 * counts, images, out=np.full_like(counts, np.nan), where=images > 0)
     rows = [span(block) for block in row_blocks]
+    names, title = _names(found)
     columns = [
-        found.adapters[block[0]] if len(block) == 1 else f"{found.adapters[block[0]]}–{found.adapters[block[-1]]}"
-        for block in column_blocks
+        names[block[0]] if len(block) == 1 else f"{names[block[0]]}–{names[block[-1]]}" for block in column_blocks
     ]
     right = {
         (row, column)
@@ -33,7 +33,7 @@ def routing(results: Results) -> Figure | None:
     }
     tips = [
         [
-            f"images of task {name}, adapter {column}{' (right)' if (r, c) in right else ''}: "
+            f"images of task {name}, {title} {column}{' (right)' if (r, c) in right else ''}: "
             f"{counts[r, c]:.0f} of {images[r, 0]:.0f} ({percent(known(shares[r, c]))})"
             for c, column in enumerate(columns)
         ]
@@ -46,9 +46,9 @@ def routing(results: Results) -> Figure | None:
     picture = charts.heat_map(
         shares,
         rows=[str(block[0] + 1) for block in row_blocks],
-        columns=[_clipped(found.adapters[block[0]]) for block in column_blocks],
+        columns=[_clipped(names[block[0]]) for block in column_blocks],
         row_title="images of task",
-        column_title="adapter that answered",
+        column_title=f"{title} (the one that answered)",
         tips=tips,
         label="Routing",
         description=caption,
@@ -99,14 +99,22 @@ def confusions(results: Results, most: int = 6) -> Figure | None:
         if found.adapter_tasks[adapter] == task
     )
     images = sum(map(sum, found.counts))
+    names, title = _names(found)
     rows = tuple(
-        (str(task + 1), found.adapters[adapter], f"{-count:,}", percent(100 * -count / sum(found.counts[task])))
+        (str(task + 1), names[adapter], f"{-count:,}", percent(100 * -count / sum(found.counts[task])))
         for count, task, adapter in wrong[:most]
     )
     caption = f"Last evaluation: {right_answers:,} of {images:,} images were answered by an adapter of their own task."
     caption += " The most frequent others:" if rows else ""
-    columns = ("images of task", "answered by adapter", "images", "of the task") if rows else ()
+    columns = ("images of task", f"answered by {title}", "images", "of the task") if rows else ()
     return Figure(title="Wrong adapters", caption=caption, columns=columns, rows=rows)
+
+
+def _names(found: Routing) -> tuple[list[str], str]:
+    """Return a name per adapter and what the name is: its task where each task has one adapter, else its id."""
+    if len(set(found.adapter_tasks)) == len(found.adapters):
+        return [str(task + 1) for task in found.adapter_tasks], "adapter of task"
+    return list(found.adapters), "adapter"
 
 
 def _clipped(name: str) -> str:

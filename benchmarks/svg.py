@@ -127,7 +127,7 @@ def rough_duration(seconds: float) -> str:
     """Return seconds in one unit with little room: "12.3 s", "2.2 min", "1.4 h"."""
     if seconds < 99.95:
         return duration(seconds) if seconds < 59.95 else f"{seconds:.0f} s"
-    return f"{seconds / 60:.1f} min" if seconds < 5997 else f"{seconds / 3600:.1f} h"
+    return f"{seconds / 60:.1f} min" if seconds < 3597 else f"{seconds / 3600:.1f} h"
 
 
 def _attribute(value: object) -> str:

@@ -1,0 +1,116 @@
+"""Tables over several runs: grouping, means, deviations, and what must not be averaged."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+from rich.console import Console
+
+from cl_adapters.benchmarks.comparison import Stat, load_runs, summarise, to_markdown, to_table
+from cl_adapters.benchmarks.results import BackboneInfo, Passes, Results, Seconds, write
+from cl_adapters.errors import DataError, StorageError
+
+
+def run(seed: int, accuracy: float, strategy: str = "mos", merge: str = "paper", **changes: Any) -> Results:
+    """A run of one task with that accuracy."""
+    values: dict[str, Any] = {
+        "strategy": strategy,
+        "benchmark": "digits",
+        "backbone": BackboneInfo(name="tiny", fingerprint="f" * 64),
+        "seed": seed,
+        "class_names": ("a", "b"),
+        "class_order": (0, 1),
+        "task_classes": ((0,), (1,)),
+        "test_counts": (10, 10),
+        "accuracy_matrix": ((100.0, None), (accuracy, accuracy)),
+        "backbone_passes_per_image": Passes(per_evaluation=(1.0, 2.0), overall=1.5),
+        "trainable_parameters": (1000, 2000),
+        "stored_bytes_per_task": (500, 700),
+        "seconds_per_task": (Seconds(train=2.0, eval=1.0), Seconds(alignment=float(seed))),
+        "cpu_seconds_per_task": (Seconds(train=10.0), Seconds()),
+        "started": "2026-01-01T10:00:00+00:00",
+        "finished": "2026-01-01T10:01:00+00:00",
+        "config": {
+            "seed": seed,
+            "strategy": {"name": strategy, "merge": merge},
+            "backbone": {"weights": f"/tmp/{seed}"},
+        },
+        "versions": {},
+        "hardware": {},
+    }
+    return Results(**(values | changes))
+
+
+def test_mean_and_sample_deviation_over_seeds() -> None:
+    # A_last 80, 90, 94: mean 88, deviations -8, 2, 6, variance (64 + 4 + 36) / 2 = 52
+    (row,) = summarise([run(2, 80.0), run(0, 90.0), run(1, 94.0)])
+    assert row.seeds == (0, 1, 2)
+    assert row.variant == ""
+    assert row.a_last.mean == 88.0
+    assert row.a_last.std == pytest.approx(52**0.5)
+    assert row.a_bar.mean == pytest.approx((90 + 95 + 97) / 3)
+    assert row.forgetting.mean == pytest.approx(12.0)
+    assert (row.trainable_parameters.mean, row.stored_bytes.mean) == (2000.0, 1200.0)
+    assert row.passes_per_image == Stat(1.5, 0.0)
+    assert row.learning_seconds == Stat(3.0, 1.0)
+    assert row.eval_seconds.mean == 1.0
+    assert row.cpu_seconds.mean == 10.0
+
+
+def test_one_run_has_no_deviation_and_missing_values_no_mean() -> None:
+    (row,) = summarise([run(0, 80.0)])
+    assert row.a_last == Stat(80.0, None)
+    gap = run(1, 80.0, accuracy_matrix=((None, None), (80.0, 80.0)))
+    (row,) = summarise([run(0, 80.0), gap])
+    assert row.a_bar == Stat(None, None)
+    assert row.a_last == Stat(80.0, 0.0)
+
+
+def test_groups_by_benchmark_and_strategy_in_order_of_appearance() -> None:
+    rows = summarise([run(0, 80.0), run(0, 50.0, "sequential"), run(1, 82.0), run(0, 70.0, benchmark="glyphs")])
+    assert [(row.benchmark, row.strategy, row.seeds) for row in rows] == [
+        ("digits", "mos", (0, 1)), ("digits", "sequential", (0,)), ("glyphs", "mos", (0,)),
+    ]  # fmt: skip
+    assert {row.variant for row in rows} == {""}, "each is the only variant of its strategy on its benchmark"
+
+
+def test_other_options_backbones_or_lengths_are_rows_of_their_own() -> None:
+    other = BackboneInfo(name="deit", fingerprint="e" * 64)
+    rows = summarise([run(0, 80.0), run(0, 85.0, merge="released"), run(0, 60.0, backbone=other)])
+    assert [row.variant for row in rows] == [
+        "backbone=tiny ffffffff, merge=paper", "backbone=tiny ffffffff, merge=released",
+        "backbone=deit eeeeeeee, merge=paper",
+    ]  # fmt: skip
+
+
+def test_the_same_seed_twice_is_an_error() -> None:
+    with pytest.raises(DataError, match="mos on digits: seed 3 is there 2 times"):
+        summarise([run(3, 80.0), run(3, 81.0)])
+
+
+def test_markdown() -> None:
+    text = to_markdown(summarise([run(seed, 80.0 + seed, benchmark="a|b") for seed in (0, 1, 2, 5)]))
+    heading, rule, line = text.splitlines()
+    assert heading.startswith("| benchmark | strategy | variant | seeds | tasks | A-bar, % |")
+    assert rule.count("|") == heading.count("|")
+    assert line.startswith(
+        "| a\\|b | mos |  | 0–2, 5 | 2 | 91.00 ± 1.08 | 82.00 ± 2.16 | 18.00 ± 2.16 | 2 k | 1.2 kB | 1.50"
+    )
+
+
+def test_terminal_table() -> None:
+    console = Console(width=220, record=True, file=io.StringIO())
+    console.print(to_table(summarise([run(0, 80.0, "[red]mos")]), title="Comparison"))
+    text = console.export_text()
+    assert "Comparison" in text
+    assert "[red]mos" in text
+    assert "80.00" in text
+
+
+def test_load_runs(tmp_path: Path) -> None:
+    for seed in (0, 1):
+        write(run(seed, 80.0), tmp_path / str(seed) / "results.json")
+    assert [loaded.seed for loaded in load_runs([tmp_path / "1", tmp_path / "0"])] == [1, 0]
+    with pytest.raises(StorageError, match="missing"):
+        load_runs([tmp_path])

@@ -1,0 +1,260 @@
+"""The HTML report: complete, self-contained, escaped, for one task and for hundreds."""
+
+import base64
+import hashlib
+import itertools
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from html.parser import HTMLParser
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+
+from cl_adapters.benchmarks.report import render, write_report
+from cl_adapters.benchmarks.results import BackboneInfo, Passes, Results, Routing, Seconds, write
+from cl_adapters.benchmarks.svg import amount, colour, duration, ink, rough_duration, thinned, ticks
+from cl_adapters.errors import StorageError
+
+NASTY = "<script>alert('x')</script>\"><img src=http://evil.example/x onerror=alert(1)>&amp;"
+VOID = {"meta", "link", "img", "br", "hr", "input"}
+
+
+def made_up(tasks: int, names: Sequence[str] = (), **changes: Any) -> Results:
+    """Results of ``tasks`` tasks of two classes each, with forgetting and with routing errors."""
+    rng = np.random.default_rng(0)
+    matrix = np.full((tasks, tasks), np.nan)
+    for task in range(tasks):
+        matrix[task, : task + 1] = rng.uniform(40, 95, task + 1)
+    counts = np.minimum(rng.integers(0, 9, (tasks, tasks)), 3) + 7 * np.eye(tasks, dtype=int)
+    seconds = tuple(Seconds(train=4.0, statistics=0.2, alignment=0.1 * t, eval=0.3 * t) for t in range(tasks))
+    values: dict[str, Any] = {
+        "strategy": "mos",
+        "benchmark": "glyphs",
+        "backbone": BackboneInfo(name="vit_glyph_tiny", fingerprint="0123456789abcdef" * 4),
+        "seed": 7,
+        "class_names": tuple(names) or tuple(f"class-{label}" for label in range(2 * tasks)),
+        "class_order": tuple(range(2 * tasks)),
+        "task_classes": tuple((2 * task, 2 * task + 1) for task in range(tasks)),
+        "test_counts": tuple(int(n) for n in counts.sum(axis=1)),
+        "accuracy_matrix": matrix,
+        "backbone_passes_per_image": Passes(per_evaluation=(1.5,) * tasks, overall=1.5),
+        "trainable_parameters": (36_928,) * tasks,
+        "stored_bytes_per_task": (147_712,) * tasks,
+        "seconds_per_task": seconds,
+        "cpu_seconds_per_task": seconds,
+        "started": "2026-01-01T10:00:00+00:00",
+        "finished": "2026-01-01T10:01:00+00:00",
+        "config": {"strategy": {"merge": "paper", "lr": 0.03}, "benchmark": {"tasks": tasks}, "seed": 7},
+        "versions": {"torch": "2.9.0"},
+        "hardware": {"threads": 1},
+        "licence": "public domain",
+        "routing": Routing(
+            adapters=tuple(str(task) for task in range(tasks)),
+            adapter_tasks=tuple(range(tasks)),
+            counts=tuple(tuple(int(n) for n in row) for row in counts),
+            right_share=tuple(float(x) for x in rng.uniform(50, 100, tasks)),
+        ),
+    }
+    return Results(**(values | changes))
+
+
+class Page(HTMLParser):
+    """What is in a page: tags, attributes, text per tag; and whether every element is closed in order."""
+
+    def __init__(self, html: str) -> None:
+        super().__init__()
+        self.tags: list[str] = []
+        self.attributes: list[tuple[str, str, str]] = []
+        self.text: list[str] = []
+        self.tips: list[str] = []
+        self._open: list[str] = []
+        self.feed(html)
+        self.close()
+        assert self._open == [], f"not closed: {self._open}"
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.append(tag)
+        self.attributes += [(tag, name, value or "") for name, value in attrs]
+        self.tips += [value or "" for name, value in attrs if name == "data-tip"]
+        if tag not in VOID:
+            self._open.append(tag)
+
+    def handle_endtag(self, tag: str) -> None:
+        assert self._open.pop() == tag
+
+    def handle_data(self, data: str) -> None:
+        if self._open and self._open[-1] not in ("style", "script"):
+            self.text.append(data.strip())
+
+    @property
+    def words(self) -> str:
+        return "\n".join(filter(None, self.text))
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 10, 20, 100])
+def test_every_part_is_there_for_any_number_of_tasks(tasks: int) -> None:
+    run = made_up(tasks)
+    page = Page(render(run))
+    headings: tuple[str, ...] = (
+        "Accuracy matrix",
+        "Accuracy after each task",
+        "Forgetting per task",
+        "Which adapter answered",
+    )
+    headings += ("Where the time went", "Backbone passes per image", "Trained parameters per task", "Stored bytes")
+    headings += ("Configuration", "Versions", "Classes of each task", "strategy.merge", "2.9.0", "class-0", "36.9 k")
+    for expected in headings:
+        assert expected in page.words, expected
+    assert f"{run.a_bar:.1f} %" in page.words
+    assert f"{run.a_last:.1f} %" in page.words
+    expected_pictures = 9 if tasks > 1 else 8  # nothing to forget
+    assert page.tags.count("svg") == expected_pictures
+    assert page.tags.count("desc") == expected_pictures
+    assert not re.search(r"\bnan\b|\bNone\b", page.words)
+
+
+def test_numbers_stand_in_large_cells_only() -> None:
+    def cell_texts(tasks: int) -> int:
+        html = render(made_up(tasks, routing=None))
+        return len(re.findall(r'<text [^>]*class="cell', html))
+
+    assert cell_texts(10) == 55
+    assert cell_texts(20) == 210
+    assert cell_texts(100) == 0
+
+
+def test_matrix_cells_carry_their_values_for_the_mouse() -> None:
+    run = made_up(3, accuracy_matrix=[[90.0, None, None], [80.0, 60.0, None], [85.0, 40.0, 70.0]])
+    tips = Page(render(run)).tips
+    assert "after task 2, on task 1: 80.0 %" in tips
+    assert sum(tip.startswith("after task") and "on task" in tip for tip in tips) == 6, "unseen tasks have no cell"
+
+
+def test_hundreds_of_tasks_are_drawn_in_blocks() -> None:
+    tips = Page(render(made_up(250))).tips
+    first = made_up(250).matrix[:3, :3]
+    assert f"after task 1–3, on task 1–3: {np.nanmean(first):.1f} %" in tips
+
+
+def test_names_are_only_ever_text() -> None:
+    plain = Page(render(made_up(2)))
+    config = {NASTY: {"deep": NASTY}}
+    routing = Routing(adapters=(NASTY, "b", "c"), adapter_tasks=(0, 0, 1), counts=((1, 2, 3), (4, 5, 6)))
+    attacked = made_up(
+        2, [NASTY] * 4, strategy=NASTY, benchmark=NASTY, licence=NASTY, config=config, versions={NASTY: NASTY},
+        routing=routing, started=NASTY, finished=NASTY, backbone=BackboneInfo(name=NASTY, fingerprint=NASTY),
+    )  # fmt: skip
+    html = render(attacked)
+    page = Page(html)
+    assert page.tags.count("script") == plain.tags.count("script") == 1
+    assert "img" not in page.tags
+    assert not [attribute for attribute in page.attributes if attribute[1].startswith("on")]
+    assert NASTY in page.words
+    assert NASTY in "".join(page.tips)
+    assert "<script>alert" not in html
+
+
+def test_nothing_is_loaded_from_anywhere() -> None:
+    html = render(made_up(10))
+    page = Page(html)
+    assert not {"link", "img", "iframe", "object", "embed", "image", "use"} & set(page.tags)
+    assert not [attribute for attribute in page.attributes if attribute[1] in ("src", "href", "xlink:href", "action")]
+    assert not re.search(r"https?://|//[a-z]|@import|url\(|fetch\(|XMLHttp", html)
+    policy = next(
+        value for tag, name, value in page.attributes if (tag, name) == ("meta", "content") and "src" in value
+    )
+    assert policy.startswith("default-src 'none';")
+
+
+def test_the_policy_allows_the_page_its_own_script() -> None:
+    html = render(made_up(2))
+    script = html.split("<script>")[1].split("</script>")[0]
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    policies = [value for _, name, value in Page(html).attributes if name == "content"]
+    assert any(f"'sha256-{digest}'" in policy for policy in policies)
+
+
+def test_missing_evaluations_and_early_stop() -> None:
+    matrix = np.full((3, 3), np.nan)
+    matrix[2] = [50.0, 60.0, 70.0]
+    run = made_up(
+        3, [f"c{i}" for i in range(10)], class_order=tuple(range(10)), accuracy_matrix=matrix, routing=None,
+        backbone_passes_per_image=Passes(per_evaluation=(None, None, 1.0), overall=1.0),
+        expansions=({"blocks.9": 1}, {}, {"blocks.9": 1, "blocks.10": 1}),
+    )  # fmt: skip
+    page = Page(render(run))
+    assert "6 of the 10 classes" in page.words
+    assert "adapters added" in page.words
+    assert "Which adapter answered" not in page.words
+    unmeasured = Page(render(made_up(2, accuracy_matrix=np.full((2, 2), np.nan))))
+    assert "not evaluated after the last" in unmeasured.words
+
+
+def test_right_and_wrong_adapters() -> None:
+    routing = Routing(adapters=("a", "b"), adapter_tasks=(0, 1), counts=((6, 2), (0, 8)), right_share=(100.0, 87.5))
+    page = Page(render(made_up(2, routing=routing)))
+    assert "14 of 16 images" in page.words
+    assert "images of task 1, adapter of task 2: 2 of 8 (25.0 %)" in page.tips
+    assert "images of task 1, adapter of task 1 (right): 6 of 8 (75.0 %)" in page.tips
+
+
+def test_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:
+    path = write_report(made_up(2), tmp_path / "report.html")
+    assert path.read_text(encoding="utf-8") == render(made_up(2))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["report.html"]
+    (tmp_path / "file").write_text("")
+    with pytest.raises(StorageError, match="cannot write"):
+        write_report(made_up(2), tmp_path / "file" / "report.html")
+
+
+def test_a_report_needs_no_torch(tmp_path: Path) -> None:
+    write(made_up(2), tmp_path / "results.json")
+    code = (
+        "import sys; from cl_adapters.benchmarks import report, results; "
+        f"report.write_report(results.read({str(tmp_path)!r}), {str(tmp_path / 'r.html')!r}); "
+        "print([name for name in ('torch', 'avalanche', 'timm', 'matplotlib') if name in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=False)
+    assert (done.stdout.strip(), done.returncode) == ("[]", 0), done.stderr
+    assert (tmp_path / "r.html").exists()
+
+
+def test_axis_steps_and_labels() -> None:
+    assert ticks(0, 100) == [0, 20, 40, 60, 80, 100]
+    assert ticks(-3, 19) == [-5, 0, 5, 10, 15, 20]
+    assert ticks(0, 0)[0] == 0
+    assert ticks(0, 0)[-1] == 1
+    assert thinned(5, 10) == [0, 1, 2, 3, 4]
+    assert [position + 1 for position in thinned(20, 10)] == [1, 3, 5, 7, 9, 11, 13, 15, 17, 19]
+    assert [position + 1 for position in thinned(20, 5)] == [1, 5, 10, 15, 20]
+    for count in (1, 3, 99, 100, 1000):
+        assert len(thinned(count, 12)) <= 13
+
+
+def test_numbers_for_people() -> None:
+    assert [amount(n) for n in (0, 950, 36_928, 1_000_000, 999_600)] == ["0", "950", "36.9 k", "1 M", "1.0 M"]
+    assert amount(4_100_000, "B") == "4.1 MB"
+    assert [duration(s) for s in (0.424, 12.34, 59.96, 200, 7500)] == [
+        "0.42 s", "12.3 s", "1 min 00 s", "3 min 20 s", "2 h 05 min",
+    ]  # fmt: skip
+    assert [rough_duration(s) for s in (12.34, 75, 134, 5000)] == ["12.3 s", "75 s", "2.2 min", "1.4 h"]
+
+
+def test_colours_get_lighter_and_text_stays_readable() -> None:
+    def luminance(fill: str) -> float:
+        red, green, blue = (int(fill[i : i + 2], 16) / 255 for i in (1, 3, 5))
+        return float(0.2126 * red**2.2 + 0.7152 * green**2.2 + 0.0722 * blue**2.2)
+
+    steps = [luminance(colour(share / 100)) for share in range(101)]
+    assert all(a < b for a, b in itertools.pairwise(steps))
+    assert colour(-1) == colour(0) == "#440154"
+    assert colour(2) == "#fde725"
+    for share in range(101):
+        fill = colour(share / 100)
+        text = 1.0 if ink(fill) == "#fff" else 0.0
+        low, high = sorted((luminance(fill), text))
+        assert (high + 0.05) / (low + 0.05) > 4.5
