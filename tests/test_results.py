@@ -136,10 +136,13 @@ def test_missing_broken_and_lax_json(tmp_path: Path) -> None:
     with pytest.raises(StorageError, match="missing"):
         read(tmp_path)
     path = tmp_path / "results.json"
-    for text in ("{", "[]", '{"schema_version": 1, "a_bar": NaN}'):
+    for text in ("{", "[]", ""):
         path.write_text(text)
         with pytest.raises(StorageError, match=re.escape(str(path))):
             read(path)
+    stored(tmp_path, config={"lr": float("nan")})
+    with pytest.raises(StorageError, match="NaN is not JSON"):
+        read(path)
 
 
 def test_what_json_cannot_hold_is_refused_before_the_old_file_is_touched(tmp_path: Path) -> None:
