@@ -84,7 +84,7 @@ def heat_map(
     """
     num_rows, num_columns = shares.shape
     left = LEFT - 18
-    size = min(98.0, (WIDTH - left - RIGHT) / max(num_rows, num_columns))
+    size = min(150.0, (WIDTH - left - RIGHT) / max(num_rows, num_columns))
     wide, high = size * num_columns, size * num_rows
     gap = 1.5 if size > 14 else 0.0
     plate = {"x": left - 1, "y": TOP - 1, "width": wide + 2 - gap, "height": high + 2 - gap, "class": "plate"}
@@ -138,8 +138,10 @@ def lines(
     if reference is not None:
         y = scale.y(reference)
         parts.append(element("line", {"x1": LEFT, "x2": WIDTH - RIGHT, "y1": y, "y2": y, "class": "reference"}))
-    for number, one in reversed(list(enumerate(series))):
-        parts += _line(one, scale, values_shown=number == 0 and tasks <= 12)
+    for one in reversed(series):
+        parts += _line(one, scale)
+    if tasks <= 12:
+        parts += _point_values(series, scale)
     return picture(WIDTH, HEIGHT, parts, label=label, description=description)
 
 
@@ -167,7 +169,7 @@ def bars(
     steps = ticks(min(0.0, *tops), max(0.0, reference or 0.0, *tops))
     scale = _Scale(tasks, steps[0], steps[-1])
     wide, fine = (min(46.0, scale.step * 0.72), "") if scale.step > 4 else (scale.step, " fine")
-    parts = _axes(scale, axis_title, number, zero=True)
+    parts, values = _axes(scale, axis_title, number, zero=True), []
     for task in range(tasks):
         level = 0.0
         for one in stack:
@@ -182,14 +184,14 @@ def bars(
             parts.append(element("rect", {**box, "height": tall, "data-tip": one.tips[task]}))
             if len(stack) == 1 and tasks <= 12:
                 place = {"x": scale.x(task), "y": scale.y(top) - 5, "class": "value"}
-                parts.append(element("text", place, number(value)))
+                values.append(element("text", place, number(value)))
     if reference is not None:
         y = scale.y(reference)
         parts.append(element("line", {"x1": LEFT, "x2": WIDTH - RIGHT, "y1": y, "y2": y, "class": "reference"}))
-    return picture(WIDTH, HEIGHT, parts, label=label, description=description)
+    return picture(WIDTH, HEIGHT, [*parts, *values], label=label, description=description)
 
 
-def _line(one: Series, scale: _Scale, values_shown: bool) -> list[Markup]:
+def _line(one: Series, scale: _Scale) -> list[Markup]:
     points = [(task, value) for task, value in enumerate(one.values) if value is not None]
     path, previous = "", -2
     for task, value in points:  # a gap in the data is a gap in the line
@@ -201,12 +203,22 @@ def _line(one: Series, scale: _Scale, values_shown: bool) -> list[Markup]:
         if scale.step > 5 or len(points) == 1:
             dot = {"cx": scale.x(task), "cy": scale.y(value), "r": radius, "class": f"dot {one.style}"}
             parts.append(element("circle", dot))
-        if values_shown:
-            place = {"x": scale.x(task), "y": scale.y(value) - 9, "class": "value"}
-            parts.append(element("text", place, f"{value:.1f}"))
         # A dot is hard to hit with a mouse: the target is larger than what is seen.
         target = {"cx": scale.x(task), "cy": scale.y(value), "r": max(radius, min(9.0, scale.step / 2))}
         parts.append(element("circle", {**target, "class": "target", "data-tip": one.tips[task]}))
+    return parts
+
+
+def _point_values(series: Sequence[Series], scale: _Scale) -> list[Markup]:
+    """Values of the first series, above its points, or below where another line passes above."""
+    parts = []
+    for task, value in enumerate(series[0].values):
+        if value is None:
+            continue
+        others = [other for one in series[1:] if (other := one.values[task]) is not None]
+        below = any(other > value for other in others) and scale.y(value) + 18 < HEIGHT - BOTTOM
+        place = {"x": scale.x(task), "y": scale.y(value) + (18 if below else -9), "class": "value"}
+        parts.append(element("text", place, f"{value:.1f}"))
     return parts
 
 

@@ -135,6 +135,11 @@ def passes(results: Results) -> Figure:
 
 def parameters(results: Results) -> Figure:
     """Trainable parameters per task."""
+    title = "Trained parameters per task"
+    if not any(results.trainable_parameters):
+        return Figure(
+            title=title, caption="Nothing was trained by gradient: this strategy has no trainable parameters."
+        )
     tips = [f"task {t + 1}: {count:,} parameters" for t, count in enumerate(results.trainable_parameters)]
     caption = "Numbers that were trained for each task: its adapter and the classifier head."
     picture = charts.bars(
@@ -144,7 +149,7 @@ def parameters(results: Results) -> Figure:
         description=f"{caption} {', '.join(map(amount, results.trainable_parameters))}.",
         number=amount,
     )
-    return Figure(title="Trained parameters per task", caption=caption, picture=picture)
+    return Figure(title=title, caption=caption, picture=picture)
 
 
 def stored(results: Results) -> Figure:

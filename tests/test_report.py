@@ -194,6 +194,12 @@ def test_missing_evaluations_and_early_stop() -> None:
     assert "not evaluated after the last" in unmeasured.words
 
 
+def test_a_strategy_that_trains_nothing_says_so() -> None:
+    page = Page(render(made_up(2, trainable_parameters=(0, 0))))
+    assert "no trainable parameters" in page.words
+    assert page.tags.count("svg") == 8
+
+
 def test_right_and_wrong_adapters() -> None:
     routing = Routing(adapters=("a", "b"), adapter_tasks=(0, 1), counts=((6, 2), (0, 8)), right_share=(100.0, 87.5))
     page = Page(render(made_up(2, routing=routing)))
