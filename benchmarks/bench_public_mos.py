@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import argparse
 import statistics
-import sys
 import time
 from pathlib import Path
 
@@ -119,7 +118,9 @@ def compare(results: Results, public: dict[str, object], forward_ms: float) -> N
     print(f"A_t public  {' '.join(f'{value:.2f}' for value in curve)}   ({public['what']})")
     print(f"A-bar here {results.a_bar:.2f}, public {sum(curve) / len(curve):.2f}")
     print(f"passes per image {results.backbone_passes_per_image.overall:.2f} (public: 1 + tasks)")
-    print(f"one frozen forward: here {forward_ms:.2f} ms/image (median of this run), public about {PUBLIC_FORWARD_MS:g}")
+    print(
+        f"one frozen forward: here {forward_ms:.2f} ms/image (median of this run), public about {PUBLIC_FORWARD_MS:g}"
+    )
     rows = {
         "training without alignment": (ours.train + ours.statistics, theirs["train"] - theirs["alignment"]),
         "alignment": (ours.alignment, theirs["alignment"]),
@@ -132,4 +133,4 @@ def compare(results: Results, public: dict[str, object], forward_ms: float) -> N
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    main()

@@ -40,7 +40,8 @@ def run_command(
     backbone: Annotated[str | None, typer.Option(help="Embedded name, or timm:MODEL.")] = None,
     weights: Annotated[Path | None, typer.Option(help="Local .safetensors weights of the backbone.")] = None,
     settings: Annotated[
-        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="lr=0.01, benchmark.tasks=10, img_size=112, ...")
+        list[str] | None,
+        typer.Option("--set", metavar="KEY=VALUE", help="lr=0.01, benchmark.tasks=10, img_size=112, ..."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of class order, initial values, augmentation, sampling.", min=0)] = 0,
     device: Device = "cpu",
@@ -102,7 +103,14 @@ def predict_command(
     answers = model.predict_files(images)
     if as_json:
         rows = [
-            {"file": a.file, "class": a.name, "label": a.label, "score": a.score, "adapter": a.adapter, "top": a.ranking}
+            {
+                "file": a.file,
+                "class": a.name,
+                "label": a.label,
+                "score": a.score,
+                "adapter": a.adapter,
+                "top": a.ranking,
+            }
             for a in answers
         ]
         typer.echo(json.dumps(rows, indent=1))
@@ -116,7 +124,9 @@ def predict_command(
 
 
 @app.command("list")
-def list_command(kind: Annotated[str, typer.Argument(help="strategies, benchmarks, adapters, merges or predictors.")]) -> None:
+def list_command(
+    kind: Annotated[str, typer.Argument(help="strategies, benchmarks, adapters, merges or predictors.")],
+) -> None:
     """List the plug-ins of one kind, with one line each."""
     registry = _registry(kind)
     table = Table(kind, "")
@@ -190,7 +200,9 @@ def _finish(results: Results, out: Path) -> None:
         table.add_row(str(task + 1), str(classes), *(f"{value:.2f}" for value in row if value is not None))
     console.print(table)
     forgetting = "-" if results.forgetting is None else f"{results.forgetting:.2f}"
-    console.print(f"A-bar {results.a_bar:.2f} %   A_last {results.a_last:.2f} %   forgetting {forgetting}", highlight=False)
+    console.print(
+        f"A-bar {results.a_bar:.2f} %   A_last {results.a_last:.2f} %   forgetting {forgetting}", highlight=False
+    )
     console.print(f"results {_escape(str(out / 'results.json'))}", highlight=False, soft_wrap=True)
     console.print(f"report  {_escape(str(out / 'report.html'))}", highlight=False, soft_wrap=True)
 

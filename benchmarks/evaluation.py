@@ -65,7 +65,7 @@ def evaluate(
         known_before = 0 if memory is None else len(memory)
         answer = model.answer(x, memory, indices[start : start + len(y)])
         start += len(y)
-        places = [position[task_of_label[label]] for label in y.tolist()]
+        places = np.array([position[task_of_label[label]] for label in y.tolist()])
         np.add.at(right, places, (labels[answer.logits.argmax(1).cpu()] == y).numpy())
         np.add.at(total, places, 1)
         np.add.at(routing, (places, (answer.adapter + 1).numpy()), 1)

@@ -40,9 +40,7 @@ class BackboneConfig:
 
     def load(self) -> FrozenBackbone:
         """Load it."""
-        return FrozenBackbone.load(
-            self.name, weights=self.weights, img_size=self.img_size, crop_pct=self.crop_pct
-        )
+        return FrozenBackbone.load(self.name, weights=self.weights, img_size=self.img_size, crop_pct=self.crop_pct)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -82,7 +82,9 @@ def resume(out: Path, *, device: str = "cpu", listener: Listener | None = None) 
     """
     recorded = read_json(out / "config.json", schema_version=SCHEMA)
     session = _Session(Experiment.from_plain(recorded["experiment"]), out, device, listener)
-    differing = [key for key in ("backbone_fingerprint", "data_fingerprint") if recorded[key] != session.description[key]]
+    differing = [
+        key for key in ("backbone_fingerprint", "data_fingerprint") if recorded[key] != session.description[key]
+    ]
     if differing:
         pairs = "; ".join(f"{key}: recorded {recorded[key]}, now {session.description[key]}" for key in differing)
         raise ConfigError(f"this run cannot be resumed, its inputs changed: {pairs}")
@@ -148,7 +150,9 @@ class _Session:
                 names = [self.data.classes[label] for label in self.data.tasks[task]]
                 self.listener.task_started(task, len(self.data.tasks), names)
             started = _now()
-            before = {part: (strategy.timings.wall.get(part, 0.0), strategy.timings.cpu.get(part, 0.0)) for part in PARTS}
+            before = {
+                part: (strategy.timings.wall.get(part, 0.0), strategy.timings.cpu.get(part, 0.0)) for part in PARTS
+            }
             strategy.train(stream[task])
             with strategy.timings.part("eval"):
                 seen = list(range(task + 1))

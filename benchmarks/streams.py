@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from avalanche.benchmarks import benchmark_from_datasets
 from avalanche.benchmarks.scenarios.generic_scenario import CLScenario
@@ -11,8 +12,35 @@ from avalanche.benchmarks.utils import AvalancheDataset, DataAttribute, TaskLabe
 from avalanche.benchmarks.utils.flat_data import ConstantSequence
 from avalanche.benchmarks.utils.transform_groups import TransformGroups
 
+from cl_adapters.backbone import FrozenBackbone
+from cl_adapters.benchmarks.augmentation import train_transform
 from cl_adapters.benchmarks.base import BenchmarkData, ImageSet
 from cl_adapters.benchmarks.datasets import ImageDataset, Transform, task_indices
+from cl_adapters.benchmarks.spec import parse_benchmark
+from cl_adapters.errors import ConfigError
+
+
+def load_benchmark(
+    name: str, backbone: FrozenBackbone, *, seed: int = 0, options: Mapping[str, Any] | None = None
+) -> CLScenario:
+    """Load a benchmark of this package as an Avalanche benchmark, with the preprocessing of a backbone.
+
+    Args:
+        name: "digits", "glyphs", "folder:PATH", ...
+        backbone: whose image preprocessing is used.
+        seed: of the class order and of made-up images.
+        options: parameters of the benchmark, such as ``{"tasks": 10}``.
+
+    Raises:
+        UnknownName: no such benchmark.
+        ConfigError: a wrong option, or a backbone without image preprocessing.
+        DataError: data that cannot be used.
+    """
+    if backbone.preprocessing is None:
+        raise ConfigError(f"backbone {backbone.name!r} takes no images")
+    data = parse_benchmark(name, options or {})[1].load(seed)
+    augmented = train_transform(backbone.preprocessing, data.augmentation)
+    return to_avalanche(data, augmented, backbone.preprocessing.eval_transform())
 
 
 def to_avalanche(data: BenchmarkData, train_transform: Transform, eval_transform: Transform) -> CLScenario:

@@ -126,7 +126,8 @@ class FrozenBackbone(nn.Module):
         width = num_features or getattr(module, "num_features", None) or getattr(config, "hidden_size", None)
         if not isinstance(width, int):
             raise IncompatibleBackbone(
-                f"cannot tell the feature width of {type(module).__name__}: pass num_features=... to FrozenBackbone.wrap"
+                f"cannot tell the feature width of {type(module).__name__}: pass num_features=... to "
+                "FrozenBackbone.wrap"
             )
         if pooling is None:
             pooling = "mean" if hasattr(config, "hidden_size") else "encoder"
@@ -208,9 +209,10 @@ class FrozenBackbone(nn.Module):
         return next(self.encoder.parameters()).device
 
     def _encode(self, x: Tensor) -> Any:
-        if hasattr(self.encoder, "forward_features") and hasattr(self.encoder, "forward_head"):
-            return self.encoder.forward_head(self.encoder.forward_features(x), pre_logits=True)
-        return self.encoder(x)
+        encoder: Any = self.encoder
+        if hasattr(encoder, "forward_features") and hasattr(encoder, "forward_head"):
+            return encoder.forward_head(encoder.forward_features(x), pre_logits=True)  # timm: leave the classifier out
+        return encoder(x)
 
     def _pooled(self, output: Any, mask: Tensor | None) -> Tensor:
         if self.pooling == "encoder":

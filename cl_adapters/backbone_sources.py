@@ -58,8 +58,8 @@ def _timm(name: str, weights: str | Path | None, img_size: int | None) -> tuple[
         raise IncompatibleBackbone(f"timm model {name!r} does not take img_size={img_size}: {error}") from error
     except (OSError, RuntimeError) as error:
         raise BackboneUnavailable(
-            f"cannot get the weights of timm model {name!r} ({type(error).__name__}: {error}). Without network, copy the "
-            "model.safetensors of that model here and pass it as weights=FILE (--weights FILE)"
+            f"cannot get the weights of timm model {name!r} ({type(error).__name__}: {error}). Without network, copy "
+            "the model.safetensors of that model here and pass it as weights=FILE (--weights FILE)"
         ) from error
     if weights is not None:
         _load_local(encoder, Path(weights), name)

@@ -45,6 +45,6 @@ class StorageError(ClAdaptersError, OSError):
 
 
 def suggestion(name: str, known: Iterable[str]) -> str:
-    """Return "; did you mean 'x'?" for the nearest known name, else ".\""""
+    """Return "; did you mean 'x'?" for the nearest known name, else a full stop."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)
     return f"; did you mean {near[0]!r}?" if near else "."

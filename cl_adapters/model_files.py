@@ -10,7 +10,6 @@ Adapters and statistics of finished tasks never change, so a later save may hard
 
 from __future__ import annotations
 
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import warnings
 from abc import ABC, abstractmethod
 from typing import ClassVar, Literal
@@ -141,10 +142,11 @@ class LowRankGaussian(ClassStatistics):
     kind: ClassVar[Covariance] = "low_rank"
 
     def _spread(self, centred_ND: Tensor, degrees: int) -> Tensor:
-        return centred_ND / degrees**0.5
+        return centred_ND / math.sqrt(degrees)
 
     def _draw(self, c: int, n: int, generator: torch.Generator) -> Tensor:
         rows_ND = self.spreads[c]
         z = torch.randn(n, len(rows_ND), generator=generator)
         eps_ND = torch.randn(n, rows_ND.shape[1], generator=generator)
-        return torch.addmm(self.means_CD[c], z, rows_ND).add_(eps_ND, alpha=self.ridge**0.5)
+        drawn: Tensor = torch.addmm(self.means_CD[c], z, rows_ND).add_(eps_ND, alpha=self.ridge**0.5)
+        return drawn

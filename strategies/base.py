@@ -34,7 +34,7 @@ from cl_adapters.strategies.phases import Batch, Phase
 from cl_adapters.timing import Stopwatch
 
 
-class AdapterStrategy(SupervisedTemplate):  # type: ignore[misc]
+class AdapterStrategy(SupervisedTemplate):
     """Base of the strategies; an Avalanche strategy with ``train(experience)`` and ``eval(stream)``.
 
     Args:
@@ -58,13 +58,13 @@ class AdapterStrategy(SupervisedTemplate):  # type: ignore[misc]
 
     Config: ClassVar[type[StrategyConfig]] = StrategyConfig
     summary: ClassVar[str] = ""
+    _stop_training: bool
     frozen_after_task: ClassVar[bool] = True
     """Whether an adapter never changes after its task: then evaluations may reuse features."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
-        # Avalanche's check of keyword names knows nothing of the fields of a config; ours is in _resolve
-        cls.__init__ = cls.__init__.__wrapped__
+        _own_check_only(cls)
         own = [p for p in inspect.signature(AdapterStrategy.__init__).parameters.values() if p.name != "options"]
         fields = inspect.signature(cls.Config).parameters.values()
         cls.__signature__ = inspect.Signature([*own[1:], *fields])
@@ -155,7 +155,7 @@ class AdapterStrategy(SupervisedTemplate):  # type: ignore[misc]
     @property
     def task(self) -> int:
         """Index of the newest task."""
-        return self.model.num_tasks - 1
+        return int(self.model.num_tasks) - 1
 
     def generator(self, purpose: str, task: int) -> torch.Generator:
         """A fresh CPU generator for one purpose in one task."""
@@ -222,7 +222,7 @@ class AdapterStrategy(SupervisedTemplate):  # type: ignore[misc]
 
     def make_optimizer(self, **kwargs: Any) -> None:
         """Nothing: each phase installs its own parameters, in place."""
-        self.optimized_param_id = {}
+        self.optimized_param_id: dict[str, Any] = {}
 
     def _train_exp(self, experience: Any, eval_streams: Any = None, **kwargs: Any) -> None:
         self._noise = generator(self.seed, "dropout", self.task, device=self.device)
@@ -271,7 +271,7 @@ class AdapterStrategy(SupervisedTemplate):  # type: ignore[misc]
     def criterion(self) -> Tensor:
         """The phase's loss in training; in evaluation cross-entropy over the samples of known classes."""
         columns_B = self.model.columns_of(self.mb_y).to(self.device)
-        logits_BC = self.mb_output[:, self.model.classes]
+        logits_BC: Tensor = self.mb_output[:, self.model.classes]
         if self.is_training:
             assert self._phase is not None
             assert self._features is not None
@@ -323,6 +323,12 @@ class AdapterStrategy(SupervisedTemplate):  # type: ignore[misc]
         return build(cls.Config, to_plain(config) | dict(options), cls.__name__) if options else config
 
 
-AdapterStrategy.__init__ = AdapterStrategy.__init__.__wrapped__  # type: ignore[method-assign,attr-defined]
+def _own_check_only(cls: type) -> None:
+    """Take Avalanche's check of keyword names off a constructor: it knows nothing of the fields of a config."""
+    wrapped = vars(cls)["__init__"]
+    type.__setattr__(cls, "__init__", wrapped.__wrapped__)
+
+
+_own_check_only(AdapterStrategy)
 
 strategies: Registry[type[AdapterStrategy]] = Registry("strategy", "cl_adapters.strategies")

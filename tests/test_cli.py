@@ -31,7 +31,9 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     for name in ("cat", "dog", "emu", "fox"):
         (root / "photos" / name).mkdir(parents=True)
         for i in range(6):
-            Image.fromarray(draw.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(root / "photos" / name / f"{i}.png")
+            Image.fromarray(draw.integers(0, 256, (20, 20, 3), dtype=np.uint8)).save(
+                root / "photos" / name / f"{i}.png"
+            )
     return root
 
 

@@ -26,7 +26,9 @@ def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """Random weights of timm's own tiny test model."""
     torch.manual_seed(0)
     path = tmp_path_factory.mktemp("weights") / "test_vit.safetensors"
-    save_file({k: v.contiguous() for k, v in timm.create_model("test_vit", pretrained=False).state_dict().items()}, path)
+    save_file(
+        {k: v.contiguous() for k, v in timm.create_model("test_vit", pretrained=False).state_dict().items()}, path
+    )
     return path
 
 
@@ -133,7 +135,7 @@ def test_an_existing_run_folder_is_never_touched(photos: Path, weights: Path, tm
     out = tmp_path / "run"
     out.mkdir()
     (out / "precious").write_text("x", encoding="utf-8")
-    with pytest.raises(StorageError, match="exists already.*resume"):
+    with pytest.raises(StorageError, match=r"exists already.*resume"):
         run(experiment(photos, weights), out)
     assert [path.name for path in out.iterdir()] == ["precious"]
 
@@ -197,6 +199,7 @@ def test_remembered_features_give_the_same_evaluation_with_fewer_passes(
 
 
 def test_config_json_rebuilds_the_experiment(photos: Path, weights: Path, tmp_path: Path) -> None:
-    chosen = experiment(photos, weights, **{"adapter.bottleneck": 4, "merge": "released"})
+    settings: dict[str, Any] = {"adapter.bottleneck": 4, "merge": "released"}
+    chosen = experiment(photos, weights, **settings)
     plain = json.loads(json.dumps(chosen.to_plain()))
     assert Experiment.from_plain(plain) == chosen

@@ -53,7 +53,7 @@ class Bottleneck(AdapterType):
 
     @property
     def site_kind(self) -> str:
-        """ "ffn_parallel" or "ffn_sequential"."""
+        """The string "ffn_parallel" or "ffn_sequential"."""
         return f"ffn_{self.mode}"
 
     def shapes(self, width: int) -> dict[str, tuple[int, ...]]:

@@ -2,18 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import Callable
+from typing import TypeAlias
 
 from torch import Tensor
 
 from cl_adapters.registry import Registry
 
-
-class MergeMethod(Protocol):
-    """A pure function of several tensors of one shape."""
-
-    def __call__(self, tensors: list[Tensor], /, *args: float, **params: float) -> Tensor:
-        """Return a new tensor of the common shape."""
-
+MergeMethod: TypeAlias = Callable[..., Tensor]
+"""``(tensors: list[Tensor], **params) -> Tensor``; the parameters differ, so the type says no more."""
 
 merges: Registry[MergeMethod] = Registry("merge method", "cl_adapters.merge")
