@@ -1,0 +1,314 @@
+"""Pre-train the embedded backbone ``vit_glyph_tiny`` on rendered characters; offline, one CPU core, under an hour.
+
+    OMP_NUM_THREADS=1 python -m cl_adapters.benchmarks.pretrain_vit_glyph --out vit_glyph_tiny.safetensors --minutes 50
+
+The classes are the "pretraining" part of ``glyph_classes`` (disjoint from the ``glyphs`` benchmark, no digits), the
+faces those that the benchmark does not keep for its test. ``--steps N`` in place of ``--minutes`` fixes the schedule,
+so that a second run on the same machine gives the same weights.
+"""
+
+from __future__ import annotations
+
+import argparse
+import math
+import os
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+import torch
+import torch.nn.functional as F
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
+
+from cl_adapters.benchmarks.glyph_classes import glyph_classes
+from cl_adapters.benchmarks.glyph_render import (
+    CM_FACES,
+    STIX_FACES,
+    TRAIN_FACES,
+    Style,
+    coverage,
+    render,
+)
+
+IMG_SIZE = 32
+ARCHITECTURE: dict[str, Any] = {
+    "img_size": IMG_SIZE,
+    "patch_size": 8,
+    "embed_dim": 128,
+    "depth": 6,
+    "num_heads": 4,
+    "mlp_ratio": 4.0,
+    "num_classes": 0,
+    "class_token": False,
+    "global_pool": "avg",
+}
+STYLE = Style(
+    degrees=20.0,
+    scale=(0.7, 1.25),
+    stretch=0.35,
+    shear=0.4,
+    shift=0.12,
+    thickness=(-1.0, 1.0),
+    contrast=(50.0, 255.0),
+    noise=(0.0, 25.0),
+)
+"""Wider than the benchmark's, because the features are to serve handwriting too."""
+EASY = Style(
+    degrees=5.0,
+    scale=(0.9, 1.1),
+    stretch=0.1,
+    shear=0.1,
+    shift=0.04,
+    thickness=(-0.2, 0.4),
+    contrast=(200.0, 255.0),
+    dark_ink=0.0,
+    tint=5.0,
+    gradient=5.0,
+    noise=(0.0, 5.0),
+)
+"""Where the curriculum starts: on the full range from the first step, the loss stays at chance for very long."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Recipe:
+    """Hyper-parameters of the run.
+
+    Attributes:
+        steps: length of the schedule; None lets ``minutes`` alone decide.
+        minutes: wall-clock budget; the schedule follows whichever of the two is further on.
+        min_faces: faces (of ``TRAIN_FACES``) that a character must have to become a class.
+        patch_drop: (end, share of the patches left out until then) of the parts of the schedule.
+        curriculum: part of the schedule over which the images go from ``EASY`` to ``STYLE``.
+        cosine_scale: factor of the cosine classifier.
+        ema: decay of the averaged weights, which are what is saved.
+    """
+
+    steps: int | None = None
+    minutes: float | None = 50.0
+    min_faces: int = 6
+    batch_size: int = 96
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    warmup: float = 0.04
+    label_smoothing: float = 0.1
+    patch_drop: tuple[tuple[float, float], ...] = ((1.0, 0.0),)
+    curriculum: float = 0.5
+    cosine_scale: float = 20.0
+    ema: float = 0.998
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if not (self.steps or self.minutes):
+            raise ValueError("give a budget: --steps or --minutes above zero")
+
+    def progress(self, step: int, seconds: float) -> float:
+        """Return how far the schedule is, 0 to 1."""
+        by_steps = step / self.steps if self.steps else 0.0
+        by_time = seconds / (60 * self.minutes) if self.minutes else 0.0
+        return min(1.0, max(by_steps, by_time))
+
+    def learning_rate(self, progress: float) -> float:
+        """Linear warm-up, then half a cosine down to zero."""
+        if progress < self.warmup:
+            return self.lr * (progress + 1e-3) / (self.warmup + 1e-3)
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (progress - self.warmup) / (1 - self.warmup)))
+
+
+class CosineClassifier(nn.Module):
+    """Scaled cosine similarity to one learned direction per class.
+
+    Args:
+        width: length of a feature.
+        num_classes: number of directions.
+        scale: factor of the similarities.
+        generator: of the initial directions.
+    """
+
+    def __init__(self, width: int, num_classes: int, scale: float, generator: torch.Generator) -> None:
+        super().__init__()
+        self.scale = scale
+        # Short vectors: only their direction counts, and a step of Adam turns a long one too little.
+        self.weight = nn.Parameter(0.03 * torch.randn(num_classes, width, generator=generator))
+
+    def forward(self, features: Tensor) -> Tensor:
+        """Return logits float32 [B, C] of features float32 [B, D]."""
+        return self.scale * F.normalize(features, dim=1) @ F.normalize(self.weight, dim=1).T
+
+
+def faces_of(codepoint: int) -> tuple[str, ...]:
+    """Return the faces in which pre-training sees a character: never those kept for the benchmark's test."""
+    # The cmaps of Computer Modern are TeX's own outside ASCII.
+    faces = (*TRAIN_FACES, *STIX_FACES, *(CM_FACES if codepoint < 128 else ()))
+    return tuple(face for face in faces if codepoint in coverage(face))
+
+
+def training_classes(min_faces: int) -> tuple[int, ...]:
+    """Return the code points of the pre-training part that at least ``min_faces`` of ``TRAIN_FACES`` cover."""
+    return tuple(p for p in glyph_classes("pretraining") if sum(p in coverage(f) for f in TRAIN_FACES) >= min_faces)
+
+
+def draw_batch(
+    codepoints: tuple[int, ...], size: int, seed: tuple[int, ...], hardness: float = 1.0
+) -> tuple[Tensor, Tensor]:
+    """Draw random training images.
+
+    Args:
+        codepoints: the classes.
+        size: number of images.
+        seed: of everything random.
+        hardness: 0 for ``EASY`` images, 1 for the full ``STYLE``.
+
+    Returns:
+        images float32 [size, 3, 32, 32] in 0..1, labels int64 [size].
+    """
+    rng = np.random.default_rng(seed)
+    labels = rng.integers(len(codepoints), size=size)
+    style = EASY.towards(STYLE, hardness)
+    images = np.stack([_sample(codepoints[label], rng, style) for label in labels])
+    batch = torch.from_numpy(images).permute(0, 3, 1, 2).float() / 255
+    generator = torch.Generator().manual_seed(int(rng.integers(2**62)))
+    return coarsen(bend(batch, generator, 0.12 * hardness), generator, 0.5 * hardness), torch.from_numpy(labels)
+
+
+def _sample(codepoint: int, rng: np.random.Generator, style: Style) -> npt.NDArray[np.uint8]:
+    faces = faces_of(codepoint)
+    return render(codepoint, faces[rng.integers(len(faces))], rng, IMG_SIZE, style)
+
+
+def bend(images: Tensor, generator: torch.Generator, strength: float) -> Tensor:
+    """Bend strokes as a hand would: a smooth random displacement, with a random strength for each image.
+
+    Args:
+        images: float32 [B, C, H, W].
+        generator: the only source of randomness.
+        strength: largest standard deviation of the displacement, half the image side being 1.
+    """
+    count, _, height, width = images.shape
+    coarse = torch.randn(count, 2, 4, 4, generator=generator)
+    amount = strength * torch.rand(count, 1, 1, 1, generator=generator)
+    field = F.interpolate(coarse * amount, (height, width), mode="bicubic", align_corners=True)
+    identity = torch.eye(2, 3).expand(count, 2, 3)
+    grid = F.affine_grid(identity, [count, 1, height, width], align_corners=False) + field.permute(0, 2, 3, 1)
+    return F.grid_sample(images, grid, mode="bilinear", padding_mode="border", align_corners=False)
+
+
+def coarsen(images: Tensor, generator: torch.Generator, share: float) -> Tensor:
+    """Send some images through a lower resolution, 8 to 24 pixels, as small scans are.
+
+    Args:
+        images: float32 [B, C, H, W]; the first ``share`` is changed, in four groups of one resolution each.
+        generator: the only source of randomness.
+        share: 0 to 1.
+    """
+    changed = round(len(images) * share)
+    groups = [group for group in images[:changed].chunk(4) if len(group)]
+    for row, group in enumerate(groups):
+        side = int(torch.randint(8, 25, (), generator=generator))
+        small = F.interpolate(group, (side, side), mode="area")
+        groups[row] = F.interpolate(small, images.shape[-2:], mode="bilinear", align_corners=False)
+    return torch.cat([*groups, images[changed:]])
+
+
+def normalise(images: Tensor) -> Tensor:
+    """Map 0..1 to -1..1, the preprocessing that goes with the weights."""
+    return (images - 0.5) / 0.5
+
+
+def build_encoder() -> nn.Module:
+    """Return the encoder with fresh weights from torch's global generator."""
+    from timm.models.vision_transformer import VisionTransformer
+
+    encoder = VisionTransformer(**ARCHITECTURE, patch_drop_rate=0.5)  # the rate is set per step
+    assert isinstance(encoder, nn.Module)
+    with torch.no_grad():  # tokens know their neighbours from the first step on
+        encoder.pos_embed.copy_(_sine_positions(IMG_SIZE // ARCHITECTURE["patch_size"], ARCHITECTURE["embed_dim"]))
+    return encoder
+
+
+def _sine_positions(side: int, width: int) -> Tensor:
+    """Return sines and cosines of row and column, float32 [1, side * side, width]."""
+    frequencies = 100.0 ** (-torch.arange(width // 4) / (width // 4))
+    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
+    angles = [place.reshape(-1, 1) * frequencies for place in (rows, columns)]
+    return 0.3 * torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)[None]
+
+
+def train(recipe: Recipe, out: Path, report: Callable[[nn.Module], str], report_every: float = 300.0) -> int:
+    """Run the schedule, saving the averaged encoder every ``report_every`` seconds and at the end.
+
+    Returns:
+        the number of optimizer steps.
+    """
+    codepoints = training_classes(recipe.min_faces)
+    torch.manual_seed(recipe.seed)  # timm initialises, and drops patches, from the global generator only
+    encoder = build_encoder()
+    head = CosineClassifier(
+        ARCHITECTURE["embed_dim"], len(codepoints), recipe.cosine_scale, torch.Generator().manual_seed(recipe.seed)
+    )
+    average = AveragedModel(encoder, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema))  # type: ignore[no-untyped-call]
+    optimizer = torch.optim.AdamW(_groups(encoder, head, recipe.weight_decay), lr=recipe.lr, betas=(0.9, 0.98))
+    print(f"{len(codepoints)} classes, {sum(p.numel() for p in encoder.parameters())} parameters", flush=True)
+    start, told, step, running = time.monotonic(), time.monotonic(), 0, 0.0
+    while (progress := recipe.progress(step, time.monotonic() - start)) < 1.0:
+        encoder.patch_drop.prob = next(share for end, share in recipe.patch_drop if progress < end)  # type: ignore[union-attr]
+        for group in optimizer.param_groups:
+            group["lr"] = recipe.learning_rate(progress)
+        images, labels = draw_batch(
+            codepoints, recipe.batch_size, (recipe.seed, step), min(1.0, progress / recipe.curriculum)
+        )
+        loss = F.cross_entropy(head(encoder(normalise(images))), labels, label_smoothing=recipe.label_smoothing)
+        optimizer.zero_grad()
+        loss.backward()  # type: ignore[no-untyped-call]
+        nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
+        optimizer.step()
+        average.update_parameters(encoder)
+        step += 1
+        running = loss.item() if step == 1 else 0.98 * running + 0.02 * loss.item()
+        if step % 100 == 0:
+            print(f"step {step} {progress:.1%} {time.monotonic() - start:.0f} s loss {running:.3f}", flush=True)
+        if time.monotonic() - told > report_every:
+            save(average.module, out)
+            print(f"step {step}: {report(average.module)}", flush=True)
+            told = time.monotonic()
+    save(average.module, out)
+    print(f"step {step}, done: {report(average.module)}", flush=True)
+    return step
+
+
+def _groups(encoder: nn.Module, head: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
+    named = [*encoder.named_parameters(), *head.named_parameters()]
+    plain = [p for name, p in named if p.ndim <= 1 or "token" in name or "pos_embed" in name]
+    decayed = [p for name, p in named if not (p.ndim <= 1 or "token" in name or "pos_embed" in name)]
+    return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
+
+
+def save(encoder: nn.Module, path: Path) -> None:
+    """Write the weights as float16, by way of a temporary file, so that a crash never leaves half a file."""
+    state = {name: value.detach().to(torch.float16).contiguous() for name, value in encoder.state_dict().items()}
+    part = path.with_name(path.name + ".part")
+    save_file(state, part)
+    os.replace(part, path)
+
+
+def main() -> None:
+    """Parse the budget, train, print the figures of the model card."""
+    from cl_adapters.benchmarks.probe_vit_glyph import Probes
+
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="file for the weights (.safetensors)")
+    parser.add_argument("--minutes", type=float, help="wall-clock budget (50 where --steps is not given)")
+    parser.add_argument("--steps", type=int, help="length of the schedule in optimizer steps")
+    parser.add_argument("--seed", type=int, default=0)
+    options = parser.parse_args()
+    minutes = 50.0 if options.steps is None and options.minutes is None else options.minutes
+    train(Recipe(steps=options.steps, minutes=minutes, seed=options.seed), options.out, Probes().report)
+
+
+if __name__ == "__main__":
+    main()
