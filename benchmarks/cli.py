@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -62,7 +64,7 @@ def run_command(
         settings=_settings(settings or []),
     )
     out = out or Path("runs") / f"{strategy}-{experiment.benchmark}-s{seed}"
-    with _Live() as live:
+    with _resumable(out), _Live() as live:
         results = run(experiment, out, device=device, listener=live)
     _finish(results, out)
 
@@ -73,7 +75,7 @@ def resume_command(folder: RunFolder, device: Device = "cpu", threads: Threads =
     from cl_adapters.benchmarks.runner import resume
 
     _use(device, threads)
-    with _Live() as live:
+    with _resumable(folder), _Live() as live:
         results = resume(folder, device=device, listener=live)
     _finish(results, folder)
 
@@ -144,6 +146,16 @@ def main() -> None:
     except ClAdaptersError as error:
         Console(stderr=True, soft_wrap=True).print(f"[bold red]error:[/] {_escape(str(error))}", highlight=False)
         sys.exit(2)
+
+
+@contextmanager
+def _resumable(out: Path) -> Iterator[None]:
+    """Say how to go on after Ctrl-C."""
+    try:
+        yield
+    except KeyboardInterrupt:
+        console.print(f"interrupted; go on with: cl-adapters resume {_escape(str(out))}", soft_wrap=True)
+        raise typer.Exit(130) from None
 
 
 class _Live:

@@ -120,7 +120,7 @@ def resolve(
     chosen = {"name": backbone or plain.get("backbone", {}).get("name", DEFAULT_BACKBONE)}
     if backbone is None or backbone == plain.get("backbone", {}).get("name"):
         chosen = plain.get("backbone", {}) | chosen
-    plain["backbone"] = chosen | ({} if weights is None else {"weights": weights})
+    plain["backbone"] = chosen | ({} if weights is None else {"weights": str(Path(weights).resolve())})
     plain["strategy"] = plain.get("strategy", {}) | {"name": strategy}
     plain["benchmark"] = plain.get("benchmark", {}) | {"name": benchmark}
     plain["seed"] = seed

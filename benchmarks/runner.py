@@ -15,6 +15,7 @@ import dataclasses
 import datetime
 import os
 import platform
+import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.metadata import version
@@ -67,10 +68,11 @@ def run(experiment: Experiment, out: Path, *, device: str = "cpu", listener: Lis
     if out.exists():
         raise StorageError(f"{out} exists already: resume it with `cl-adapters resume {out}`, or choose another --out")
     session = _Session(experiment, out, device, listener)
+    strategy = session.strategy([])  # a backbone that does not fit is found before anything is written
     with new_folder(out) as folder:
         (folder / "tasks").mkdir()
         write_json(folder / "config.json", session.description)
-    return session.go()
+    return session.go(strategy)
 
 
 def resume(out: Path, *, device: str = "cpu", listener: Listener | None = None) -> Results:
@@ -124,24 +126,23 @@ class _Session:
         self.data: BenchmarkData = experiment.benchmark_config.load(experiment.seed)
         self.description = self._describe()
 
-    def go(self) -> Results:
+    def go(self, strategy: AdapterStrategy | None = None) -> Results:
         """Train and evaluate the tasks that are not complete, then write the report."""
         with self._exclusive():
             done = complete_tasks(self.out)
             results = self._results([read_json(path / "row.json", schema_version=SCHEMA) for path in done])
             if len(done) < len(self.data.tasks):
-                results = self._learn(done)
+                results = self._learn(strategy or self.strategy(done), done)
             assert results is not None
             write(results, self.out / "results.json")
             write_report(results, self.out / "report.html")
         return results
 
-    def _learn(self, done: list[Path]) -> Results:
+    def _learn(self, strategy: AdapterStrategy, done: list[Path]) -> Results:
         rows = [read_json(path / "row.json", schema_version=SCHEMA) for path in done]
         transform = self.preprocessing.eval_transform()
         augmented = train_transform(self.preprocessing, self.data.augmentation)
         stream = to_avalanche(self.data, augmented, transform).train_stream
-        strategy = self._strategy(done)
         strategy.recall([stream[task] for task in range(len(done))])
         memory = FeatureMemory(strategy.model) if strategy.frozen_after_task else None
         results: Results | None = None
@@ -186,7 +187,8 @@ class _Session:
         assert results is not None
         return results
 
-    def _strategy(self, done: list[Path]) -> AdapterStrategy:
+    def strategy(self, done: list[Path]) -> AdapterStrategy:
+        """The strategy after the complete tasks ``done``."""
         model: Any = self.backbone
         if done:
             model = AdapterModel.load(done[-1] / "model", self.backbone, self.device)
@@ -278,6 +280,8 @@ class _Session:
         """One writer per run folder."""
         try:
             with FileLock(self.out / ".lock", timeout=0):
+                for scratch in (self.out / "tasks").glob(".*"):
+                    shutil.rmtree(scratch, ignore_errors=True)  # what a killed process left half-written
                 yield
         except Timeout as error:
             raise StorageError(f"another process is writing {self.out}; wait for it or stop it") from error

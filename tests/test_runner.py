@@ -17,7 +17,7 @@ from cl_adapters.benchmarks.evaluation import evaluate
 from cl_adapters.benchmarks.experiment import Experiment, resolve
 from cl_adapters.benchmarks.results import read
 from cl_adapters.benchmarks.runner import complete_tasks, latest_model, resume, run
-from cl_adapters.errors import ConfigError, StorageError
+from cl_adapters.errors import ConfigError, IncompatibleBackbone, StorageError, TrainingDiverged
 from cl_adapters.features import FeatureMemory
 
 
@@ -144,6 +144,28 @@ def test_an_output_that_cannot_be_written_is_one_clear_error(photos: Path, weigh
     (tmp_path / "file").write_text("x", encoding="utf-8")
     with pytest.raises(StorageError, match="cannot write"):
         run(experiment(photos, weights), tmp_path / "file" / "run")
+
+
+def test_a_diverging_run_stops_with_one_error_and_keeps_what_was_saved(
+    photos: Path, weights: Path, tmp_path: Path
+) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(TrainingDiverged, match=r"the loss became .* in task 0 .*lower lr"):
+        run(experiment(photos, weights, lr=1e30, train_epochs=3), out)
+    assert not complete_tasks(out)
+    assert not list((out / "tasks").iterdir())
+
+
+def test_a_backbone_without_sites_is_found_before_anything_is_written(photos: Path, tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    state = timm.create_model("test_convnext", pretrained=False).state_dict()
+    save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "w.safetensors")
+    chosen = resolve(
+        "mos", f"folder:{photos}", backbone="timm:test_convnext", weights=str(tmp_path / "w.safetensors"), settings={}
+    )
+    with pytest.raises(IncompatibleBackbone, match="no known adapter sites in ConvNeXt"):
+        run(chosen, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
 
 
 def test_resume_with_other_data_names_what_differs(photos: Path, weights: Path, tmp_path: Path) -> None:

@@ -77,6 +77,8 @@ class Folder(BenchmarkConfig):
     augmentation: Augmentation = field(default_factory=Augmentation)
 
     def __post_init__(self) -> None:
+        # absolute, so that a run can be resumed from another working folder
+        object.__setattr__(self, "path", str(Path(self.path).expanduser().resolve()))
         if not 0 < self.test_fraction < 1:
             raise ConfigError(f"test_fraction must lie between 0 and 1, got {self.test_fraction}")
         for name in ("max_train_per_class", "max_test_per_class"):
