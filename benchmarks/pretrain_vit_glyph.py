@@ -226,6 +226,7 @@ def build_encoder() -> nn.Module:
 
     encoder = VisionTransformer(**ARCHITECTURE, patch_drop_rate=0.5)  # the rate is set per step
     assert isinstance(encoder, nn.Module)
+    assert encoder.pos_embed is not None
     with torch.no_grad():  # tokens know their neighbours from the first step on
         encoder.pos_embed.copy_(_sine_positions(IMG_SIZE // ARCHITECTURE["patch_size"], ARCHITECTURE["embed_dim"]))
     return encoder
@@ -251,7 +252,7 @@ def train(recipe: Recipe, out: Path, report: Callable[[nn.Module], str], report_
     head = CosineClassifier(
         ARCHITECTURE["embed_dim"], len(codepoints), recipe.cosine_scale, torch.Generator().manual_seed(recipe.seed)
     )
-    average = AveragedModel(encoder, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema))  # type: ignore[no-untyped-call]
+    average = AveragedModel(encoder, multi_avg_fn=get_ema_multi_avg_fn(recipe.ema))
     optimizer = torch.optim.AdamW(_groups(encoder, head, recipe.weight_decay), lr=recipe.lr, betas=(0.9, 0.98))
     print(f"{len(codepoints)} classes, {sum(p.numel() for p in encoder.parameters())} parameters", flush=True)
     start, told, step, running = time.monotonic(), time.monotonic(), 0, 0.0
@@ -264,7 +265,7 @@ def train(recipe: Recipe, out: Path, report: Callable[[nn.Module], str], report_
         )
         loss = F.cross_entropy(head(encoder(normalise(images))), labels, label_smoothing=recipe.label_smoothing)
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         nn.utils.clip_grad_norm_(encoder.parameters(), 1.0)
         optimizer.step()
         average.update_parameters(encoder)
@@ -293,6 +294,7 @@ def save(encoder: nn.Module, path: Path) -> None:
     state = {name: value.detach().to(torch.float16).contiguous() for name, value in encoder.state_dict().items()}
     part = path.with_name(path.name + ".part")
     save_file(state, part)
+    part.chmod(0o644)  # safetensors makes it readable for its owner only
     os.replace(part, path)
 
 
