@@ -111,6 +111,6 @@ def _affine(x_BNI: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
 
 def _lift(scale: float | Tensor, dims: int) -> float | Tensor:
     """Scale of shape [1] or [B, 1] made to multiply a tensor of ``dims`` own dimensions."""
-    if isinstance(scale, float) or scale.ndim == 1:
+    if not isinstance(scale, Tensor) or scale.ndim == 1:
         return scale
     return scale.reshape(-1, *([1] * dims))

@@ -1,0 +1,43 @@
+"""A tiny MOS with two tasks of noisy images, for the numbers that come from training."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import pytest
+import torch
+from avalanche.benchmarks import benchmark_from_datasets
+from avalanche.benchmarks.utils import AvalancheDataset, DataAttribute
+from torch.utils.data import TensorDataset
+
+from cl_adapters.strategies.mos import MOS
+
+
+@pytest.fixture
+def two_tasks() -> list[Any]:
+    """Avalanche experiences: labels {0, 1}, then {2, 3, 4}; 12 images float32 [3, 16, 16] each."""
+    generator = torch.Generator().manual_seed(0)
+    datasets = []
+    for labels in ((0, 1), (2, 3, 4)):
+        y = torch.tensor(labels).repeat(12 // len(labels))
+        x = torch.randn(12, 3, 16, 16, generator=generator) + y[:, None, None, None] * 0.3
+        datasets.append(AvalancheDataset([TensorDataset(x, y)], data_attributes=[DataAttribute(y.tolist(), "targets")]))
+    return list(benchmark_from_datasets(train=datasets).train_stream)
+
+
+@pytest.fixture
+def make_mos(tiny_vit: Callable[..., torch.nn.Module]) -> Callable[..., MOS]:
+    """Factory of MOS on a ViT of width 16 and depth 3, without dropout unless asked for."""
+
+    def make(**options: Any) -> MOS:
+        values: dict[str, Any] = {
+            "adapter": {"bottleneck": 4, "dropout": 0.0},
+            "train_mb_size": 4,
+            "train_epochs": 2,
+            "alignment": {"epochs": 0},
+        }
+        backbone = tiny_vit(width=16, heads=2, img_size=16)
+        return MOS(model=backbone, evaluator=None, seed=3, **(values | options))
+
+    return make
