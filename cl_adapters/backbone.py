@@ -6,6 +6,7 @@ import dataclasses
 import hashlib
 import json
 from collections.abc import Mapping, Sequence
+from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
 
@@ -52,6 +53,7 @@ class FrozenBackbone(nn.Module):
         self.preprocessing = preprocessing
         self.pooling = pooling
         self.source = dict(source or {})
+        self.register_buffer("_place", torch.empty(0), persistent=False)  # a module without weights has a device too
         self._sites = None if sites is None else tuple(sites)
         self._fingerprint: str | None = None
 
@@ -206,7 +208,7 @@ class FrozenBackbone(nn.Module):
     @property
     def device(self) -> torch.device:
         """Device of the weights."""
-        return next(self.encoder.parameters()).device
+        return next(chain(self.encoder.parameters(), self.buffers())).device
 
     def _encode(self, x: Tensor) -> Any:
         encoder: Any = self.encoder

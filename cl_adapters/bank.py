@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from cl_adapters.adapters.base import AdapterType
 from cl_adapters.backbone import FrozenBackbone
-from cl_adapters.errors import ClAdaptersError
+from cl_adapters.errors import ClAdaptersError, IncompatibleBackbone
 from cl_adapters.sites import Site
 
 BARE = -1
@@ -83,13 +83,23 @@ class SiteAdapters(nn.Module):
         self._source: Tensor | None = None
 
     def attach(self, encoder: nn.Module) -> None:
-        """Register the hooks on the encoder."""
+        """Register the hooks on the encoder.
+
+        Raises:
+            IncompatibleBackbone: the site names a module that the encoder does not have.
+        """
         source, target = self.site.source, self.site.target
+        try:
+            reads, adds = encoder.get_submodule(source.module), encoder.get_submodule(target.module)
+        except AttributeError as error:
+            raise IncompatibleBackbone(
+                f"site {self.site.name!r} reads {source.module!r} and adds to {target.module!r}, but {error}"
+            ) from error
         if source.end == "in":
-            encoder.get_submodule(source.module).register_forward_pre_hook(self.read_input)
+            reads.register_forward_pre_hook(self.read_input)
         elif source != target:
-            encoder.get_submodule(source.module).register_forward_hook(self.read_output)
-        encoder.get_submodule(target.module).register_forward_hook(self.add_delta)
+            reads.register_forward_hook(self.read_output)
+        adds.register_forward_hook(self.add_delta)
 
     def read_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Forward-pre-hook: keep the input until the target is reached."""
@@ -105,24 +115,35 @@ class SiteAdapters(nn.Module):
         """Forward hook: add the routed adapters' output."""
         route = self._active.at(self.site.name)
         source, self._source = self._source, None
-        if route is None or not route.slots:
+        if route is None or not route.slots or route.slots == (BARE,):
             return None
         return output + self.delta(output if source is None else source, route)
 
     def delta(self, x_BND: Tensor, route: Route) -> Tensor:
         """Routed output [B, N, D] for input [B, N, D]."""
         noise = self._active.noise
+        choices = route.index_B if route.weights_BU is None else route.weights_BU
+        if choices is not None and len(choices) != len(x_BND):
+            raise ClAdaptersError(f"the route has {len(choices)} samples, the batch has {len(x_BND)}")
         if route.weights_BU is not None:
             outputs = [self.adapter.apply(x_BND, self.params(slot), noise) for slot in route.slots]
             shares = route.weights_BU.unbind(1)
             return torch.stack([o * w[:, None, None] for o, w in zip(outputs, shares, strict=True)]).sum(0)
         if route.index_B is None:
             return self.adapter.apply(x_BND, self.params(route.slots[0]), noise)
-        if len(route.index_B) != len(x_BND):
-            raise ClAdaptersError(f"the route has {len(route.index_B)} samples, the batch has {len(x_BND)}")
+        if BARE in route.slots:
+            return self._delta_of_some(x_BND, route.slots, route.index_B)
         used = [self.params(slot) for slot in route.slots]
         gathered = {name: torch.stack([p[name] for p in used]).index_select(0, route.index_B) for name in used[0]}
         return self.adapter.apply(x_BND, gathered, noise)
+
+    def _delta_of_some(self, x_BND: Tensor, slots: tuple[int, ...], index_B: Tensor) -> Tensor:
+        """Zeros for the samples that take no adapter."""
+        bare = slots.index(BARE)
+        rows = (index_B != bare).nonzero().flatten()
+        others = index_B[rows]
+        route = Route(slots[:bare] + slots[bare + 1 :], others - (others > bare).long())
+        return torch.zeros_like(x_BND).index_copy(0, rows, self.delta(x_BND[rows], route))
 
     def params(self, slot: int) -> dict[str, Tensor]:
         """The tensors of one slot."""
@@ -145,6 +166,8 @@ class AdapterBank(nn.Module):
         super().__init__()
         sites = backbone.sites(adapter.site_kind)
         if blocks is not None:
+            if not blocks:
+                raise ClAdaptersError("adapters need at least one block; leave blocks out for all")
             absent = sorted(set(blocks) - {site.block for site in sites})
             if absent:
                 raise ClAdaptersError(f"blocks {absent} do not exist; the backbone has 0..{len(sites) - 1}")
@@ -227,13 +250,29 @@ class AdapterBank(nn.Module):
         Args:
             routes: one route for all sites, or one per site name; None for the bare backbone.
             noise: generator of dropout masks (training).
+
+        Raises:
+            ClAdaptersError: a slot or site that does not exist.
         """
+        self._check(routes)
         before = (self._active.routes, self._active.noise)
         self._active.routes, self._active.noise = routes, noise
         try:
             yield
         finally:
             self._active.routes, self._active.noise = before
+
+    def _check(self, routes: Routes | None) -> None:
+        if isinstance(routes, Mapping):
+            names = [site.name for site in self.sites]
+            absent = sorted(set(routes) - set(names))
+            if absent:
+                raise ClAdaptersError(f"no site {absent[0]!r}; the bank has {', '.join(names)}")
+        for route in routes.values() if isinstance(routes, Mapping) else [routes] if routes is not None else []:
+            wrong = [slot for slot in route.slots if not BARE <= slot < self.num_slots]
+            if wrong:
+                known = f"slots 0..{self.num_slots - 1}" if self.num_slots else "no slot yet"
+                raise ClAdaptersError(f"the route names slot {wrong[0]}, but the bank has {known}")
 
     def _places(self) -> list[SiteAdapters]:
         return [place for place in self.at if isinstance(place, SiteAdapters)]

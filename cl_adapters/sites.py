@@ -99,7 +99,7 @@ class Family:
 
 
 def _vit_width(encoder: nn.Module, block: nn.Module) -> int:
-    return int(encoder.embed_dim)  # type: ignore[arg-type]
+    return int(block.get_parameter("norm2.weight").numel())
 
 
 def _post_norm_width(encoder: nn.Module, block: nn.Module) -> int:
@@ -116,7 +116,7 @@ FAMILIES: tuple[Family, ...] = (
         parts=("norm1", "attn", "norm2", "mlp", "drop_path2"),
         taps={"ffn_parallel": (Tap("norm2", "in"), _BRANCH_END), "ffn_sequential": (_BRANCH_END, _BRANCH_END)},
         width=_vit_width,
-        refuses=("ResPostBlock", "EvaBlockPostNorm"),
+        refuses=("ResPostBlock", "ResPostRelPosBlock", "EvaBlockPostNorm"),
     ),
     # timm, residual post-norm: x + drop_path2(norm2(mlp x))
     Family(

@@ -26,11 +26,13 @@ def weights(rng: np.random.Generator) -> dict[str, Array]:
 
 
 def relu(v: Array) -> Array:
-    return np.where(v > 0, v, 0.0)
+    positive: Array = np.where(v > 0, v, 0.0)
+    return positive
 
 
 def gelu(v: Array) -> Array:
-    return np.vectorize(lambda u: u * 0.5 * (1 + math.erf(u / math.sqrt(2))), otypes=[np.float64])(v)
+    cdf: Array = np.array([0.5 * (1 + math.erf(u / math.sqrt(2))) for u in v.flat]).reshape(v.shape)
+    return v * cdf
 
 
 def expected(x: Array, w: dict[str, Array], scale: float, gelu_instead: bool = False) -> Array:

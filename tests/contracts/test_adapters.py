@@ -1,0 +1,156 @@
+"""What every registered adapter type keeps, in every choice of its options."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from cl_adapters.adapters import adapters
+from cl_adapters.adapters.base import AdapterType, adapter_from, adapter_to_plain
+from cl_adapters.errors import ConfigError, UnknownName
+
+WIDTH = 12
+
+
+def drawn(adapter: AdapterType, seed: int, width: int = WIDTH) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {name: torch.randn(shape, generator=generator) for name, shape in adapter.shapes(width).items()}
+
+
+def tokens(batch: int = 3, seed: int = 0) -> Tensor:
+    return torch.randn(batch, 5, WIDTH, generator=torch.Generator().manual_seed(seed))
+
+
+def test_is_a_frozen_keyword_only_dataclass_with_a_summary(adapter: AdapterType) -> None:
+    cls: Any = type(adapter)
+    assert vars(cls)["__dataclass_params__"].frozen
+    assert all(field.kw_only for field in dataclasses.fields(cls))
+    assert cls.__doc__
+    assert cls.summary
+    assert "\n" not in cls.summary
+
+
+def test_survives_json(adapter: AdapterType) -> None:
+    plain = adapter_to_plain(adapter)
+    assert plain["type"] == adapters.name_of(adapter)
+    assert adapter_from(plain) == adapter
+    assert hash(adapter_from(plain)) == hash(adapter), "a frozen value, without tensors"
+
+
+def test_unknown_option_and_type_get_a_suggestion(adapter: AdapterType) -> None:
+    name = adapters.name_of(adapter)
+    option = dataclasses.fields(adapter)[0].name  # type: ignore[arg-type]
+    with pytest.raises(ConfigError, match=f"unknown option adapter.{option}x; did you mean '{option}'"):
+        adapter_from({"type": name, f"{option}x": 1})
+    with pytest.raises(UnknownName, match=f"unknown adapter type '{name}s'; did you mean '{name}'"):
+        adapter_from(f"{name}s")
+
+
+def test_shapes_and_fresh_tensors_agree(adapter: AdapterType) -> None:
+    for width in (8, WIDTH):
+        params = adapter.init(width, torch.Generator().manual_seed(0))
+        assert {name: tuple(value.shape) for name, value in params.items()} == adapter.shapes(width)
+        assert all(value.dtype == torch.float32 and value.device.type == "cpu" for value in params.values())
+        assert all(value.isfinite().all() for value in params.values())
+        assert adapter.num_parameters(width) == sum(value.numel() for value in params.values())
+
+
+def test_initialisation_is_a_function_of_the_generator(adapter: AdapterType) -> None:
+    before = torch.get_rng_state()
+    first, again = (adapter.init(WIDTH, torch.Generator().manual_seed(5)) for _ in range(2))
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert torch.equal(torch.get_rng_state(), before), "nothing is drawn from the global generator"
+
+
+def test_starts_as_the_identity(adapter: AdapterType) -> None:
+    """Bit for bit, unless an option asks for another initialisation."""
+    fields: Any = dataclasses.fields(adapter)  # type: ignore[arg-type]
+    asked_otherwise = any("init" in field.name and getattr(adapter, field.name) != field.default for field in fields)
+    delta = adapter.apply(tokens(), adapter.init(WIDTH, torch.Generator().manual_seed(0)))
+    assert delta.isfinite().all()
+    assert asked_otherwise or torch.equal(delta, torch.zeros_like(delta))
+
+
+def test_output_has_the_shape_of_the_input_and_nothing_is_written(adapter: AdapterType) -> None:
+    x, params = tokens(), drawn(adapter, 0)
+    kept = x.clone(), {name: value.clone() for name, value in params.items()}
+    delta = adapter.apply(x, params)
+    assert delta.shape == x.shape
+    assert delta.isfinite().all()
+    assert delta.abs().max() > 0
+    assert torch.equal(x, kept[0])
+    assert all(torch.equal(params[name], kept[1][name]) for name in params)
+    assert torch.equal(adapter.apply(x, params), delta)
+
+
+@pytest.mark.parametrize("batch", [1, 3, WIDTH])
+def test_one_adapter_per_sample_equals_one_by_one(adapter: AdapterType, batch: int) -> None:
+    """Also where the batch is as large as the width, so that a wrong broadcast would go unseen by its shape."""
+    x = tokens(batch)
+    own = [drawn(adapter, seed) for seed in range(batch)]
+    gathered = {name: torch.stack([params[name] for params in own]) for name in own[0]}
+    mixed = adapter.apply(x, gathered)
+    single = torch.cat([adapter.apply(x[i : i + 1], params) for i, params in enumerate(own)])
+    assert (mixed - single).abs().max() <= 1e-5 * (1 + single.abs().max())
+
+
+def test_samples_do_not_see_each_other(adapter: AdapterType) -> None:
+    x, params = tokens(4), drawn(adapter, 0)
+    order = torch.tensor([2, 0, 3, 1])
+    assert torch.allclose(adapter.apply(x[order], params), adapter.apply(x, params)[order], atol=1e-5)
+    assert torch.allclose(adapter.apply(x[:1], params), adapter.apply(x, params)[:1], atol=1e-5)
+
+
+def test_gradients_reach_every_tensor_and_agree_per_sample(adapter: AdapterType) -> None:
+    x, readout = tokens(3).requires_grad_(), tokens(3, seed=1)
+    params = {name: value.requires_grad_() for name, value in drawn(adapter, 0).items()}
+    (adapter.apply(x, params) * readout).sum().backward()
+    assert x.grad is not None and x.grad.abs().max() > 0
+    own = {n: v.detach().expand(3, *v.shape).clone().requires_grad_() for n, v in params.items()}
+    (adapter.apply(x, own) * readout).sum().backward()
+    shared = {name: value.grad for name, value in params.items() if value.grad is not None}
+    assert shared.keys() == params.keys()
+    largest = max(float(gradient.abs().max()) for gradient in shared.values())
+    for name, gradient in shared.items():
+        assert gradient.any(), name
+        per_sample = own[name].grad
+        assert per_sample is not None
+        assert (per_sample.sum(0) - gradient).abs().max() < 1e-5 * largest, name
+
+
+def test_noise_only_from_the_given_generator(adapter: AdapterType) -> None:
+    before = torch.get_rng_state()
+    x, params = tokens(), drawn(adapter, 0)
+    still = adapter.apply(x, params)
+    first, again, other = (adapter.apply(x, params, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    assert torch.equal(first, again)
+    assert torch.equal(torch.get_rng_state(), before)
+    rate = getattr(adapter, "dropout", 0)
+    if rate:
+        assert not torch.equal(first, still)
+        assert not torch.equal(first, other)
+        without: AdapterType = dataclasses.replace(adapter, dropout=0.0)  # type: ignore[type-var]
+        assert torch.equal(without.apply(x, params, torch.Generator().manual_seed(1)), still)
+    else:
+        assert torch.equal(first, still)
+
+
+def test_attaches_to_a_kind_of_site_that_exists(adapter: AdapterType, tiny_vit: Any) -> None:
+    from cl_adapters.backbone import FrozenBackbone
+
+    assert len(FrozenBackbone.wrap(tiny_vit(width=16, heads=2, img_size=16)).sites(adapter.site_kind)) == 3
+
+
+def test_dropout_keeps_the_expectation() -> None:
+    """Inverted dropout at the given rate: the mean over many masks is the output without noise."""
+    from cl_adapters.adapters.bottleneck import Bottleneck
+
+    adapter = Bottleneck(dropout=0.3, bottleneck=1, scale=1.0, activation="relu")
+    params = {"down": torch.ones(1, 1), "down_bias": torch.zeros(1), "up": torch.ones(1, 1), "up_bias": torch.zeros(1)}
+    out = adapter.apply(torch.ones(1, 20_000, 1), params, torch.Generator().manual_seed(0))
+    assert out.unique().tolist() == pytest.approx([0.0, 1 / 0.7])
+    assert out.mean().item() == pytest.approx(1, abs=0.02)

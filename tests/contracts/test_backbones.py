@@ -1,0 +1,344 @@
+"""What a frozen backbone of every family keeps, and that adapters attach where the papers put them.
+
+Random tiny models of timm's ViT family, and a random tiny BERT of transformers: nothing here assumes images.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cl_adapters.adapters.base import AdapterType
+from cl_adapters.backbone import FrozenBackbone
+from cl_adapters.bank import AdapterBank, Route
+from cl_adapters.batches import take
+from cl_adapters.errors import ClAdaptersError, IncompatibleBackbone
+from cl_adapters.model import AdapterModel
+from cl_adapters.sites import Site, Tap
+
+
+@dataclass(frozen=True, kw_only=True)
+class Echo(AdapterType):
+    """Adds ``gain`` times its own input: shows what a site reads and where it adds."""
+
+    kind: str = "ffn_parallel"
+
+    @property
+    def site_kind(self) -> str:
+        return self.kind
+
+    def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
+        return {"gain": (1,)}
+
+    def init(self, width: int, generator: torch.Generator) -> dict[str, Tensor]:
+        return {"gain": torch.ones(1)}
+
+    def apply(self, x_BND: Tensor, params: Mapping[str, Tensor], noise: torch.Generator | None = None) -> Tensor:
+        return x_BND * params["gain"].reshape(-1, 1, 1)
+
+
+def watch(modules: dict[str, nn.Module], run: Callable[[], object]) -> dict[str, tuple[Tensor, Tensor]]:
+    """First input and output of the named modules during ``run``."""
+    seen: dict[str, tuple[Tensor, Tensor]] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            out = output[0] if isinstance(output, tuple) else output
+            seen[name] = (args[0].clone(), out.clone())
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+    run()
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def parts(case: Any, block: int) -> tuple[nn.Module, dict[str, nn.Module]]:
+    encoder: Any = case.backbone.encoder
+    if case.family == "BERT":
+        layer = encoder.encoder.layer[block]
+        return layer, {"block": layer, "h": layer.attention, "branch": layer.output.dropout}
+    layer = encoder.blocks[block]
+    return layer, {"block": layer, "attention": layer.drop_path1, "branch": layer.drop_path2}
+
+
+def test_features(case: Any) -> None:
+    f_BD = case.backbone.features(case.inputs(3))
+    assert f_BD.shape == (3, case.backbone.num_features)
+    assert f_BD.isfinite().all()
+    assert not f_BD.requires_grad
+    assert f_BD.std() > 0.01
+
+
+def test_features_do_not_depend_on_neighbours_order_or_batch_size(case: Any) -> None:
+    x = case.inputs(6)
+    f_BD = case.backbone.features(x)
+    order = torch.tensor([3, 0, 5, 1, 4, 2])
+    assert torch.allclose(case.backbone.features(take(x, order)), f_BD[order], atol=1e-5)
+    assert torch.allclose(case.backbone.features(take(x, torch.tensor([2]))), f_BD[2:3], atol=1e-5)
+
+
+def test_always_frozen_and_in_evaluation_mode(case: Any) -> None:
+    """Also where a strategy sets its model to training: no dropout, no drop path, same bits."""
+    backbone, x = case.backbone, case.inputs(3)
+    before = backbone.features(x)
+    AdapterModel(backbone).train()
+    assert not any(module.training for module in backbone.modules())
+    assert not any(p.requires_grad for p in backbone.parameters())
+    assert torch.equal(backbone.features(x), before)
+    backbone.check_frozen()
+
+
+def test_the_models_own_weights_are_left_as_they_are(case: Any) -> None:
+    """Fused qkv and all: names, order and bits of the parameters, and the features without a route."""
+    backbone, x = case.backbone, case.inputs(3)
+    weights = {name: value.clone() for name, value in backbone.encoder.state_dict().items()}
+    plain, fingerprint = backbone.features(x), backbone.fingerprint
+    bank = AdapterBank(backbone, Echo())
+    bank.add_slot(bank.fresh(torch.Generator()))
+    now = backbone.encoder.state_dict()
+    assert list(now) == list(weights)
+    assert all(torch.equal(now[name], weights[name]) for name in weights)
+    assert torch.equal(backbone.features(x), plain)
+    again = FrozenBackbone.wrap(backbone.encoder, name=backbone.name)
+    assert again.fingerprint == fingerprint
+
+
+def test_one_site_per_block_with_its_width(case: Any) -> None:
+    depth = 3 if "other sizes" in case.family else 2
+    for kind in ("ffn_parallel", "ffn_sequential"):
+        sites = case.backbone.sites(kind)
+        assert [site.block for site in sites] == list(range(depth))
+        assert len({site.name for site in sites}) == depth
+        assert {site.width for site in sites} == {case.backbone.num_features}
+    with pytest.raises(IncompatibleBackbone, match="has no sites of kind 'qkv'; it has: ffn_parallel, ffn_sequential"):
+        case.backbone.sites("qkv")
+
+
+@pytest.mark.parametrize("kind", ["ffn_parallel", "ffn_sequential"])
+def test_reads_and_adds_where_the_paper_says(case: Any, kind: str) -> None:
+    """Parallel: h + FFN(..) + delta(h), h the residual stream after attention. Sequential: h + b + delta(b)."""
+    backbone, x, block = case.backbone, case.inputs(3), 1
+    layer, modules = parts(case, block)
+    plain = watch(modules, lambda: backbone.features(x))
+    bank = AdapterBank(backbone, Echo(kind=kind), blocks=[block])
+    bank.add_slot(bank.fresh(torch.Generator()))
+    with bank.route(Route.single(0)):
+        echoed = watch({"block": layer}, lambda: backbone.features(x))
+    h = plain["h"][1] if case.family == "BERT" else plain["block"][0] + plain["attention"][1]
+    branch = plain["branch"][1]
+    total = h + branch + (h if kind == "ffn_parallel" else branch)
+    wanted = layer.output.LayerNorm(total) if case.family == "BERT" else total  # type: ignore[union-attr,operator]
+    assert torch.equal(echoed["block"][0], plain["block"][0]), "blocks below are as they were"
+    assert (echoed["block"][1] - wanted).abs().max() < 1e-5
+    assert (echoed["block"][1] - plain["block"][1]).abs().max() > 0.1
+
+
+def test_classifier_is_left_out() -> None:
+    from timm.models.vision_transformer import VisionTransformer
+
+    sizes: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 1, "num_heads": 2}
+    encoder = VisionTransformer(**sizes, num_classes=7)
+    x = torch.randn(2, 3, 16, 16)
+    features = FrozenBackbone.wrap(encoder).features(x)
+    assert features.shape == (2, 16)
+    encoder.reset_classifier(0)
+    assert torch.equal(encoder(x), features)
+
+
+@pytest.mark.parametrize("case", ["BERT"], indirect=True)
+def test_text_features_do_not_see_padding(case: Any) -> None:
+    """Two more columns of padding, filled with anything, change nothing; nor do adapters see them."""
+    x = case.inputs(4)
+    longer = {
+        "input_ids": torch.cat([x["input_ids"], torch.full((4, 2), 9)], 1),
+        "attention_mask": torch.cat([x["attention_mask"], torch.zeros(4, 2, dtype=torch.long)], 1),
+    }
+    other = {**x, "input_ids": torch.where(x["attention_mask"] == 1, x["input_ids"], torch.tensor(17))}
+    bank = AdapterBank(case.backbone, Echo())
+    bank.add_slot({key: 0.3 * value for key, value in bank.fresh(torch.Generator()).items()})
+    for route in (None, Route.single(0)):
+        with bank.route(route):
+            plain = case.backbone.features(x)
+            assert torch.allclose(case.backbone.features(longer), plain, atol=1e-6)
+            assert torch.allclose(case.backbone.features(other), plain, atol=1e-6)
+    mean = case.backbone.encoder(**x).last_hidden_state[0, : int(x["attention_mask"][0].sum())].mean(0)
+    assert torch.allclose(case.backbone.features(x)[0], mean, atol=1e-6), "the mean over the mask"
+
+
+def test_model_of_any_family_predicts(case: Any, filled: Callable[..., AdapterBank]) -> None:
+    """Retrieval over three adapters, in batches of any size, saved and loaded onto the same backbone."""
+    from cl_adapters.adapters.bottleneck import Bottleneck
+    from cl_adapters.predictors.self_refine import SelfRefine
+
+    model = AdapterModel(case.backbone, filled(case.backbone, Bottleneck(bottleneck=4)))
+    generator = torch.Generator().manual_seed(0)
+    for labels in ([4], [2, 9], [0]):
+        model.add_task(labels)
+    model.head.grow(4, generator)
+    model.prototypes.append(torch.randn(4, case.backbone.num_features, generator=generator))
+    model.predictor = SelfRefine()
+    x = case.inputs(5)
+    logits = model.predict(x, batch=5)
+    assert logits.shape == (5, 4)
+    assert torch.allclose(model.predict(x, batch=2), logits, atol=1e-5)
+
+
+def test_deepcopy_of_a_backbone_with_adapters(case: Any, filled: Callable[..., AdapterBank]) -> None:
+    model = AdapterModel(case.backbone, filled(case.backbone, Echo(), slots=1))
+    twin, x = copy.deepcopy(model), case.inputs(2)
+    with torch.no_grad():
+        for parameter in twin.bank.slot_parameters(0):  # type: ignore[union-attr]
+            parameter.add_(1)
+    assert not torch.allclose(model.features(x, Route.single(0)), twin.features(x, Route.single(0)))
+    assert torch.equal(model.features(x, None), twin.features(x, None))
+
+
+# --- fingerprint, preprocessing -----------------------------------------------------------------------------
+
+
+def test_fingerprint_tells_weights_preprocessing_and_pooling_apart(tiny_vit: Callable[..., nn.Module]) -> None:
+    from cl_adapters.preprocessing import Preprocessing
+
+    def wrap(seed: int = 0, **options: Any) -> str:
+        return FrozenBackbone.wrap(tiny_vit(seed), **options).fingerprint
+
+    assert wrap() == wrap()
+    bit = tiny_vit()
+    with torch.no_grad():
+        next(bit.parameters()).view(-1)[0] += 1e-6
+    different = {
+        wrap(),
+        wrap(1),
+        FrozenBackbone.wrap(bit).fingerprint,
+        wrap(preprocessing=Preprocessing(input_size=(3, 32, 32))),
+        wrap(preprocessing=Preprocessing(input_size=(3, 32, 32), crop_pct=1.0)),
+        wrap(pooling="cls"),
+    }
+    assert len(different) == 6
+
+
+def test_wrong_image_size_is_a_clear_error(tiny_vit: Callable[..., nn.Module]) -> None:
+    from cl_adapters.preprocessing import Preprocessing
+
+    backbone = FrozenBackbone.wrap(tiny_vit(), preprocessing=Preprocessing(input_size=(3, 32, 32)))
+    for shape in ((2, 3, 16, 16), (2, 1, 32, 32), (3, 32, 32)):
+        with pytest.raises(ClAdaptersError, match=r"takes images \[B, 3, 32, 32\], got .*eval_transform"):
+            backbone.features(torch.zeros(shape))
+
+
+# --- your own module ----------------------------------------------------------------------------------------
+
+
+class Own(nn.Module):
+    """A user's encoder: patches of 8 x 8, two residual feed-forward blocks, mean over the patches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.num_features = 16
+        self.embed = nn.Conv2d(3, 16, 8, stride=8)
+        self.ffn = nn.ModuleList(nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)) for _ in range(2))
+
+    def forward(self, x: Tensor) -> Tensor:
+        tokens: Tensor = self.embed(x).flatten(2).mT
+        for ffn in self.ffn:
+            tokens = tokens + ffn(tokens)
+        return tokens.mean(1)
+
+
+def own_sites(**changes: Any) -> list[Site]:
+    values = [
+        {
+            "name": f"ffn.{i}",
+            "block": i,
+            "kind": "ffn_parallel",
+            "width": 16,
+            "source": Tap(f"ffn.{i}", "in"),
+            "target": Tap(f"ffn.{i}", "out"),
+        }
+        for i in range(2)
+    ]
+    return [Site(**{**value, **changes}) for value in values]
+
+
+def test_own_module_with_given_sites(filled: Callable[..., AdapterBank]) -> None:
+    from cl_adapters.adapters.bottleneck import Bottleneck
+
+    backbone, x = FrozenBackbone.wrap(Own(), sites=own_sites()), torch.randn(4, 3, 16, 16)
+    bank = filled(backbone, Bottleneck(bottleneck=4))
+    plain = backbone.features(x)
+    mixed = [0, 2, 1, 0]
+    with bank.route(Route.hard(torch.tensor(mixed))):
+        together = backbone.features(x)
+    assert not torch.allclose(together, plain)
+    for i, slot in enumerate(mixed):
+        with bank.route(Route.single(slot)):
+            assert torch.allclose(backbone.features(x[i : i + 1]), together[i : i + 1], atol=1e-5)
+
+
+def test_source_tap_may_be_an_output() -> None:
+    """A site that reads what another module puts out."""
+    sites = own_sites(source=Tap("ffn.1.0", "out"), width=32)[1:]
+    backbone = FrozenBackbone.wrap(Own(), sites=[*sites])
+    bank = AdapterBank(backbone, _Fold())
+    bank.add_slot(bank.fresh(torch.Generator()))
+    x = torch.randn(2, 3, 16, 16)
+    seen = watch({"hidden": backbone.encoder.get_submodule("ffn.1.0")}, lambda: backbone.features(x))
+    plain = backbone.features(x)
+    with bank.route(Route.single(0)):
+        routed = backbone.features(x)
+    assert torch.allclose(routed - plain, seen["hidden"][1][..., :16].mean(1), atol=1e-5)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Fold(Echo):
+    """Adds the first 16 numbers of its input."""
+
+    def apply(self, x_BND: Tensor, params: Mapping[str, Tensor], noise: torch.Generator | None = None) -> Tensor:
+        return x_BND[..., :16] * params["gain"]
+
+
+def test_own_module_without_sites_says_what_to_do() -> None:
+    with pytest.raises(IncompatibleBackbone, match=r"no known adapter sites in Own.*FrozenBackbone\.wrap"):
+        AdapterBank(FrozenBackbone.wrap(Own()), Echo())
+    with pytest.raises(IncompatibleBackbone, match="was given no site of kind 'ffn_sequential'"):
+        AdapterBank(FrozenBackbone.wrap(Own(), sites=own_sites()), Echo(kind="ffn_sequential"))
+
+
+def test_site_that_names_no_module() -> None:
+    backbone = FrozenBackbone.wrap(Own(), sites=own_sites(target=Tap("fnn.0", "out")))
+    with pytest.raises(IncompatibleBackbone, match=r"'fnn\.0'"):
+        AdapterBank(backbone, Echo())
+
+
+def test_unknown_feature_width_says_what_to_do() -> None:
+    module = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
+    with pytest.raises(IncompatibleBackbone, match="pass num_features="):
+        FrozenBackbone.wrap(module)
+    assert FrozenBackbone.wrap(module, num_features=5).features(torch.zeros(2, 3, 2, 2)).shape == (2, 5)
+
+
+def test_module_without_parameters() -> None:
+    """A fixed feature extractor has a device and a fingerprint too."""
+    backbone = FrozenBackbone.wrap(nn.Flatten(), num_features=12)
+    assert backbone.device == torch.device("cpu")
+    assert len(backbone.fingerprint) == 64
+    model = AdapterModel(backbone)
+    model.add_task([0])
+    model.prototypes.append(torch.ones(1, 12))
+    assert model.predict(torch.ones(2, 3, 2, 2)).tolist() == [[pytest.approx(1)], [pytest.approx(1)]]
+
+
+def test_leaf_that_asks_for_a_gradient_is_named(tiny_vit: Callable[..., nn.Module]) -> None:
+    backbone = FrozenBackbone.wrap(tiny_vit())
+    backbone.encoder.get_parameter("pos_embed").requires_grad_(True)
+    with pytest.raises(ClAdaptersError, match="'pos_embed' requires a gradient"):
+        backbone.check_frozen()
