@@ -136,10 +136,16 @@ class AdapterModel(nn.Module):
             samples: the B numbers under which it knows them.
 
         Raises:
-            ClAdaptersError: no task was learned yet.
+            ClAdaptersError: no task was learned yet, or the memory is of another model or another batch.
         """
         if not self.classes:
             raise ClAdaptersError("this model knows no class yet: train it on a task first")
+        if memory is not None:
+            if memory.model is not self:
+                raise ClAdaptersError("this memory holds features of another model: make a FeatureMemory of this one")
+            if samples is None or len(samples) != batch_size(x):
+                given = "no sample numbers" if samples is None else f"{len(samples)} sample numbers"
+                raise ClAdaptersError(f"a memory needs the number of every sample: {batch_size(x)} inputs, but {given}")
         with torch.inference_mode():
             lazy = LazyFeatures(self, to_device(x, self.device), memory, samples)
             return self.predictor.predict(self, lazy)
