@@ -31,6 +31,18 @@ LICENCE = (
     "public domain); the images are made on the fly and carry no licence of their own"
 )
 
+STYLE = Style(
+    degrees=20.0,
+    scale=(0.5, 1.1),
+    stretch=0.3,
+    shear=0.3,
+    shift=0.15,
+    thickness=(-0.9, 0.9),
+    contrast=(50.0, 255.0),
+    noise=(5.0, 30.0),
+)
+"""Partly beyond what the embedded backbone was trained on (smaller, noisier), so that methods can differ."""
+
 
 @benchmarks.register("glyphs")
 @dataclass(frozen=True, kw_only=True)
@@ -60,7 +72,7 @@ class Glyphs(BenchmarkConfig):
     size: int = 32
     order_seed: int | None = None
     image_seed: int | None = None
-    style: Style = field(default_factory=Style)
+    style: Style = STYLE
     augmentation: Augmentation = field(
         default_factory=lambda: Augmentation(kind="affine", scale=(0.9, 1.1), flip=False)
     )
