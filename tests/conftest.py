@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # before torch: two workers on two cores, and figures that repeat
+for name in ("COLUMNS", "LINES"):  # pytest-xdist sets them in its workers: tables would wrap there and not elsewhere
+    os.environ.pop(name, None)
 
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +48,7 @@ def tiny_vit() -> Callable[..., torch.nn.Module]:
         from timm.models.vision_transformer import VisionTransformer
 
         with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0)  # the constructor draws too, and not all of it is overwritten below
             model: torch.nn.Module = VisionTransformer(
                 img_size=img_size,
                 patch_size=patch_size,
