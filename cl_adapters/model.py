@@ -91,6 +91,17 @@ class AdapterModel(nn.Module):
         """Append one column per new label, as the next task.
 
         Raises:
+            DataError: see :meth:`check_new`.
+        """
+        self.check_new(labels)
+        task = self.num_tasks
+        self.classes.extend(labels)
+        self.task_of_column = torch.cat([self.task_of_column, torch.full((len(labels),), task)])
+
+    def check_new(self, labels: Sequence[int]) -> None:
+        """Check that these labels can be the next task.
+
+        Raises:
             DataError: no label, or one that is already known.
         """
         if not labels:
@@ -101,9 +112,6 @@ class AdapterModel(nn.Module):
                 f"classes {known} were learned in an earlier task; class-incremental learning takes each class in one "
                 "task. Merge the tasks, or leave those images out"
             )
-        task = self.num_tasks
-        self.classes.extend(labels)
-        self.task_of_column = torch.cat([self.task_of_column, torch.full((len(labels),), task)])
 
     def columns_of(self, labels_B: Tensor) -> Tensor:
         """Columns (int64 [B]) of class labels (int64 [B]); -1 where the class is not known."""

@@ -22,14 +22,13 @@ from torch.utils.data import DataLoader
 
 from cl_adapters.backbone import FrozenBackbone
 from cl_adapters.bank import AdapterBank, Routes
-from cl_adapters.config import build, to_plain
-from cl_adapters.errors import ConfigError, DataError, TrainingDiverged
+from cl_adapters.errors import ClAdaptersError, DataError, TrainingDiverged
 from cl_adapters.model import AdapterModel
 from cl_adapters.predictors.base import Predictor
 from cl_adapters.randomness import derive, generator, isolated, seed_globals
 from cl_adapters.registry import Registry
-from cl_adapters.strategies.config import StrategyConfig, TrainingConfig
-from cl_adapters.strategies.experiences import experience_classes
+from cl_adapters.strategies.config import StrategyConfig, TrainingConfig, resolve
+from cl_adapters.strategies.experiences import check_experience, experience_classes
 from cl_adapters.strategies.phases import Batch, Phase
 from cl_adapters.timing import Stopwatch
 
@@ -84,7 +83,9 @@ class AdapterStrategy(SupervisedTemplate):
         progress: Callable[[str, int, int], None] | None = None,
         **options: Any,
     ) -> None:
-        self.config = self._resolve(config, options)
+        self.config = resolve(
+            type(self).__name__, self.Config, config, options, list(type(self).__signature__.parameters)
+        )
         device = torch.device(device)
         if not isinstance(model, AdapterModel):
             model = self.new_model(FrozenBackbone.wrap(model).to(device))
@@ -105,6 +106,7 @@ class AdapterStrategy(SupervisedTemplate):
         self.timings = Stopwatch()
         self.progress = progress
         self.trainable_parameters = 0
+        self._unfinished = False
         self._phase: Phase | None = None
         self._features: Tensor | None = None
         self._noise: torch.Generator | None = None
@@ -166,6 +168,9 @@ class AdapterStrategy(SupervisedTemplate):
 
         Returns:
             float32 [N, D] on the CPU, and the column of each sample, int64 [N].
+
+        Raises:
+            DataError: a feature is not a finite number.
         """
         loader = DataLoader(
             self.experience.dataset.eval(),
@@ -177,6 +182,8 @@ class AdapterStrategy(SupervisedTemplate):
             for x, y, *_ in loader:
                 features.append(self.model.features(x.to(self.device), routes).float().cpu())
                 labels.append(torch.as_tensor(y))
+        if not all(f_BD.isfinite().all() for f_BD in features):
+            raise DataError("features of the training images are not finite: check the images and the learning rate")
         # out of inference mode, so that later code may save or differentiate through what is built from them
         return torch.cat(features).clone(), self.model.columns_of(torch.cat(labels))
 
@@ -188,7 +195,16 @@ class AdapterStrategy(SupervisedTemplate):
     # --- Avalanche's life-cycle ----------------------------------------------------------------------------------
 
     def train(self, experiences: Any, eval_streams: Any = None, **loader_options: Any) -> Any:
-        """Learn one experience, or several in order; see Avalanche. Global random states are left as they were."""
+        """Learn one experience, or several in order; see Avalanche. Global random states are left as they were.
+
+        Raises:
+            ClAdaptersError: an error or interrupt stopped an earlier call in the middle of a task.
+        """
+        if self._unfinished:
+            raise ClAdaptersError(
+                f"task {self.task} was left unfinished by an error, so this model is half trained: load the model that "
+                "was saved after the task before and make the strategy from it, or begin anew"
+            )
         self._loader_options = loader_options
         try:
             with isolated(self.device), self.timings.part("train"):
@@ -205,8 +221,7 @@ class AdapterStrategy(SupervisedTemplate):
     def train_dataset_adaptation(self, **kwargs: Any) -> None:
         """Check the experience before anything grows, then let Avalanche choose the data."""
         self.model.backbone.check_frozen()
-        if not len(self.experience.dataset):
-            raise DataError("this experience has no training sample: drop the empty task from the stream")
+        self.model.check_new(check_experience(self.experience))
         task = self.model.num_tasks
         seed_globals(derive(self.seed, "loader", task))
         super().train_dataset_adaptation(**kwargs)
@@ -216,6 +231,7 @@ class AdapterStrategy(SupervisedTemplate):
         if self.is_training:
             labels = experience_classes(self.experience)
             self.model.add_task(labels)
+            self._unfinished = True
             self.grow(self.task)
             self.model.predictor = self.predictor(self.task, training=True)
         return self.model
@@ -247,6 +263,7 @@ class AdapterStrategy(SupervisedTemplate):
     def _after_training_exp(self, **kwargs: Any) -> None:
         self.consolidate(self.task)
         self.model.predictor = self.predictor(self.task, training=False)
+        self._unfinished = False
         super()._after_training_exp(**kwargs)
 
     def report(self, phase: str, done: int, total: int) -> None:
@@ -313,14 +330,6 @@ class AdapterStrategy(SupervisedTemplate):
         """An optimizer whose parameters each phase replaces; torch refuses an empty one."""
         placeholder = nn.Parameter(torch.zeros(1), requires_grad=False)
         return torch.optim.SGD([placeholder], lr=1.0, momentum=getattr(self.config, "momentum", 0.0))
-
-    @classmethod
-    def _resolve(cls, config: StrategyConfig | None, options: Mapping[str, Any]) -> StrategyConfig:
-        if config is None:
-            return build(cls.Config, options, cls.__name__)
-        if not isinstance(config, cls.Config):
-            raise ConfigError(f"{cls.__name__} takes a {cls.Config.__name__}, got {type(config).__name__}")
-        return build(cls.Config, to_plain(config) | dict(options), cls.__name__) if options else config
 
 
 def _own_check_only(cls: type) -> None:

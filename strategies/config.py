@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 from cl_adapters.adapters.base import AdapterField
 from cl_adapters.adapters.bottleneck import Bottleneck
+from cl_adapters.config import build, to_plain
+from cl_adapters.errors import ConfigError, suggestion
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -53,3 +57,34 @@ class TrainingConfig(StrategyConfig):
             raise ValueError(f"train_epochs must be at least 1, got {self.train_epochs}")
         if self.lr <= 0:
             raise ValueError(f"lr must be positive, got {self.lr}")
+
+
+def resolve(
+    owner: str,
+    cls: type[StrategyConfig],
+    config: StrategyConfig | None,
+    options: Mapping[str, Any],
+    keywords: Sequence[str],
+) -> StrategyConfig:
+    """The settings of a strategy from a whole configuration, single options, or options on top of one.
+
+    Args:
+        owner: name of the strategy, for messages.
+        cls: its configuration class.
+        config: a configuration, or None for the defaults.
+        options: single fields by name.
+        keywords: everything that the strategy's constructor takes, these fields included.
+
+    Raises:
+        ConfigError: an unknown option (with the nearest keyword), a wrong type or range, another strategy's settings.
+    """
+    for key in options:
+        if key not in keywords:
+            raise ConfigError(
+                f"unknown option {owner}.{key}{suggestion(key, keywords)} Known: {', '.join(sorted(keywords))}"
+            )
+    if config is None:
+        return build(cls, options, owner)
+    if not isinstance(config, cls):
+        raise ConfigError(f"{owner} takes a {cls.__name__}, got {type(config).__name__}")
+    return build(cls, to_plain(config) | dict(options), owner) if options else config
