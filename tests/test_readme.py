@@ -16,7 +16,8 @@ from cl_adapters.benchmarks.cli import app
 def blocks(repo_root: Path, language: str) -> list[str]:
     """The fenced blocks of that language."""
     text = (repo_root / "README.md").read_text(encoding="utf-8")
-    return re.findall(rf"```{language}\n(.*?)```", text, flags=re.DOTALL)
+    fenced = re.findall(r"^```(\w*)\n(.*?)^```$", text, flags=re.DOTALL | re.MULTILINE)
+    return [block for name, block in fenced if name == language]
 
 
 def python(script: str, folder: Path) -> str:
