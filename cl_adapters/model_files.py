@@ -128,6 +128,9 @@ def _assemble(path: Path, card: Mapping[str, Any], backbone: FrozenBackbone) -> 
     model.head.weight = nn.Parameter(heads["linear.weight"].to(model.device))
     model.head.bias = nn.Parameter(heads["linear.bias"].to(model.device))
     model.prototypes.prototypes = heads["prototypes"].to(model.device)
+    for head, rows in (("linear", model.head.num_classes), ("prototype", model.prototypes.num_classes)):
+        if rows not in (0, len(model.classes)):
+            raise StorageError(f"{path} names {len(model.classes)} classes, but its {head} head has {rows}")
     model.predictor = build(predictors.get(card["predictor"]["type"]), card["predictor"]["config"], "predictor")
     if card["statistics"] is not None:
         model.statistics = ClassStatistics.of_kind(card["statistics"], backbone.num_features)

@@ -121,5 +121,9 @@ def _swap(scratch: Path, path: Path) -> None:
         return
     old = path.parent / f".{path.name}.old-{uuid.uuid4().hex[:8]}"
     path.rename(old)
-    scratch.rename(path)
+    try:
+        scratch.rename(path)
+    except BaseException:
+        old.rename(path)
+        raise
     shutil.rmtree(old, ignore_errors=True)
