@@ -17,9 +17,10 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cl_adapters.benchmarks.data.digits import Digits
+from cl_adapters.benchmarks.glyph_batches import IMG_SIZE
 from cl_adapters.benchmarks.glyph_classes import glyph_classes
 from cl_adapters.benchmarks.glyph_render import TEST_FACES, TRAIN_FACES, coverage, render
-from cl_adapters.benchmarks.pretrain_vit_glyph import IMG_SIZE, build_encoder, normalise
+from cl_adapters.benchmarks.pretrain_vit_glyph import build_encoder, normalise
 
 Split = tuple[Tensor, Tensor]
 SEED = 20240602

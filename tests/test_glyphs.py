@@ -10,6 +10,7 @@ import pytest
 
 from cl_adapters.benchmarks.base import benchmarks
 from cl_adapters.benchmarks.data.glyphs import Glyphs
+from cl_adapters.benchmarks.glyph_batches import faces_of
 from cl_adapters.benchmarks.glyph_classes import (
     ALIKE_ACROSS,
     LIKE_DIGIT,
@@ -29,7 +30,6 @@ from cl_adapters.benchmarks.glyph_render import (
     glyph_mask,
     render,
 )
-from cl_adapters.benchmarks.pretrain_vit_glyph import faces_of
 from cl_adapters.config import build, to_plain
 from cl_adapters.errors import ConfigError
 

@@ -13,17 +13,14 @@ from torch import nn
 
 import cl_adapters
 from cl_adapters.backbone import FrozenBackbone
+from cl_adapters.benchmarks.glyph_batches import EASY, STYLE, draw_batch, training_classes
 from cl_adapters.benchmarks.glyph_classes import glyph_classes
 from cl_adapters.benchmarks.pretrain_vit_glyph import (
     ARCHITECTURE,
-    EASY,
-    STYLE,
     CosineClassifier,
     Recipe,
     build_encoder,
-    draw_batch,
     save,
-    training_classes,
 )
 from cl_adapters.benchmarks.probe_vit_glyph import Probes
 
