@@ -20,8 +20,8 @@ def batch_size(x: Inputs) -> int:
 def take(x: Inputs, rows: Tensor) -> Inputs:
     """The samples ``rows`` (int64 [M]) of ``x``, in that order."""
     if isinstance(x, Tensor):
-        return x.index_select(0, rows)
-    return {key: value.index_select(0, rows) for key, value in x.items()}
+        return x.index_select(0, rows.to(x.device))
+    return {key: value.index_select(0, rows.to(value.device)) for key, value in x.items()}
 
 
 def to_device(x: Inputs, device: torch.device) -> Inputs:

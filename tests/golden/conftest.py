@@ -1,4 +1,4 @@
-"""A tiny MOS with two tasks of noisy images, for the numbers that come from training."""
+"""A tiny MOS with a few tasks of noisy images, for the numbers that come from training."""
 
 from __future__ import annotations
 
@@ -15,11 +15,17 @@ from cl_adapters.strategies.mos import MOS
 
 
 @pytest.fixture
-def two_tasks() -> list[Any]:
-    """Avalanche experiences: labels {0, 1}, then {2, 3, 4}; 12 images float32 [3, 16, 16] each."""
+def two_tasks(three_tasks: list[Any]) -> list[Any]:
+    """The first two of :func:`three_tasks`."""
+    return three_tasks[:2]
+
+
+@pytest.fixture
+def three_tasks() -> list[Any]:
+    """Avalanche experiences: labels {0, 1}, {2, 3, 4}, {5}; 12 images float32 [3, 16, 16] each."""
     generator = torch.Generator().manual_seed(0)
     datasets = []
-    for labels in ((0, 1), (2, 3, 4)):
+    for labels in ((0, 1), (2, 3, 4), (5,)):
         y = torch.tensor(labels).repeat(12 // len(labels))
         x = torch.randn(12, 3, 16, 16, generator=generator) + y[:, None, None, None] * 0.3
         datasets.append(AvalancheDataset([TensorDataset(x, y)], data_attributes=[DataAttribute(y.tolist(), "targets")]))
