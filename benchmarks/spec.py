@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -37,9 +38,14 @@ def parse_benchmark(text: str, options: Mapping[str, Any]) -> tuple[str, Benchma
             )
         if colon:
             values[cls.argument] = argument
-        elif cls.argument not in values:
+        elif cls.argument not in values and _required(cls, cls.argument):
             raise ConfigError(f"benchmark {name!r} needs its {cls.argument}; write {form}")
     return name, build(cls, values, "benchmark")
+
+
+def _required(cls: type[BenchmarkConfig], name: str) -> bool:
+    (field,) = (field for field in dataclasses.fields(cls) if field.name == name)  # type: ignore[arg-type]
+    return field.default is dataclasses.MISSING and field.default_factory is dataclasses.MISSING
 
 
 def _find(name: str, text: str) -> type[BenchmarkConfig]:

@@ -54,3 +54,9 @@ def test_unknown_benchmark() -> None:
 def test_a_bare_folder_gets_the_hint(tmp_path: Path) -> None:
     with pytest.raises(UnknownName, match=f"to use your own images write 'folder:{tmp_path}'"):
         parse_benchmark(str(tmp_path), {})
+
+
+def test_an_argument_with_a_default_may_be_left_out() -> None:
+    name, config = parse_benchmark("glyphs", {"tasks": 2})
+    assert (name, config.classes) == ("glyphs", 100)  # type: ignore[attr-defined]
+    assert parse_benchmark("glyphs:20", {"tasks": 2})[1].classes == 20  # type: ignore[attr-defined]

@@ -67,7 +67,7 @@ class Glyphs(BenchmarkConfig):
 
     classes: int = 100
     tasks: int = 10
-    train_per_class: int = 20
+    train_per_class: int = 50
     test_per_class: int = 10
     size: int = 32
     order_seed: int | None = None
