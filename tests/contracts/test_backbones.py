@@ -15,12 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from cl_adapters.adapters.base import AdapterType
+from cl_adapters.adapters.bottleneck import Bottleneck
 from cl_adapters.backbone import FrozenBackbone
 from cl_adapters.bank import AdapterBank, Route
-from cl_adapters.batches import take
+from cl_adapters.batches import Inputs, take
 from cl_adapters.errors import ClAdaptersError, IncompatibleBackbone
 from cl_adapters.model import AdapterModel
-from cl_adapters.sites import Site, Tap
+from cl_adapters.predictors.self_refine import SelfRefine
+from cl_adapters.preprocessing import Preprocessing
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -59,6 +61,11 @@ def watch(modules: dict[str, nn.Module], run: Callable[[], object]) -> dict[str,
     for handle in handles:
         handle.remove()
     return seen
+
+
+def routed(bank: AdapterBank, backbone: FrozenBackbone, x: Inputs, route: Route) -> Tensor:
+    with bank.route(route):
+        return backbone.features(x)
 
 
 def parts(case: Any, block: int) -> tuple[nn.Module, dict[str, nn.Module]]:
@@ -176,9 +183,6 @@ def test_text_features_do_not_see_padding(case: Any) -> None:
 
 def test_model_of_any_family_predicts(case: Any, filled: Callable[..., AdapterBank]) -> None:
     """Retrieval over three adapters, in batches of any size, saved and loaded onto the same backbone."""
-    from cl_adapters.adapters.bottleneck import Bottleneck
-    from cl_adapters.predictors.self_refine import SelfRefine
-
     model = AdapterModel(case.backbone, filled(case.backbone, Bottleneck(bottleneck=4)))
     generator = torch.Generator().manual_seed(0)
     for labels in ([4], [2, 9], [0]):
@@ -206,8 +210,6 @@ def test_deepcopy_of_a_backbone_with_adapters(case: Any, filled: Callable[..., A
 
 
 def test_fingerprint_tells_weights_preprocessing_and_pooling_apart(tiny_vit: Callable[..., nn.Module]) -> None:
-    from cl_adapters.preprocessing import Preprocessing
-
     def wrap(seed: int = 0, **options: Any) -> str:
         return FrozenBackbone.wrap(tiny_vit(seed), **options).fingerprint
 
@@ -227,114 +229,10 @@ def test_fingerprint_tells_weights_preprocessing_and_pooling_apart(tiny_vit: Cal
 
 
 def test_wrong_image_size_is_a_clear_error(tiny_vit: Callable[..., nn.Module]) -> None:
-    from cl_adapters.preprocessing import Preprocessing
-
     backbone = FrozenBackbone.wrap(tiny_vit(), preprocessing=Preprocessing(input_size=(3, 32, 32)))
     for shape in ((2, 3, 16, 16), (2, 1, 32, 32), (3, 32, 32)):
         with pytest.raises(ClAdaptersError, match=r"takes images \[B, 3, 32, 32\], got .*eval_transform"):
             backbone.features(torch.zeros(shape))
-
-
-# --- your own module ----------------------------------------------------------------------------------------
-
-
-class Own(nn.Module):
-    """A user's encoder: patches of 8 x 8, two residual feed-forward blocks, mean over the patches."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.num_features = 16
-        self.embed = nn.Conv2d(3, 16, 8, stride=8)
-        self.ffn = nn.ModuleList(nn.Sequential(nn.Linear(16, 32), nn.GELU(), nn.Linear(32, 16)) for _ in range(2))
-
-    def forward(self, x: Tensor) -> Tensor:
-        tokens: Tensor = self.embed(x).flatten(2).mT
-        for ffn in self.ffn:
-            tokens = tokens + ffn(tokens)
-        return tokens.mean(1)
-
-
-def own_sites(**changes: Any) -> list[Site]:
-    values = [
-        {
-            "name": f"ffn.{i}",
-            "block": i,
-            "kind": "ffn_parallel",
-            "width": 16,
-            "source": Tap(f"ffn.{i}", "in"),
-            "target": Tap(f"ffn.{i}", "out"),
-        }
-        for i in range(2)
-    ]
-    return [Site(**{**value, **changes}) for value in values]
-
-
-def test_own_module_with_given_sites(filled: Callable[..., AdapterBank]) -> None:
-    from cl_adapters.adapters.bottleneck import Bottleneck
-
-    backbone, x = FrozenBackbone.wrap(Own(), sites=own_sites()), torch.randn(4, 3, 16, 16)
-    bank = filled(backbone, Bottleneck(bottleneck=4))
-    plain = backbone.features(x)
-    mixed = [0, 2, 1, 0]
-    with bank.route(Route.hard(torch.tensor(mixed))):
-        together = backbone.features(x)
-    assert not torch.allclose(together, plain)
-    for i, slot in enumerate(mixed):
-        with bank.route(Route.single(slot)):
-            assert torch.allclose(backbone.features(x[i : i + 1]), together[i : i + 1], atol=1e-5)
-
-
-def test_source_tap_may_be_an_output() -> None:
-    """A site that reads what another module puts out."""
-    sites = own_sites(source=Tap("ffn.1.0", "out"), width=32)[1:]
-    backbone = FrozenBackbone.wrap(Own(), sites=[*sites])
-    bank = AdapterBank(backbone, _Fold())
-    bank.add_slot(bank.fresh(torch.Generator()))
-    x = torch.randn(2, 3, 16, 16)
-    seen = watch({"hidden": backbone.encoder.get_submodule("ffn.1.0")}, lambda: backbone.features(x))
-    plain = backbone.features(x)
-    with bank.route(Route.single(0)):
-        routed = backbone.features(x)
-    assert torch.allclose(routed - plain, seen["hidden"][1][..., :16].mean(1), atol=1e-5)
-
-
-@dataclass(frozen=True, kw_only=True)
-class _Fold(Echo):
-    """Adds the first 16 numbers of its input."""
-
-    def apply(self, x_BND: Tensor, params: Mapping[str, Tensor], noise: torch.Generator | None = None) -> Tensor:
-        return x_BND[..., :16] * params["gain"]
-
-
-def test_own_module_without_sites_says_what_to_do() -> None:
-    with pytest.raises(IncompatibleBackbone, match=r"no known adapter sites in Own.*FrozenBackbone\.wrap"):
-        AdapterBank(FrozenBackbone.wrap(Own()), Echo())
-    with pytest.raises(IncompatibleBackbone, match="was given no site of kind 'ffn_sequential'"):
-        AdapterBank(FrozenBackbone.wrap(Own(), sites=own_sites()), Echo(kind="ffn_sequential"))
-
-
-def test_site_that_names_no_module() -> None:
-    backbone = FrozenBackbone.wrap(Own(), sites=own_sites(target=Tap("fnn.0", "out")))
-    with pytest.raises(IncompatibleBackbone, match=r"'fnn\.0'"):
-        AdapterBank(backbone, Echo())
-
-
-def test_unknown_feature_width_says_what_to_do() -> None:
-    module = nn.Sequential(nn.Flatten(), nn.Linear(12, 5))
-    with pytest.raises(IncompatibleBackbone, match="pass num_features="):
-        FrozenBackbone.wrap(module)
-    assert FrozenBackbone.wrap(module, num_features=5).features(torch.zeros(2, 3, 2, 2)).shape == (2, 5)
-
-
-def test_module_without_parameters() -> None:
-    """A fixed feature extractor has a device and a fingerprint too."""
-    backbone = FrozenBackbone.wrap(nn.Flatten(), num_features=12)
-    assert backbone.device == torch.device("cpu")
-    assert len(backbone.fingerprint) == 64
-    model = AdapterModel(backbone)
-    model.add_task([0])
-    model.prototypes.append(torch.ones(1, 12))
-    assert model.predict(torch.ones(2, 3, 2, 2)).tolist() == [[pytest.approx(1)], [pytest.approx(1)]]
 
 
 def test_leaf_that_asks_for_a_gradient_is_named(tiny_vit: Callable[..., nn.Module]) -> None:
@@ -342,3 +240,24 @@ def test_leaf_that_asks_for_a_gradient_is_named(tiny_vit: Callable[..., nn.Modul
     backbone.encoder.get_parameter("pos_embed").requires_grad_(True)
     with pytest.raises(ClAdaptersError, match="'pos_embed' requires a gradient"):
         backbone.check_frozen()
+
+
+@pytest.mark.parametrize("mode", ["parallel", "sequential"])
+def test_every_backbone_takes_mixed_batches(case: Any, mode: Any, filled: Callable[..., AdapterBank]) -> None:
+    bank = filled(case.backbone, Bottleneck(bottleneck=4, mode=mode, scale=1.0))
+    inputs, ids = case.inputs(5), torch.tensor([2, 0, 1, 0, 2])
+    plain = case.backbone.features(inputs)
+    mixed = routed(bank, case.backbone, inputs, Route.hard(ids))
+    assert (mixed - plain).abs().amax(1).min() > 1e-3
+    for i, slot in enumerate(ids.tolist()):
+        alone = routed(bank, case.backbone, take(inputs, torch.tensor([i])), Route.single(slot))
+        assert (mixed[i] - alone[0]).abs().max() < 2e-5
+    assert torch.equal(case.backbone.features(inputs), plain), "nothing is left behind by a route"
+
+
+def test_every_backbone_passes_gradients_to_every_adapter(case: Any, filled: Callable[..., AdapterBank]) -> None:
+    bank = filled(case.backbone, Bottleneck(bottleneck=4, scale=1.0), slots=2)
+    routed(bank, case.backbone, case.inputs(4), Route.single(1)).square().sum().backward()
+    assert all(p.grad is not None and p.grad.any() for p in bank.slot_parameters(1))
+    assert all(p.grad is None for p in bank.slot_parameters(0))
+    assert all(p.grad is None for p in case.backbone.parameters())

@@ -14,7 +14,6 @@ from cl_adapters.adapters.base import AdapterType
 from cl_adapters.adapters.bottleneck import Bottleneck
 from cl_adapters.backbone import FrozenBackbone
 from cl_adapters.bank import BARE, AdapterBank, Route
-from cl_adapters.batches import take
 from cl_adapters.errors import ClAdaptersError
 
 Filled = Callable[..., AdapterBank]
@@ -87,30 +86,6 @@ def test_export_and_add_slot_round_trip(
         tensor.zero_()  # copies both ways: neither slot moves
     assert torch.equal(run(bank, backbone, x, Route.single(1)), run(bank, backbone, x, Route.single(3)))
     assert bank.slot_parameters(1)[0].any()
-
-
-# --- over all backbones -------------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("mode", ["parallel", "sequential"])
-def test_every_backbone_takes_mixed_batches(case: Any, mode: Any, filled: Filled) -> None:
-    bank = filled(case.backbone, Bottleneck(bottleneck=4, mode=mode, scale=1.0))
-    inputs, ids = case.inputs(5), torch.tensor([2, 0, 1, 0, 2])
-    plain = case.backbone.features(inputs)
-    mixed = run(bank, case.backbone, inputs, Route.hard(ids))
-    assert (mixed - plain).abs().amax(1).min() > 1e-3
-    for i, slot in enumerate(ids.tolist()):
-        alone = run(bank, case.backbone, take(inputs, torch.tensor([i])), Route.single(slot))
-        assert (mixed[i] - alone[0]).abs().max() < 2e-5
-    assert torch.equal(case.backbone.features(inputs), plain), "nothing is left behind by a route"
-
-
-def test_every_backbone_passes_gradients_to_every_adapter(case: Any, filled: Filled) -> None:
-    bank = filled(case.backbone, Bottleneck(bottleneck=4, scale=1.0), slots=2)
-    run(bank, case.backbone, case.inputs(4), Route.single(1)).square().sum().backward()
-    assert all(p.grad is not None and p.grad.any() for p in bank.slot_parameters(1))
-    assert all(p.grad is None for p in bank.slot_parameters(0))
-    assert all(p.grad is None for p in case.backbone.parameters())
 
 
 # --- routes -------------------------------------------------------------------------------------------------
