@@ -5,6 +5,7 @@ No pickle is ever read: a file that is not valid safetensors or JSON is an error
 
 from __future__ import annotations
 
+import ctypes
 import hashlib
 import json
 import os
@@ -119,6 +120,8 @@ def _swap(scratch: Path, path: Path) -> None:
     if not path.exists():
         scratch.rename(path)
         return
+    if _exchange(scratch, path):
+        return  # the old content is now the scratch folder, which the caller removes
     old = path.parent / f".{path.name}.old-{uuid.uuid4().hex[:8]}"
     path.rename(old)
     try:
@@ -127,3 +130,13 @@ def _swap(scratch: Path, path: Path) -> None:
         old.rename(path)
         raise
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _exchange(one: Path, other: Path) -> bool:
+    """Swap two folders in one step, so that a crash finds either state whole; False where the system cannot."""
+    try:
+        swap = ctypes.CDLL(None, use_errno=True).renameat2  # Linux
+    except (OSError, AttributeError):
+        return False
+    here, exchange = -100, 2  # AT_FDCWD, RENAME_EXCHANGE
+    return bool(swap(here, os.fsencode(one), here, os.fsencode(other), exchange) == 0)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, ClassVar
@@ -98,7 +99,7 @@ class AdapterStrategy(SupervisedTemplate):
             eval_mb_size=self.config.eval_mb_size,
             device=device,
             plugins=plugins,
-            evaluator=evaluator,
+            evaluator=_without_metrics() if evaluator is None else evaluator,
             eval_every=eval_every,
             peval_mode=peval_mode,
         )
@@ -330,6 +331,13 @@ class AdapterStrategy(SupervisedTemplate):
         """An optimizer whose parameters each phase replaces; torch refuses an empty one."""
         placeholder = nn.Parameter(torch.zeros(1), requires_grad=False)
         return torch.optim.SGD([placeholder], lr=1.0, momentum=getattr(self.config, "momentum", 0.0))
+
+
+def _without_metrics() -> EvaluationPlugin:
+    """An evaluator that measures nothing; who asks for that needs no warning that nothing is logged."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return EvaluationPlugin()
 
 
 def _own_check_only(cls: type) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cl_adapters import model_files
+from cl_adapters import model_files, storage
 from cl_adapters.adapters.bottleneck import Bottleneck
 from cl_adapters.backbone import FrozenBackbone
 from cl_adapters.bank import AdapterBank
@@ -233,6 +234,24 @@ def test_failure_in_the_middle_of_a_save(
     assert contents(saved.parent) == before
 
 
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="renameat2 is Linux")
+def test_overwriting_swaps_both_folders_in_one_step(
+    saved: Path, model: AdapterModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """At no moment is there no saved model: the folder is never renamed away."""
+
+    def never(self: Path, target: Path) -> Path:
+        raise AssertionError(f"{self} renamed to {target}")
+
+    monkeypatch.setattr(shutil, "rmtree", lambda *args, **kwargs: None)
+    with monkeypatch.context() as patch:
+        patch.setattr(Path, "rename", never)
+        model.save(saved, overwrite=True)
+    (old,) = [path for path in saved.parent.iterdir() if path.name.startswith(f".{saved.name}.")]
+    assert (old / "model.json").is_file()
+    assert (saved / "model.json").is_file()
+
+
 def test_failure_of_the_last_rename_puts_the_old_folder_back(
     saved: Path, model: AdapterModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -244,6 +263,7 @@ def test_failure_of_the_last_rename_puts_the_old_folder_back(
             raise OSError(errno.EIO, "Input/output error")
         return rename(self, target)
 
+    monkeypatch.setattr(storage, "_exchange", lambda one, other: False)  # a system without renameat2
     monkeypatch.setattr(Path, "rename", fails_once)
     with pytest.raises(StorageError, match=r"cannot write .*Input/output error"):
         model.save(saved, overwrite=True)
