@@ -170,7 +170,7 @@ class _Session:
                 "task": task,
                 **dataclasses.asdict(found),
                 "trainable_parameters": strategy.trainable_parameters,
-                "stored_bytes": stored_bytes(strategy.model)[task],
+                "stored_bytes": stored_bytes(strategy.model) - sum(row["stored_bytes"] for row in rows),
                 "seconds": {part: strategy.timings.wall.get(part, 0.0) - before[part][0] for part in PARTS},
                 "cpu_seconds": {part: strategy.timings.cpu.get(part, 0.0) - before[part][1] for part in PARTS},
                 "started": started,

@@ -16,9 +16,18 @@ from torch import Tensor, nn
 from cl_adapters.batches import Inputs
 from cl_adapters.errors import ClAdaptersError, ConfigError, IncompatibleBackbone
 from cl_adapters.preprocessing import Preprocessing
-from cl_adapters.sites import Site, find_sites
+from cl_adapters.site_families import find_family, find_sites
+from cl_adapters.sites import Site
 
 Pooling = Literal["encoder", "cls", "mean"]
+
+
+class _Entered(Exception):
+    """Ends a forward pass at the input of a block."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
 
 
 class FrozenBackbone(nn.Module):
@@ -174,6 +183,54 @@ class FrozenBackbone(nn.Module):
         if not found:
             raise IncompatibleBackbone(f"backbone {self.name!r} was given no site of kind {kind!r}")
         return found
+
+    @property
+    def depth(self) -> int:
+        """Number of blocks.
+
+        Raises:
+            IncompatibleBackbone: the structure is not known.
+        """
+        return len(find_family(self.encoder).find_blocks(self.encoder))
+
+    def enter(self, x: Inputs, block: int) -> Tensor:
+        """The input of one block: everything before it is computed, nothing after.
+
+        Args:
+            x: as for :meth:`forward`.
+            block: index of the block, 0-based; ``depth`` gives the features.
+
+        Returns:
+            h, [B, N, D] for a ViT.
+        """
+        blocks = find_family(self.encoder).find_blocks(self.encoder)
+        if block == len(blocks):
+            return self.forward(x)
+
+        def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
+            raise _Entered(args[0])
+
+        handle = blocks[block][1].register_forward_pre_hook(stop)
+        try:
+            self.forward(x)
+        except _Entered as reached:
+            return reached.hidden
+        finally:
+            handle.remove()
+        raise IncompatibleBackbone(f"block {block} of {self.name!r} was never reached")
+
+    def resume(self, h: Tensor, block: int) -> Tensor:
+        """Features [B, D] from the input of one block; ``resume(enter(x, b), b)`` is ``forward(x)``.
+
+        Raises:
+            IncompatibleBackbone: it is not known how this structure goes on from a block.
+        """
+        family = find_family(self.encoder)
+        if block == len(family.find_blocks(self.encoder)):
+            return h
+        if family.resume is None or self.pooling != "encoder":
+            raise IncompatibleBackbone(f"backbone {self.name!r} ({family.name}) cannot be entered at a block")
+        return family.resume(self.encoder, h, block)
 
     @property
     def fingerprint(self) -> str:

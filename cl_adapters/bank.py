@@ -1,15 +1,9 @@
-"""AdapterBank: T adapters per site, and the route that says which sample uses which.
-
-The bank hangs on the backbone by hooks that are bound methods of its modules. A closure would keep the
-original's weights after a deepcopy; a bound method is copied along.
-"""
+"""AdapterBank: T adapters ("slots") on a backbone, and the route that says which sample uses which."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, TypeAlias
 
 import torch
 from torch import Tensor, nn
@@ -17,141 +11,17 @@ from torch import Tensor, nn
 from cl_adapters.adapters.base import AdapterType
 from cl_adapters.backbone import FrozenBackbone
 from cl_adapters.errors import ClAdaptersError, IncompatibleBackbone
+from cl_adapters.routes import BARE, Route, Routes
+from cl_adapters.site_adapters import Active, SiteAdapters, Watch
 from cl_adapters.sites import Site
 
-BARE = -1
-"""Slot number that stands for the backbone without any adapter."""
-
-
-@dataclass(frozen=True)
-class Route:
-    """Who uses which adapter in one forward pass.
-
-    Attributes:
-        slots: the distinct slots in use, U of them.
-        index_B: int64 [B], position in ``slots`` per sample; None when one slot serves all.
-        weights_BU: float [B, U], soft mixture of the slots' outputs; None when the choice is hard.
-    """
-
-    slots: tuple[int, ...]
-    index_B: Tensor | None = None
-    weights_BU: Tensor | None = None
-
-    @classmethod
-    def single(cls, slot: int) -> Route:
-        """The same slot for every sample."""
-        return cls((slot,))
-
-    @classmethod
-    def hard(cls, ids_B: Tensor) -> Route:
-        """One slot per sample, int64 [B]."""
-        slots, index_B = torch.unique(ids_B, return_inverse=True)
-        return cls(tuple(slots.tolist()), None if len(slots) == 1 else index_B)
-
-    @classmethod
-    def soft(cls, weights_BT: Tensor) -> Route:
-        """A weighted sum of all slots' outputs per sample, float [B, T]; slots of weight 0 everywhere are skipped."""
-        slots = (weights_BT != 0).any(0).nonzero().flatten()
-        return cls(tuple(slots.tolist()), weights_BU=weights_BT[:, slots])
-
-
-Routes: TypeAlias = Route | Mapping[str, Route]
-
-
-@dataclass
-class _Active:
-    """The route of the forward pass in progress, shared by all sites of one bank."""
-
-    routes: Routes | None = None
-    noise: torch.Generator | None = None
-
-    def at(self, site: str) -> Route | None:
-        if self.routes is None or isinstance(self.routes, Route):
-            return self.routes
-        return self.routes.get(site)
-
-
-class SiteAdapters(nn.Module):
-    """The adapters at one site, and the two hooks that connect them."""
-
-    def __init__(self, site: Site, adapter: AdapterType, active: _Active) -> None:
-        super().__init__()
-        self.site = site
-        self.adapter = adapter
-        self.slots = nn.ModuleList()
-        self._active = active
-        self._source: Tensor | None = None
-
-    def attach(self, encoder: nn.Module) -> None:
-        """Register the hooks on the encoder.
-
-        Raises:
-            IncompatibleBackbone: the site names a module that the encoder does not have.
-        """
-        source, target = self.site.source, self.site.target
-        try:
-            reads, adds = encoder.get_submodule(source.module), encoder.get_submodule(target.module)
-        except AttributeError as error:
-            raise IncompatibleBackbone(
-                f"site {self.site.name!r} reads {source.module!r} and adds to {target.module!r}, but {error}"
-            ) from error
-        if source.end == "in":
-            reads.register_forward_pre_hook(self.read_input)
-        elif source != target:
-            reads.register_forward_hook(self.read_output)
-        adds.register_forward_hook(self.add_delta)
-
-    def read_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
-        """Forward-pre-hook: keep the input until the target is reached."""
-        if self._active.routes is not None:
-            self._source = args[0]
-
-    def read_output(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
-        """Forward hook: keep the output until the target is reached."""
-        if self._active.routes is not None:
-            self._source = output
-
-    def add_delta(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
-        """Forward hook: add the routed adapters' output."""
-        route = self._active.at(self.site.name)
-        source, self._source = self._source, None
-        if route is None or not route.slots or route.slots == (BARE,):
-            return None
-        return output + self.delta(output if source is None else source, route)
-
-    def delta(self, x_BND: Tensor, route: Route) -> Tensor:
-        """Routed output [B, N, D] for input [B, N, D]."""
-        noise = self._active.noise
-        choices = route.index_B if route.weights_BU is None else route.weights_BU
-        if choices is not None and len(choices) != len(x_BND):
-            raise ClAdaptersError(f"the route has {len(choices)} samples, the batch has {len(x_BND)}")
-        if route.weights_BU is not None:
-            outputs = [self.adapter.apply(x_BND, self.params(slot), noise) for slot in route.slots]
-            shares = route.weights_BU.unbind(1)
-            return torch.stack([o * w[:, None, None] for o, w in zip(outputs, shares, strict=True)]).sum(0)
-        if route.index_B is None:
-            return self.adapter.apply(x_BND, self.params(route.slots[0]), noise)
-        if BARE in route.slots:
-            return self._delta_of_some(x_BND, route.slots, route.index_B)
-        used = [self.params(slot) for slot in route.slots]
-        gathered = {name: torch.stack([p[name] for p in used]).index_select(0, route.index_B) for name in used[0]}
-        return self.adapter.apply(x_BND, gathered, noise)
-
-    def _delta_of_some(self, x_BND: Tensor, slots: tuple[int, ...], index_B: Tensor) -> Tensor:
-        """Zeros for the samples that take no adapter."""
-        bare = slots.index(BARE)
-        rows = (index_B != bare).nonzero().flatten()
-        others = index_B[rows]
-        route = Route(slots[:bare] + slots[bare + 1 :], others - (others > bare).long())
-        return torch.zeros_like(x_BND).index_copy(0, rows, self.delta(x_BND[rows], route))
-
-    def params(self, slot: int) -> dict[str, Tensor]:
-        """The tensors of one slot."""
-        return dict(self.slots[slot].named_parameters())
+__all__ = ["BARE", "AdapterBank", "Route", "Routes"]
 
 
 class AdapterBank(nn.Module):
-    """T adapters ("slots") at every site of a backbone.
+    """T adapters at the sites of a backbone.
+
+    A slot is one adapter: its tensors at all sites, or at those of some blocks only; elsewhere it adds nothing.
 
     Args:
         backbone: its encoder gets this bank's hooks; without an active route they change nothing.
@@ -164,17 +34,11 @@ class AdapterBank(nn.Module):
 
     def __init__(self, backbone: FrozenBackbone, adapter: AdapterType, blocks: Sequence[int] | None = None) -> None:
         super().__init__()
-        sites = backbone.sites(adapter.site_kind)
-        if blocks is not None:
-            if not blocks:
-                raise ClAdaptersError("adapters need at least one block; leave blocks out for all")
-            absent = sorted(set(blocks) - {site.block for site in sites})
-            if absent:
-                raise ClAdaptersError(f"blocks {absent} do not exist; the backbone has 0..{len(sites) - 1}")
-            sites = tuple(site for site in sites if site.block in set(blocks))
+        sites = sites_of(backbone, adapter, blocks)
         self.adapter = adapter
         self.sites = sites
-        self._active = _Active()
+        self._num_slots = 0
+        self._active = Active()
         self.at = nn.ModuleList(SiteAdapters(site, adapter, self._active) for site in sites)
         for place in self._places():
             place.attach(backbone.encoder)
@@ -182,19 +46,25 @@ class AdapterBank(nn.Module):
 
     @property
     def num_slots(self) -> int:
-        """T, adapters per site."""
-        return len(self._places()[0].slots)
+        """T, adapters so far."""
+        return self._num_slots
+
+    @property
+    def blocks(self) -> tuple[int, ...]:
+        """The blocks that have sites, in order."""
+        return tuple(sorted({site.block for site in self.sites}))
 
     def add_slot(self, tensors: Mapping[str, Tensor]) -> int:
-        """Append one adapter (all sites at once) and return its slot number.
+        """Append one adapter and return its slot number.
 
         Args:
-            tensors: as from :meth:`export` or :meth:`fresh`; copied.
+            tensors: as from :meth:`export` or :meth:`fresh`, at all sites or at some; copied.
 
         Raises:
             ClAdaptersError: names or shapes that are not this bank's.
         """
-        expected = self._expected()
+        named = {key.rpartition("/")[0] for key in tensors}
+        expected = self._expected(named) if named & {site.name for site in self.sites} else self._expected()
         found = {key: tuple(value.shape) for key, value in tensors.items()}
         if found != expected:
             wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
@@ -205,22 +75,22 @@ class AdapterBank(nn.Module):
             )
         reference = next(self._anchor[0].parameters())
         for place in self._places():
-            names = place.adapter.shapes(place.site.width)
-            slot = nn.ParameterDict(
-                {
+            if place.site.name in named:
+                fitting = {
                     name: nn.Parameter(tensors[f"{place.site.name}/{name}"].detach().clone().to(reference))
-                    for name in names
+                    for name in place.adapter.shapes(place.site)
                 }
-            )
-            place.slots.append(slot)
-        return self.num_slots - 1
+                place.slots[str(self._num_slots)] = nn.ParameterDict(fitting)
+        self._num_slots += 1
+        return self._num_slots - 1
 
-    def fresh(self, generator: torch.Generator) -> dict[str, Tensor]:
-        """Newly initialised tensors for one adapter, keyed "site/name"."""
+    def fresh(self, generator: torch.Generator, blocks: Sequence[int] | None = None) -> dict[str, Tensor]:
+        """Newly initialised tensors for one adapter, keyed "site/name"; ``blocks``: only there."""
         return {
             f"{place.site.name}/{name}": value
             for place in self._places()
-            for name, value in place.adapter.init(place.site.width, generator).items()
+            if blocks is None or place.site.block in blocks
+            for name, value in place.adapter.init(place.site, generator).items()
         }
 
     def export(self, slot: int) -> dict[str, Tensor]:
@@ -230,8 +100,9 @@ class AdapterBank(nn.Module):
     def named_slot(self, slot: int) -> Iterator[tuple[str, nn.Parameter]]:
         """The live parameters of one slot with their keys, sites in order."""
         for place in self._places():
-            for name, value in place.slots[slot].named_parameters():
-                yield f"{place.site.name}/{name}", value
+            if place.has(slot):
+                for name, value in place.slots[str(slot)].named_parameters():
+                    yield f"{place.site.name}/{name}", value
 
     def slot_parameters(self, slot: int) -> list[nn.Parameter]:
         """The live parameters of one slot."""
@@ -244,23 +115,27 @@ class AdapterBank(nn.Module):
             parameter.grad = None
 
     @contextmanager
-    def route(self, routes: Routes | None, noise: torch.Generator | None = None) -> Iterator[None]:
+    def route(
+        self, routes: Routes | None, noise: torch.Generator | None = None, watch: Watch | None = None
+    ) -> Iterator[None]:
         """Use these adapters in the forward passes of the ``with`` block.
 
         Args:
             routes: one route for all sites, or one per site name; None for the bare backbone.
             noise: generator of dropout masks (training).
+            watch: is told the input of every site that has a route.
 
         Raises:
             ClAdaptersError: a slot or site that does not exist.
         """
         self._check(routes)
-        before = (self._active.routes, self._active.noise)
-        self._active.routes, self._active.noise = routes, noise
+        active = self._active
+        before = (active.routes, active.noise, active.watch)
+        active.routes, active.noise, active.watch = routes, noise, watch
         try:
             yield
         finally:
-            self._active.routes, self._active.noise = before
+            active.routes, active.noise, active.watch = before
 
     def _check(self, routes: Routes | None) -> None:
         if isinstance(routes, Mapping):
@@ -277,9 +152,34 @@ class AdapterBank(nn.Module):
     def _places(self) -> list[SiteAdapters]:
         return [place for place in self.at if isinstance(place, SiteAdapters)]
 
-    def _expected(self) -> dict[str, tuple[int, ...]]:
+    def _expected(self, at: set[str] | None = None) -> dict[str, tuple[int, ...]]:
         return {
-            f"{place.site.name}/{name}": tuple(shape)
-            for place in self._places()
-            for name, shape in place.adapter.shapes(place.site.width).items()
+            f"{site.name}/{name}": tuple(shape)
+            for site in self.sites
+            if at is None or site.name in at
+            for name, shape in self.adapter.shapes(site).items()
         }
+
+
+def sites_of(backbone: FrozenBackbone, adapter: AdapterType, blocks: Sequence[int] | None = None) -> tuple[Site, ...]:
+    """Where adapters of this type attach, from the first block to the last.
+
+    Raises:
+        IncompatibleBackbone: the backbone has no such sites, or not in the layout that the type needs.
+        ClAdaptersError: blocks that do not exist.
+    """
+    found = [site for kind in adapter.site_kinds for site in backbone.sites(kind)]
+    sites = tuple(sorted(found, key=lambda site: site.block))  # stable: kinds stay in the type's order
+    if adapter.layout == "map" and any(site.layout == "tokens" for site in sites):
+        raise IncompatibleBackbone(
+            f"{type(adapter).__name__} needs feature maps, but the tokens of {backbone.name!r} lie in a row"
+        )
+    if blocks is None:
+        return sites
+    if not blocks:
+        raise ClAdaptersError("adapters need at least one block; leave blocks out for all")
+    known = {site.block for site in sites}
+    absent = sorted(set(blocks) - known)
+    if absent:
+        raise ClAdaptersError(f"blocks {absent} do not exist; the backbone has {min(known)}..{max(known)}")
+    return tuple(site for site in sites if site.block in set(blocks))

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cl_adapters.bank import BARE, Route
+from cl_adapters.bank import BARE, Route, Routes
 from cl_adapters.batches import Inputs, batch_size, take
 
 if TYPE_CHECKING:
@@ -86,6 +86,12 @@ class LazyFeatures:
     def under(self, slot: int) -> Tensor:
         """Features [B, D] of every row under one adapter (-1: the bare backbone)."""
         return self(self.rows, torch.full((self.batch,), slot))
+
+    def mixed(self, routes: Routes) -> Tensor:
+        """Features [B, D] of every row under one mapping of routes; one pass, never remembered."""
+        self.passes_B += 1
+        self.computed += self.batch
+        return self.model.features(self.x, routes)
 
     def __call__(self, rows_M: Tensor, slots_M: Tensor) -> Tensor:
         """Features [M, D] of the given rows, each under its own adapter; one mixed backbone call at most."""

@@ -2,24 +2,40 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+Init = Callable[[Tensor, torch.Generator], object]
+"""Fills new rows [C, D] in place; biases start at 0."""
+
+
+def truncated_normal(std: float = 0.02) -> Init:
+    """Normal, cut at two standard deviations (timm's ViT heads, MOS)."""
+    return lambda rows, generator: nn.init.trunc_normal_(rows, std=std, a=-2 * std, b=2 * std, generator=generator)
+
+
+def normal(std: float = 0.001) -> Init:
+    """Normal (LAE, head/simple.py:57)."""
+    return lambda rows, generator: rows.normal_(0, std, generator=generator)
+
+
+def kaiming_uniform(rows: Tensor, generator: torch.Generator) -> object:
+    """Uniform in +-1/sqrt(D): Kaiming with a = sqrt(5) (SEMA, models/sema.py:34-37)."""
+    return rows.uniform_(-(rows.shape[1] ** -0.5), rows.shape[1] ** -0.5, generator=generator)
 
 
 class LinearHead(nn.Module):
     """Linear classifier whose rows are added as classes arrive.
 
-    New rows are drawn from a normal truncated at two standard deviations (0.02, as timm's ViT heads), bias 0.
-
     Args:
         width: D of the features.
-        init_std: standard deviation of new rows.
     """
 
-    def __init__(self, width: int, init_std: float = 0.02) -> None:
+    def __init__(self, width: int) -> None:
         super().__init__()
-        self.init_std = init_std
         self.weight = nn.Parameter(torch.empty(0, width))
         self.bias = nn.Parameter(torch.empty(0))
 
@@ -29,10 +45,10 @@ class LinearHead(nn.Module):
         return self.weight.shape[0]
 
     @torch.no_grad()
-    def grow(self, new_classes: int, generator: torch.Generator) -> None:
+    def grow(self, new_classes: int, generator: torch.Generator, init: Init | None = None) -> None:
         """Append rows; the old ones keep their bytes. Replaces both parameters: make the optimizer afterwards."""
         rows = torch.empty(new_classes, self.weight.shape[1])
-        nn.init.trunc_normal_(rows, std=self.init_std, a=-2 * self.init_std, b=2 * self.init_std, generator=generator)
+        (init or truncated_normal())(rows, generator)
         self.weight = nn.Parameter(torch.cat([self.weight, rows.to(self.weight)]))
         self.bias = nn.Parameter(torch.cat([self.bias, self.bias.new_zeros(new_classes)]))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,9 +17,12 @@ from cl_adapters.errors import ClAdaptersError, DataError
 from cl_adapters.features import FeatureMemory, LazyFeatures
 from cl_adapters.heads import LinearHead, PrototypeHead
 from cl_adapters.images import decode_image
+from cl_adapters.parts.base import Part
 from cl_adapters.predictors.base import Prediction, Predictor
 from cl_adapters.predictors.fixed import Fixed
 from cl_adapters.statistics import ClassStatistics
+
+P = TypeVar("P", bound=Part)
 
 
 @dataclass(frozen=True)
@@ -51,11 +55,15 @@ class AdapterModel(nn.Module):
         head: linear head, one column per class.
         prototypes: prototype head, one column per class.
         statistics: class Gaussians in column order, or None.
+        parts: whatever else the strategy keeps, by name; saved with the model.
         predictor: the inference rule.
         classes: class label of each column, in arrival order.
         class_names: label to name, where known.
         task_of_column: int64 [C], the task (0-based) in which each column arrived.
+        task_of_slot: the task in which each adapter was made.
     """
+
+    parts: nn.ModuleDict
 
     def __init__(self, backbone: FrozenBackbone, bank: AdapterBank | None = None) -> None:
         super().__init__()
@@ -64,10 +72,12 @@ class AdapterModel(nn.Module):
         self.head = LinearHead(backbone.num_features)
         self.prototypes = PrototypeHead(backbone.num_features)
         self.statistics: ClassStatistics | None = None
+        self.parts = nn.ModuleDict()
         self.predictor: Predictor = Fixed(slot=-1, head="prototype")
         self.classes: list[int] = []
         self.class_names: dict[int, str] = {}
         self.task_of_column = torch.empty(0, dtype=torch.long)
+        self.task_of_slot: list[int] = []
         self.to(backbone.device)
 
     # --- structure -----------------------------------------------------------------------------------------------
@@ -97,6 +107,21 @@ class AdapterModel(nn.Module):
         task = self.num_tasks
         self.classes.extend(labels)
         self.task_of_column = torch.cat([self.task_of_column, torch.full((len(labels),), task)])
+
+    def date_slots(self, task: int) -> None:
+        """Note that the adapters added since the last call belong to ``task``."""
+        self.task_of_slot += [task] * (self.num_slots - len(self.task_of_slot))
+
+    def part(self, name: str, kind: type[P]) -> P:
+        """A part by name.
+
+        Raises:
+            ClAdaptersError: the model has none of that name and kind.
+        """
+        found = dict(self.parts.items()).get(name)
+        if not isinstance(found, kind):
+            raise ClAdaptersError(f"this model has no part {name!r} of type {kind.__name__}; it has {list(self.parts)}")
+        return found
 
     def check_new(self, labels: Sequence[int]) -> None:
         """Check that these labels can be the next task.
@@ -132,6 +157,20 @@ class AdapterModel(nn.Module):
             return self.backbone.features(x)
         with self.bank.route(routes, noise):
             return self.backbone.features(x)
+
+    def enter(self, x: Inputs, block: int, routes: Routes | None) -> Tensor:
+        """The input of one block (``backbone.depth``: the features) with the given adapters before it."""
+        if self.bank is None:
+            return self.backbone.enter(x, block)
+        with self.bank.route(routes):
+            return self.backbone.enter(x, block)
+
+    def resume(self, h: Tensor, block: int, routes: Routes | None, noise: torch.Generator | None = None) -> Tensor:
+        """Features [B, D] from the input of one block, with the given adapters from there on."""
+        if self.bank is None:
+            return self.backbone.resume(h, block)
+        with self.bank.route(routes, noise):
+            return self.backbone.resume(h, block)
 
     def answer(
         self, x: Inputs, memory: FeatureMemory | None = None, samples: Sequence[int] | None = None

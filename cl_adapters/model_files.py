@@ -4,6 +4,7 @@
     heads.safetensors             linear.weight [C, D], linear.bias [C], prototypes [C, D]
     adapters/0000.safetensors     one per slot, keyed "blocks.3.ffn/down"
     statistics/0000.safetensors   one per task: means and spreads of its classes
+    parts/NAME.safetensors        what else the strategy keeps
 
 Adapters and statistics of finished tasks never change, so a later save may hard-link them.
 """
@@ -23,6 +24,7 @@ from cl_adapters.bank import AdapterBank
 from cl_adapters.config import build, to_plain
 from cl_adapters.errors import IncompatibleBackbone, StorageError
 from cl_adapters.model import AdapterModel
+from cl_adapters.parts import Part, parts
 from cl_adapters.predictors import predictors
 from cl_adapters.statistics import ClassStatistics
 from cl_adapters.storage import get_tensors, new_folder, put_tensors, read_json, write_json
@@ -67,8 +69,9 @@ def _describe(model: AdapterModel) -> dict[str, Any]:
         else {
             "type": adapters.name_of(bank.adapter),
             "config": to_plain(bank.adapter),
-            "blocks": [site.block for site in bank.sites],
+            "blocks": list(bank.blocks),
             "slots": bank.num_slots,
+            "tasks": model.task_of_slot,
         },
         "classes": [
             {"label": label, "name": model.class_names.get(label), "task": int(task)}
@@ -76,6 +79,11 @@ def _describe(model: AdapterModel) -> dict[str, Any]:
         ],
         "predictor": {"type": predictors.name_of(model.predictor), "config": to_plain(model.predictor)},
         "statistics": None if model.statistics is None else model.statistics.kind,
+        "parts": {
+            name: {"type": parts.name_of(part), **part.description()}
+            for name, part in model.parts.items()
+            if isinstance(part, Part)
+        },
     }
 
 
@@ -86,13 +94,16 @@ def _tensors(model: AdapterModel) -> dict[str, dict[str, Tensor]]:
     for slot in range(model.num_slots):
         assert model.bank is not None
         files[f"adapters/{slot:04d}.safetensors"] = model.bank.export(slot)
+    for name, part in model.parts.items():
+        assert isinstance(part, Part)
+        files[f"parts/{name}.safetensors"] = part.tensors()
     if model.statistics is not None:
         everything = model.statistics.tensors()
         for task in range(model.num_tasks):
             rows = (model.task_of_column == task).nonzero().flatten().tolist()
             rows = [row for row in rows if row < model.statistics.num_classes]
-            part = {f"spread.{row}": everything[f"spread.{row}"] for row in rows}
-            files[f"statistics/{task:04d}.safetensors"] = part | {"means": everything["means"][rows]}
+            spreads = {f"spread.{row}": everything[f"spread.{row}"] for row in rows}
+            files[f"statistics/{task:04d}.safetensors"] = spreads | {"means": everything["means"][rows]}
     return files
 
 
@@ -131,13 +142,17 @@ def _assemble(path: Path, card: Mapping[str, Any], backbone: FrozenBackbone) -> 
     for head, rows in (("linear", model.head.num_classes), ("prototype", model.prototypes.num_classes)):
         if rows not in (0, len(model.classes)):
             raise StorageError(f"{path} names {len(model.classes)} classes, but its {head} head has {rows}")
+    if card["adapter"] is not None:
+        model.task_of_slot = [int(task) for task in card["adapter"].get("tasks", range(model.num_slots))]
+    for name, described in card.get("parts", {}).items():
+        model.parts[name] = parts.get(described["type"]).restore(described, read(f"parts/{name}.safetensors"))
     model.predictor = build(predictors.get(card["predictor"]["type"]), card["predictor"]["config"], "predictor")
     if card["statistics"] is not None:
         model.statistics = ClassStatistics.of_kind(card["statistics"], backbone.num_features)
-        parts = [read(name) for name in sorted(files) if name.startswith("statistics/")]
-        merged = {key: value for part in parts for key, value in part.items() if key != "means"}
+        tasks = [read(name) for name in sorted(files) if name.startswith("statistics/")]
+        merged = {key: value for task in tasks for key, value in task.items() if key != "means"}
         empty = [model.statistics.means_CD]
-        model.statistics.load(merged | {"means": torch.cat([part["means"] for part in parts] or empty)})
+        model.statistics.load(merged | {"means": torch.cat([task["means"] for task in tasks] or empty)})
     return model
 
 
@@ -152,16 +167,6 @@ def _bank(card: Mapping[str, Any] | None, backbone: FrozenBackbone, read: Any) -
     return bank
 
 
-def stored_bytes(model: AdapterModel) -> list[int]:
-    """Bytes that each task adds to a saved model: its adapter, its statistics, its share of the heads."""
-    totals = [0] * model.num_tasks
-    width = model.backbone.num_features
-    for name, tensors in _tensors(model).items():
-        size = sum(value.numel() * value.element_size() for value in tensors.values())
-        if name.startswith(("adapters/", "statistics/")):
-            index = min(int(Path(name).stem), model.num_tasks - 1)
-            totals[index] += size
-    per_class = 4 * ((width + 1) * (model.head.num_classes > 0) + width * (model.prototypes.num_classes > 0))
-    for task in model.task_of_column.tolist():
-        totals[task] += per_class
-    return totals
+def stored_bytes(model: AdapterModel) -> int:
+    """Bytes of all tensors that :func:`save_model` writes."""
+    return sum(value.numel() * value.element_size() for part in _tensors(model).values() for value in part.values())

@@ -1,12 +1,12 @@
 """Sites: the places in a backbone where an adapter reads its input and adds its output.
 
-One table row per family of backbones, matched by structure and never by model name. A site has an
-input tap and an output tap because papers differ in both: MOS and SEMA read the residual stream
-before ``norm2`` and add to the branch of the feed-forward network,
+A site has an input tap and an output tap because papers differ in both: MOS and SEMA read the residual stream before
+``norm2`` and add to the branch of the feed-forward network,
 
     h = x + Attn(norm1 x);   out = h + FFN(norm2 h) + delta(h)
 
-while a sequential adapter reads that branch's own output.
+LAE reads after ``norm1`` and adds to the attention branch, LoRA sits on the key and value projections, a prefix
+inside the attention. Which sites a backbone has is told by :mod:`cl_adapters.site_families`.
 """
 
 from __future__ import annotations
@@ -15,9 +15,12 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Literal
 
-from torch import nn
+from torch import Tensor, nn
 
 from cl_adapters.errors import IncompatibleBackbone
+
+Layout = Literal["tokens", "grid", "map"]
+"""How activations lie: "tokens" [B, N, D], "grid" [B, H, W, D], "map" [B, D, H, W]."""
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,16 @@ class Site:
 
     Attributes:
         name: stable key in saved files, such as "blocks.3.ffn".
-        block: index of the transformer block, 0-based from the input.
-        kind: "ffn_parallel" or "ffn_sequential".
-        width: D, the width of the token vectors there.
-        source: where the adapter's input x_BND is read.
-        target: the output to which delta_BND is added; always an "out" tap.
+        block: index of the block, 0-based from the input.
+        kind: such as "ffn_parallel" or "key".
+        width: D, the width of the vectors at the source.
+        source: where the adapter's input is read.
+        target: where its output is added.
+        out_width: O, the width of what is added; default D.
+        heads: attention heads, at sites of kind "attention".
+        third: at a fused projection the part of the target that is added to: 0 query, 1 key, 2 value.
+        layout: how activations lie there.
+        windows: whether the leading dimension holds several windows of each image, image by image.
     """
 
     name: str
@@ -52,120 +60,123 @@ class Site:
     width: int
     source: Tap
     target: Tap
+    out_width: int = 0
+    heads: int = 0
+    third: int | None = None
+    layout: Layout = "tokens"
+    windows: bool = False
+
+    def __post_init__(self) -> None:
+        if not self.out_width:
+            object.__setattr__(self, "out_width", self.width)
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """Widths at one place of one block: D read, O added, and attention heads where they matter."""
+
+    width: int
+    out_width: int
+    heads: int = 0
+
+
+@dataclass(frozen=True)
+class Place:
+    """One kind of site in a family; paths are below the block.
+
+    Attributes:
+        source, target: as in :class:`Site`.
+        label: last part of the site's name.
+        sizes: measures one block.
+        fits: whether this block has the place; families differ in details of their attention.
+        third, windows: as in :class:`Site`.
+    """
+
+    source: Tap
+    target: Tap
+    label: str
+    sizes: Callable[[nn.Module], Sizes]
+    fits: Callable[[nn.Module], bool] = lambda block: True
+    third: int | None = None
+    windows: bool = False
 
 
 @dataclass(frozen=True)
 class Family:
-    """One row of the site table.
+    """A structure of backbones, matched by its parts and never by a model's name.
 
     Attributes:
         name: of the family, for messages.
-        blocks: dotted path of the list of blocks.
+        blocks: dotted path of the list of blocks; "*" stands for every child ("layers.*.blocks").
         parts: submodules that every block must have for the family to match.
-        taps: per kind of site the (source, target) taps, with paths below the block.
-        width: token width from (encoder, block).
+        places: per kind of site where it is.
         refuses: class names of blocks that have these parts in another arrangement.
+        layout: of the activations between the blocks.
+        resume: (encoder, input of block b, b) to the features; None where that is not known.
     """
 
     name: str
     blocks: str
     parts: tuple[str, ...]
-    taps: Mapping[str, tuple[Tap, Tap]]
-    width: Callable[[nn.Module, nn.Module], int]
+    places: Mapping[str, Place]
     refuses: tuple[str, ...] = ()
+    layout: Layout = "tokens"
+    resume: Callable[[nn.Module, Tensor, int], Tensor] | None = None
 
     def matches(self, encoder: nn.Module) -> bool:
         """Whether every block of ``encoder`` has this family's structure."""
-        blocks = _blocks(encoder, self.blocks)
+        blocks = self.find_blocks(encoder)
         return bool(blocks) and all(
-            type(block).__name__ not in self.refuses and all(_has(block, part) for part in self.parts)
-            for block in blocks
+            type(block).__name__ not in self.refuses and all(has(block, part) for part in self.parts)
+            for _, block in blocks
         )
 
     def sites(self, encoder: nn.Module, kind: str) -> tuple[Site, ...]:
-        """The sites of that kind, one per block."""
-        source, target = self.taps[kind]
-        return tuple(
-            Site(
-                name=f"{self.blocks}.{i}.ffn",
-                block=i,
-                kind=kind,
-                width=self.width(encoder, block),
-                source=Tap(f"{self.blocks}.{i}.{source.module}", source.end),
-                target=Tap(f"{self.blocks}.{i}.{target.module}", target.end),
+        """The sites of that kind, one per block.
+
+        Raises:
+            IncompatibleBackbone: there are none.
+        """
+        blocks = self.find_blocks(encoder)
+        kinds = [kind for kind, place in self.places.items() if all(place.fits(block) for _, block in blocks)]
+        if kind not in kinds:
+            raise IncompatibleBackbone(
+                f"{type(encoder).__name__} ({self.name}) has no sites of kind {kind!r}; it has: {', '.join(kinds)}"
             )
-            for i, block in enumerate(_blocks(encoder, self.blocks))
+        place = self.places[kind]
+        return tuple(self._site(place, kind, i, *block) for i, block in enumerate(blocks))
+
+    def find_blocks(self, encoder: nn.Module) -> list[tuple[str, nn.Module]]:
+        """Path and module of every block, from the input to the output."""
+        found = [("", encoder)]
+        for step in self.blocks.split(".*."):
+            found = [
+                (f"{path}{step}.{name}.", child)
+                for path, module in found
+                if has(module, step)
+                for name, child in module.get_submodule(step).named_children()
+            ]
+        return [(path[:-1], module) for path, module in found]
+
+    def _site(self, place: Place, kind: str, index: int, path: str, block: nn.Module) -> Site:
+        sizes = place.sizes(block)
+        return Site(
+            name=f"{path}.{place.label}",
+            block=index,
+            kind=kind,
+            width=sizes.width,
+            source=Tap(f"{path}.{place.source.module}", place.source.end),
+            target=Tap(f"{path}.{place.target.module}", place.target.end),
+            out_width=sizes.out_width,
+            heads=sizes.heads,
+            third=place.third,
+            layout="tokens" if place.windows else self.layout,
+            windows=place.windows,
         )
 
 
-def _vit_width(encoder: nn.Module, block: nn.Module) -> int:
-    return int(block.get_parameter("norm2.weight").numel())
-
-
-def _post_norm_width(encoder: nn.Module, block: nn.Module) -> int:
-    return int(block.get_submodule("output.dense").out_features)  # type: ignore[arg-type]
-
-
-_BRANCH_END = Tap("drop_path2", "out")
-
-FAMILIES: tuple[Family, ...] = (
-    # timm: ViT, DeiT, DINOv2, CLIP / SigLIP image towers, BEiT, EVA: x + drop_path2(ls2(mlp(norm2 x)))
-    Family(
-        name="timm ViT, pre-norm",
-        blocks="blocks",
-        parts=("norm1", "attn", "norm2", "mlp", "drop_path2"),
-        taps={"ffn_parallel": (Tap("norm2", "in"), _BRANCH_END), "ffn_sequential": (_BRANCH_END, _BRANCH_END)},
-        width=_vit_width,
-        refuses=("ResPostBlock", "ResPostRelPosBlock", "EvaBlockPostNorm"),
-    ),
-    # timm, residual post-norm: x + drop_path2(norm2(mlp x))
-    Family(
-        name="timm ViT, residual post-norm",
-        blocks="blocks",
-        parts=("norm1", "attn", "norm2", "mlp", "drop_path2"),
-        taps={"ffn_parallel": (Tap("mlp", "in"), _BRANCH_END), "ffn_sequential": (_BRANCH_END, _BRANCH_END)},
-        width=_vit_width,
-    ),
-    # transformers: BERT, RoBERTa and relatives: LayerNorm(dropout(dense(intermediate h)) + h)
-    Family(
-        name="transformers encoder, post-norm",
-        blocks="encoder.layer",
-        parts=("attention", "intermediate", "output.dense", "output.dropout", "output.LayerNorm"),
-        taps={
-            "ffn_parallel": (Tap("intermediate", "in"), Tap("output.dropout", "out")),
-            "ffn_sequential": (Tap("output.dropout", "out"), Tap("output.dropout", "out")),
-        },
-        width=_post_norm_width,
-    ),
-)
-
-
-def find_sites(encoder: nn.Module, kind: str) -> tuple[Site, ...]:
-    """All sites of ``kind`` in ``encoder``, from the first block to the last.
-
-    Raises:
-        IncompatibleBackbone: no family of the table matches, or the family has no such sites.
-    """
-    for family in FAMILIES:
-        if family.matches(encoder):
-            if kind not in family.taps:
-                raise IncompatibleBackbone(
-                    f"{type(encoder).__name__} ({family.name}) has no sites of kind {kind!r}; "
-                    f"it has: {', '.join(family.taps)}"
-                )
-            return family.sites(encoder, kind)
-    known = "; ".join(family.name for family in FAMILIES)
-    raise IncompatibleBackbone(
-        f"no known adapter sites in {type(encoder).__name__}. Known structures: {known}. For another structure pass "
-        "the sites yourself: FrozenBackbone.wrap(module, sites=[Site(...)], ...)"
-    )
-
-
-def _blocks(encoder: nn.Module, path: str) -> list[nn.Module]:
-    return list(encoder.get_submodule(path).children()) if _has(encoder, path) else []
-
-
-def _has(module: nn.Module, path: str) -> bool:
+def has(module: nn.Module, path: str) -> bool:
+    """Whether ``module`` has a submodule of that path."""
     try:
         module.get_submodule(path)
     except AttributeError:

@@ -234,6 +234,7 @@ class AdapterStrategy(SupervisedTemplate):
             self.model.add_task(labels)
             self._unfinished = True
             self.grow(self.task)
+            self.model.date_slots(self.task)
             self.model.predictor = self.predictor(self.task, training=True)
         return self.model
 
@@ -263,6 +264,7 @@ class AdapterStrategy(SupervisedTemplate):
 
     def _after_training_exp(self, **kwargs: Any) -> None:
         self.consolidate(self.task)
+        self.model.date_slots(self.task)
         self.model.predictor = self.predictor(self.task, training=False)
         self._unfinished = False
         super()._after_training_exp(**kwargs)

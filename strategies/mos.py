@@ -84,7 +84,10 @@ class MOS(AdapterStrategy):
         """One phase: the newest adapter and the head."""
         config, model = self.config, self.model
         self._live = model.bank.slot_parameters(task)
-        self._layer = [i for i, place in enumerate(model.bank.at) for _ in place.slots[task].parameters()]
+        blocks = model.bank.blocks
+        keys = [key for key, _ in model.bank.named_slot(task)]
+        block_of = {site.name: blocks.index(site.block) for site in model.bank.sites}
+        self._layer = [block_of[key.rpartition("/")[0]] for key in keys]
         self._anchor = self._mean_of_finished(task)
         known = int((model.task_of_column < task).sum())
         means_KD = None if model.statistics is None else model.statistics.means_CD.to(self.device)
@@ -117,7 +120,7 @@ class MOS(AdapterStrategy):
     def before_step(self) -> None:
         """Released schedule: the step is taken from weights merged once per layer."""
         if self.config.merge == "released" and self._anchor:
-            self._merge(self._start, [len(self.model.bank.at)] * len(self._live))
+            self._merge(self._start, [len(self.model.bank.blocks)] * len(self._live))
 
     def after_step(self) -> None:
         """Merge once, in both schedules."""

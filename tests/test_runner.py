@@ -158,12 +158,12 @@ def test_a_diverging_run_stops_with_one_error_and_keeps_what_was_saved(
 
 def test_a_backbone_without_sites_is_found_before_anything_is_written(photos: Path, tmp_path: Path) -> None:
     torch.manual_seed(0)
-    state = timm.create_model("test_convnext", pretrained=False).state_dict()
+    state = timm.create_model("test_resnet", pretrained=False).state_dict()
     save_file({key: value.contiguous() for key, value in state.items()}, tmp_path / "w.safetensors")
     chosen = resolve(
-        "mos", f"folder:{photos}", backbone="timm:test_convnext", weights=str(tmp_path / "w.safetensors"), settings={}
+        "mos", f"folder:{photos}", backbone="timm:test_resnet", weights=str(tmp_path / "w.safetensors"), settings={}
     )
-    with pytest.raises(IncompatibleBackbone, match="no known adapter sites in ConvNeXt"):
+    with pytest.raises(IncompatibleBackbone, match="no known adapter sites in ResNet"):
         run(chosen, tmp_path / "run")
     assert not (tmp_path / "run").exists()
 

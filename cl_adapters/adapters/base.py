@@ -12,46 +12,59 @@ from torch import Tensor
 
 from cl_adapters.config import build, to_plain
 from cl_adapters.registry import Registry
+from cl_adapters.sites import Layout, Site
 
 
 class AdapterType(ABC):
     """Base of the adapter types: frozen dataclasses of hyper-parameters without any tensor.
 
-    Shape letters: B batch, N tokens, D width.
+    Shape letters: B batch, N tokens, D width of the site's source, O width of what is added (mostly D).
+
+    Attributes:
+        layout: how the type wants activations: "tokens" ([B, N, D], from every site) or "map" ([B, D, H, W], only from
+            sites whose tokens lie on a grid).
     """
 
     summary: ClassVar[str] = ""
+    layout: ClassVar[Layout] = "tokens"
 
     @property
     @abstractmethod
-    def site_kind(self) -> str:
-        """Kind of :class:`cl_adapters.sites.Site` that it attaches to."""
+    def site_kinds(self) -> tuple[str, ...]:
+        """Kinds of :class:`cl_adapters.sites.Site` that it attaches to, in every block."""
 
     @abstractmethod
-    def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
-        """Names and shapes of the tensors of one adapter at a site of width D."""
+    def shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
+        """Names and shapes of the tensors of one adapter at this site."""
 
     @abstractmethod
-    def init(self, width: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def init(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
         """Fresh float32 tensors on the CPU, all draws from ``generator``."""
 
     @abstractmethod
-    def apply(self, x_BND: Tensor, params: Mapping[str, Tensor], noise: torch.Generator | None = None) -> Tensor:
+    def apply(
+        self,
+        x_BND: Tensor,
+        params: Mapping[str, Tensor],
+        noise: torch.Generator | None = None,
+        y_BNO: Tensor | None = None,
+    ) -> Tensor:
         """The adapter's output delta, to be added at the site's target.
 
         Args:
-            x_BND: [B, N, D], read at the site's source.
+            x_BND: [B, N, D], read at the site's source ([B, D, H, W] for types with layout "map").
             params: tensors of :meth:`shapes`; either as they are (one adapter for all samples) or each with one
                 more leading dimension B (one adapter per sample).
             noise: generator of the dropout masks while training; None (no dropout) otherwise.
+            y_BNO: what stands at the target before delta is added, for types that need it; None: unknown.
 
         Returns:
-            delta_BND, [B, N, D].
+            delta_BNO, [B, N, O].
         """
 
-    def num_parameters(self, width: int) -> int:
+    def num_parameters(self, site: Site) -> int:
         """Numbers in one adapter at one site."""
-        return sum(torch.Size(shape).numel() for shape in self.shapes(width).values())
+        return sum(torch.Size(shape).numel() for shape in self.shapes(site).values())
 
 
 adapters: Registry[type[AdapterType]] = Registry("adapter type", "cl_adapters.adapters")

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cl_adapters.adapters.base import AdapterType, adapters
+from cl_adapters.sites import Site
 
 
 @adapters.register("bottleneck")
@@ -24,7 +25,9 @@ class Bottleneck(AdapterType):
 
     Attributes:
         bottleneck: width r of the bottleneck.
-        mode: "parallel" to the feed-forward branch (input before its norm) or "sequential" behind it.
+        place: branch of the feed-forward network ("ffn") or of the attention ("attn").
+        mode: "parallel" to the branch, "sequential" behind it, or "before" it. Parallel, the input is that of MOS and
+            SEMA at the feed-forward network (residual stream before its norm), of LAE at the attention (after norm).
         scale: s; also scales b_up.
         learn_scale: s is a trained number that starts at ``scale``.
         layer_norm: LayerNorm on the adapter's "in"put, "out"put, or "none".
@@ -34,10 +37,11 @@ class Bottleneck(AdapterType):
             "normal" (both matrices N(0, 0.02), biases 0).
     """
 
-    summary: ClassVar[str] = "AdaptFormer bottleneck, parallel or sequential to the feed-forward network"
+    summary: ClassVar[str] = "AdaptFormer bottleneck, parallel or sequential to feed-forward network or attention"
 
     bottleneck: int = 16
-    mode: Literal["parallel", "sequential"] = "parallel"
+    place: Literal["ffn", "attn"] = "ffn"
+    mode: Literal["parallel", "sequential", "before"] = "parallel"
     scale: float = 0.1
     learn_scale: bool = False
     layer_norm: Literal["none", "in", "out"] = "none"
@@ -52,13 +56,13 @@ class Bottleneck(AdapterType):
             raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
 
     @property
-    def site_kind(self) -> str:
-        """The string "ffn_parallel" or "ffn_sequential"."""
-        return f"ffn_{self.mode}"
+    def site_kinds(self) -> tuple[str, ...]:
+        """Such as "ffn_parallel" or "attn_sequential"."""
+        return (f"{self.place}_{self.mode}",)
 
-    def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
+    def shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
         """down [r, D], down_bias [r], up [D, r], up_bias [D]; with options scale [1], norm and norm_bias [D]."""
-        r = self.bottleneck
+        r, width = self.bottleneck, site.width
         shapes: dict[str, tuple[int, ...]] = {"down": (r, width), "down_bias": (r,)}
         shapes |= {"up": (width, r), "up_bias": (width,)}
         if self.learn_scale:
@@ -67,11 +71,11 @@ class Bottleneck(AdapterType):
             shapes |= {"norm": (width,), "norm_bias": (width,)}
         return shapes
 
-    def init(self, width: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def init(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
         """Fresh tensors; see the attribute ``init_scheme``."""
-        params = {name: torch.zeros(shape) for name, shape in self.shapes(width).items()}
+        params = {name: torch.zeros(shape) for name, shape in self.shapes(site).items()}
         if self.init_scheme == "zero_up":
-            bound = 1 / math.sqrt(width)  # Kaiming-uniform with a = sqrt(5)
+            bound = 1 / math.sqrt(site.width)  # Kaiming-uniform with a = sqrt(5)
             params["down"].uniform_(-bound, bound, generator=generator)
         else:
             params["down"].normal_(0, 0.02, generator=generator)
@@ -82,7 +86,13 @@ class Bottleneck(AdapterType):
             params["norm"].fill_(1)
         return params
 
-    def apply(self, x_BND: Tensor, params: Mapping[str, Tensor], noise: torch.Generator | None = None) -> Tensor:
+    def apply(
+        self,
+        x_BND: Tensor,
+        params: Mapping[str, Tensor],
+        noise: torch.Generator | None = None,
+        y_BNO: Tensor | None = None,
+    ) -> Tensor:
         """delta_BND; one matrix product per projection, also when every sample has its own adapter."""
         if self.layer_norm == "in":
             x_BND = self._norm(x_BND, params)

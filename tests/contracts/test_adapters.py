@@ -11,18 +11,35 @@ from torch import Tensor
 
 from cl_adapters.adapters import adapters
 from cl_adapters.adapters.base import AdapterType, adapter_from, adapter_to_plain
+from cl_adapters.bank import sites_of
 from cl_adapters.errors import ConfigError, UnknownName
+from cl_adapters.sites import Site, Tap
 
 WIDTH = 12
 
 
+def site_of(adapter: AdapterType, width: int = WIDTH) -> Site:
+    """A site of the first kind that the type takes; inside the attention the source is [q | k | v]."""
+    kind, here = adapter.site_kinds[0], Tap("here", "out")
+    inside = kind == "attention"
+    return Site("here", 0, kind, 3 * width if inside else width, here, here, out_width=width, heads=4 * inside)
+
+
 def drawn(adapter: AdapterType, seed: int, width: int = WIDTH) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
-    return {name: torch.randn(shape, generator=generator) for name, shape in adapter.shapes(width).items()}
+    return {name: torch.randn(shape, generator=generator) for name, shape in adapter.shapes(site_of(adapter)).items()}
 
 
-def tokens(batch: int = 3, seed: int = 0) -> Tensor:
-    return torch.randn(batch, 5, WIDTH, generator=torch.Generator().manual_seed(seed))
+def inputs(adapter: AdapterType, batch: int = 3, seed: int = 0) -> Tensor:
+    """What the type reads at its site, in the layout that it wants."""
+    shape = (batch, 5, site_of(adapter).width) if adapter.layout == "tokens" else (batch, WIDTH, 3, 4)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
+
+
+def readout_of(adapter: AdapterType, batch: int = 3) -> Tensor:
+    """A tensor of the shape of the type's output."""
+    shape = (batch, 5, WIDTH) if adapter.layout == "tokens" else (batch, WIDTH, 3, 4)
+    return torch.randn(shape, generator=torch.Generator().manual_seed(1))
 
 
 def test_is_a_frozen_keyword_only_dataclass_with_a_summary(adapter: AdapterType) -> None:
@@ -52,16 +69,17 @@ def test_unknown_option_and_type_get_a_suggestion(adapter: AdapterType) -> None:
 
 def test_shapes_and_fresh_tensors_agree(adapter: AdapterType) -> None:
     for width in (8, WIDTH):
-        params = adapter.init(width, torch.Generator().manual_seed(0))
-        assert {name: tuple(value.shape) for name, value in params.items()} == adapter.shapes(width)
+        site = site_of(adapter, width)
+        params = adapter.init(site, torch.Generator().manual_seed(0))
+        assert {name: tuple(value.shape) for name, value in params.items()} == adapter.shapes(site)
         assert all(value.dtype == torch.float32 and value.device.type == "cpu" for value in params.values())
         assert all(value.isfinite().all() for value in params.values())
-        assert adapter.num_parameters(width) == sum(value.numel() for value in params.values())
+        assert adapter.num_parameters(site) == sum(value.numel() for value in params.values())
 
 
 def test_initialisation_is_a_function_of_the_generator(adapter: AdapterType) -> None:
     before = torch.get_rng_state()
-    first, again = (adapter.init(WIDTH, torch.Generator().manual_seed(5)) for _ in range(2))
+    first, again = (adapter.init(site_of(adapter), torch.Generator().manual_seed(5)) for _ in range(2))
     assert all(torch.equal(first[name], again[name]) for name in first)
     assert torch.equal(torch.get_rng_state(), before), "nothing is drawn from the global generator"
 
@@ -70,16 +88,16 @@ def test_starts_as_the_identity(adapter: AdapterType) -> None:
     """Bit for bit, unless an option asks for another initialisation."""
     fields: Any = dataclasses.fields(adapter)  # type: ignore[arg-type]
     asked_otherwise = any("init" in field.name and getattr(adapter, field.name) != field.default for field in fields)
-    delta = adapter.apply(tokens(), adapter.init(WIDTH, torch.Generator().manual_seed(0)))
+    delta = adapter.apply(inputs(adapter), adapter.init(site_of(adapter), torch.Generator().manual_seed(0)))
     assert delta.isfinite().all()
     assert asked_otherwise or torch.equal(delta, torch.zeros_like(delta))
 
 
 def test_output_has_the_shape_of_the_input_and_nothing_is_written(adapter: AdapterType) -> None:
-    x, params = tokens(), drawn(adapter, 0)
+    x, params = inputs(adapter), drawn(adapter, 0)
     kept = x.clone(), {name: value.clone() for name, value in params.items()}
     delta = adapter.apply(x, params)
-    assert delta.shape == x.shape
+    assert delta.shape == readout_of(adapter).shape
     assert delta.isfinite().all()
     assert delta.abs().max() > 0
     assert torch.equal(x, kept[0])
@@ -90,7 +108,7 @@ def test_output_has_the_shape_of_the_input_and_nothing_is_written(adapter: Adapt
 @pytest.mark.parametrize("batch", [1, 3, WIDTH])
 def test_one_adapter_per_sample_equals_one_by_one(adapter: AdapterType, batch: int) -> None:
     """Also where the batch is as large as the width, so that a wrong broadcast would go unseen by its shape."""
-    x = tokens(batch)
+    x = inputs(adapter, batch)
     own = [drawn(adapter, seed) for seed in range(batch)]
     gathered = {name: torch.stack([params[name] for params in own]) for name in own[0]}
     mixed = adapter.apply(x, gathered)
@@ -99,14 +117,14 @@ def test_one_adapter_per_sample_equals_one_by_one(adapter: AdapterType, batch: i
 
 
 def test_samples_do_not_see_each_other(adapter: AdapterType) -> None:
-    x, params = tokens(4), drawn(adapter, 0)
+    x, params = inputs(adapter, 4), drawn(adapter, 0)
     order = torch.tensor([2, 0, 3, 1])
     assert torch.allclose(adapter.apply(x[order], params), adapter.apply(x, params)[order], atol=1e-5)
     assert torch.allclose(adapter.apply(x[:1], params), adapter.apply(x, params)[:1], atol=1e-5)
 
 
 def test_gradients_reach_every_tensor_and_agree_per_sample(adapter: AdapterType) -> None:
-    x, readout = tokens(3).requires_grad_(), tokens(3, seed=1)
+    x, readout = inputs(adapter).requires_grad_(), readout_of(adapter)
     params = {name: value.requires_grad_() for name, value in drawn(adapter, 0).items()}
     (adapter.apply(x, params) * readout).sum().backward()
     assert x.grad is None or x.grad.isfinite().all()  # None: a type may add the same to every token
@@ -124,7 +142,7 @@ def test_gradients_reach_every_tensor_and_agree_per_sample(adapter: AdapterType)
 
 def test_noise_only_from_the_given_generator(adapter: AdapterType) -> None:
     before = torch.get_rng_state()
-    x, params = tokens(), drawn(adapter, 0)
+    x, params = inputs(adapter), drawn(adapter, 0)
     still = adapter.apply(x, params)
     first, again, other = (adapter.apply(x, params, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
     assert torch.equal(first, again)
@@ -142,7 +160,9 @@ def test_noise_only_from_the_given_generator(adapter: AdapterType) -> None:
 def test_attaches_to_a_kind_of_site_that_exists(adapter: AdapterType, tiny_vit: Any) -> None:
     from cl_adapters.backbone import FrozenBackbone
 
-    assert len(FrozenBackbone.wrap(tiny_vit(width=16, heads=2, img_size=16)).sites(adapter.site_kind)) == 3
+    backbone = FrozenBackbone.wrap(tiny_vit(width=16, heads=2, img_size=16))
+    if adapter.layout == "tokens":
+        assert len(sites_of(backbone, adapter)) == 3 * len(adapter.site_kinds)
 
 
 def test_dropout_keeps_the_expectation() -> None:

@@ -23,6 +23,7 @@ from cl_adapters.errors import ClAdaptersError, IncompatibleBackbone
 from cl_adapters.model import AdapterModel
 from cl_adapters.predictors.self_refine import SelfRefine
 from cl_adapters.preprocessing import Preprocessing
+from cl_adapters.sites import Site
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -32,16 +33,22 @@ class Echo(AdapterType):
     kind: str = "ffn_parallel"
 
     @property
-    def site_kind(self) -> str:
-        return self.kind
+    def site_kinds(self) -> tuple[str, ...]:
+        return (self.kind,)
 
-    def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
+    def shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
         return {"gain": (1,)}
 
-    def init(self, width: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def init(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
         return {"gain": torch.ones(1)}
 
-    def apply(self, x_BND: Tensor, params: Mapping[str, Tensor], noise: torch.Generator | None = None) -> Tensor:
+    def apply(
+        self,
+        x_BND: Tensor,
+        params: Mapping[str, Tensor],
+        noise: torch.Generator | None = None,
+        y_BNO: Tensor | None = None,
+    ) -> Tensor:
         return x_BND * params["gain"].reshape(-1, 1, 1)
 
 
@@ -126,7 +133,7 @@ def test_one_site_per_block_with_its_width(case: Any) -> None:
         assert [site.block for site in sites] == list(range(depth))
         assert len({site.name for site in sites}) == depth
         assert {site.width for site in sites} == {case.backbone.num_features}
-    with pytest.raises(IncompatibleBackbone, match="has no sites of kind 'qkv'; it has: ffn_parallel, ffn_sequential"):
+    with pytest.raises(IncompatibleBackbone, match="has no sites of kind 'qkv'; it has: attn_parallel, "):
         case.backbone.sites("qkv")
 
 

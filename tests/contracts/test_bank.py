@@ -159,7 +159,7 @@ def test_soft_route_is_the_weighted_sum_and_differentiable(backbone: FrozenBackb
     place: Any = bank.at[0]
     tokens = torch.randn(2, 5, 16)
     weights = torch.tensor([[0.2, 0.0, 0.8], [0.5, 0.0, 0.1]], requires_grad=True)
-    out = place.delta(tokens, Route.soft(weights))
+    out = place._routed(tokens, tokens, Route.soft(weights))
     single = [SMALL.apply(tokens, place.params(slot)) for slot in range(3)]
     wanted = torch.stack([0.2 * single[0][0] + 0.8 * single[2][0], 0.5 * single[0][1] + 0.1 * single[2][1]])
     assert torch.allclose(out, wanted, atol=1e-6)

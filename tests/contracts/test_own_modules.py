@@ -24,16 +24,22 @@ class _Fold(AdapterType):
     """Adds the first 16 numbers of its input."""
 
     @property
-    def site_kind(self) -> str:
-        return "ffn_parallel"
+    def site_kinds(self) -> tuple[str, ...]:
+        return ("ffn_parallel",)
 
-    def shapes(self, width: int) -> dict[str, tuple[int, ...]]:
+    def shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
         return {"gain": (1,)}
 
-    def init(self, width: int, generator: torch.Generator) -> dict[str, Tensor]:
+    def init(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
         return {"gain": torch.ones(1)}
 
-    def apply(self, x_BND: Tensor, params: Mapping[str, Tensor], noise: torch.Generator | None = None) -> Tensor:
+    def apply(
+        self,
+        x_BND: Tensor,
+        params: Mapping[str, Tensor],
+        noise: torch.Generator | None = None,
+        y_BNO: Tensor | None = None,
+    ) -> Tensor:
         return x_BND[..., :16] * params["gain"]
 
 

@@ -15,9 +15,11 @@ import pytest
 import torch
 
 from cl_adapters.adapters.bottleneck import Bottleneck
+from cl_adapters.sites import Site, Tap
 
 Array = npt.NDArray[np.float64]
 WIDTH, RANK = 768, 16
+SITE = Site("blocks.0.ffn", 0, "ffn_parallel", WIDTH, Tap("norm2", "in"), Tap("drop_path2", "out"))
 
 
 def weights(rng: np.random.Generator) -> dict[str, Array]:
@@ -76,13 +78,13 @@ def test_lae_gelu_with_learned_scale(x: Array, w: dict[str, Array]) -> None:
     adapter = Bottleneck(activation="gelu", learn_scale=True, scale=1.0, bottleneck=RANK)
     delta = run(adapter, x, w | {"scale": np.array([1.7])})
     assert np.abs(delta - expected(x, w, 1.7, gelu_instead=True)).max() < 2e-5
-    assert adapter.init(WIDTH, torch.Generator().manual_seed(0))["scale"].tolist() == [1.0]
+    assert adapter.init(SITE, torch.Generator().manual_seed(0))["scale"].tolist() == [1.0]
 
 
 def test_new_adapter_adds_exactly_nothing(x: Array) -> None:
     """MOS: W_down Kaiming-uniform with a = sqrt 5, so U(-1/sqrt(768), 1/sqrt(768)), everything else 0."""
     adapter = Bottleneck()
-    params = adapter.init(WIDTH, torch.Generator().manual_seed(0))
+    params = adapter.init(SITE, torch.Generator().manual_seed(0))
     delta = adapter.apply(torch.from_numpy(x).float(), params)
     assert torch.equal(delta, torch.zeros(2, 5, WIDTH))
     bound = 1 / math.sqrt(WIDTH)

@@ -1,0 +1,39 @@
+"""What a part is: named tensors, and a JSON description from which an equal part can be made around them."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from cl_adapters.registry import Registry
+
+
+class Part(nn.Module, ABC):
+    """Base of the parts: routers, descriptors, sums of a ridge classifier, counters.
+
+    A strategy puts its parts into ``model.parts`` by name; they are saved, loaded and moved with the model, and its
+    predictor reads them there.
+    """
+
+    @abstractmethod
+    def description(self) -> dict[str, Any]:
+        """JSON-ready structure: whatever :meth:`restore` needs besides the tensors."""
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Everything that is saved; default the whole ``state_dict``."""
+        return {name: value.detach() for name, value in self.state_dict().items()}
+
+    @classmethod
+    @abstractmethod
+    def restore(cls, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Part:
+        """The part of which these are :meth:`description` and :meth:`tensors`.
+
+        Raises:
+            KeyError: a tensor or a key is missing.
+        """
+
+
+parts: Registry[type[Part]] = Registry("model part", "cl_adapters.parts")

@@ -1,0 +1,196 @@
+"""SiteAdapters: the adapters at one site, and the hooks that connect them with the backbone.
+
+The hooks are bound methods of a module. A closure would keep the original's weights after a deepcopy; a bound method
+is copied along.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from cl_adapters.adapters.base import AdapterType
+from cl_adapters.errors import ClAdaptersError, IncompatibleBackbone
+from cl_adapters.routes import BARE, Route, Routes
+from cl_adapters.sites import Site
+
+Watch = Callable[[str, Tensor], None]
+"""Told the name of a site and the input x_BND that its adapters see (detach it before you keep it)."""
+
+
+@dataclass
+class Active:
+    """The route of the forward pass in progress, shared by all sites of one bank."""
+
+    routes: Routes | None = None
+    noise: torch.Generator | None = None
+    watch: Watch | None = None
+
+    def at(self, site: str) -> Route | None:
+        """The route at one site; None: bare."""
+        if self.routes is None or isinstance(self.routes, Route):
+            return self.routes
+        return self.routes.get(site)
+
+
+class SiteAdapters(nn.Module):
+    """The adapters at one site.
+
+    Attributes:
+        slots: slot number (as text) to its tensors; a slot without adapter at this site adds nothing here.
+    """
+
+    def __init__(self, site: Site, adapter: AdapterType, active: Active) -> None:
+        super().__init__()
+        self.site = site
+        self.adapter = adapter
+        self.slots = nn.ModuleDict()
+        self._active = active
+        self._source: Tensor | None = None
+
+    def attach(self, encoder: nn.Module) -> None:
+        """Register the hooks on the encoder.
+
+        Raises:
+            IncompatibleBackbone: the site names a module that the encoder does not have.
+        """
+        source, target = self.site.source, self.site.target
+        try:
+            reads, adds = encoder.get_submodule(source.module), encoder.get_submodule(target.module)
+        except AttributeError as error:
+            raise IncompatibleBackbone(
+                f"site {self.site.name!r} reads {source.module!r} and adds to {target.module!r}, but {error}"
+            ) from error
+        if source != target and source.end == "in":
+            reads.register_forward_pre_hook(self.read_input)
+        elif source != target:
+            reads.register_forward_hook(self.read_output)
+        if target.end == "in":
+            adds.register_forward_pre_hook(self.add_to_input)
+        else:
+            adds.register_forward_hook(self.add_to_output)
+
+    def has(self, slot: int) -> bool:
+        """Whether that slot has an adapter here."""
+        return str(slot) in self.slots
+
+    def params(self, slot: int) -> dict[str, Tensor]:
+        """The tensors of one slot."""
+        return dict(self.slots[str(slot)].named_parameters())
+
+    # --- hooks ---------------------------------------------------------------------------------------------------
+
+    def read_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Forward-pre-hook: keep the input until the target is reached."""
+        if self._active.routes is not None:
+            self._source = args[0]
+
+    def read_output(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> None:
+        """Forward hook: keep the output until the target is reached."""
+        if self._active.routes is not None:
+            self._source = output
+
+    def add_to_input(self, module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...] | None:
+        """Forward-pre-hook: add the routed adapters' output to the first input."""
+        added = self._added(args[0])
+        return None if added is None else (added, *args[1:])
+
+    def add_to_output(self, module: nn.Module, args: tuple[Any, ...], output: Tensor) -> Tensor | None:
+        """Forward hook: add the routed adapters' output."""
+        return self._added(output)
+
+    def _added(self, y: Tensor) -> Tensor | None:
+        route = self._active.at(self.site.name)
+        source, self._source = self._source, None
+        if route is None:
+            return None
+        if source is None and self.site.source != self.site.target:
+            raise IncompatibleBackbone(
+                f"site {self.site.name!r}: {self.site.target.module!r} ran before {self.site.source.module!r}, "
+                "so its adapters have no input"
+            )
+        x = y if source is None else source
+        delta = self._routed(self._inward(x), y, route)
+        if delta is None:
+            return None
+        delta = self._outward(delta, x)
+        if self.site.third is not None:
+            before = self.site.third * self.site.out_width
+            delta = F.pad(delta, (before, y.shape[-1] - before - self.site.out_width))
+        return y + delta
+
+    # --- layouts -------------------------------------------------------------------------------------------------
+
+    def _inward(self, x: Tensor) -> Tensor:
+        """Activations of the site as the adapter type wants them."""
+        if self.adapter.layout == "map":
+            return x if self.site.layout == "map" else x.permute(0, 3, 1, 2)
+        if self.site.layout == "map":
+            return x.flatten(2).mT
+        return x.flatten(1, -2) if x.ndim > 3 else x
+
+    def _outward(self, delta: Tensor, x: Tensor) -> Tensor:
+        """The adapter's output in the layout of the site; ``x`` is the input before :meth:`_inward`."""
+        if self.adapter.layout == "map":
+            return delta if self.site.layout == "map" else delta.permute(0, 2, 3, 1)
+        if self.site.layout == "map":
+            delta = delta.mT.unflatten(2, x.shape[2:])
+            return delta
+        if x.ndim > 3:
+            delta = delta.unflatten(1, x.shape[1:-1])
+        return delta
+
+    # --- routes --------------------------------------------------------------------------------------------------
+
+    def _routed(self, x: Tensor, y: Tensor, route: Route) -> Tensor | None:
+        """The routed output for x (as the type wants it); None: nothing is added."""
+        if self._active.watch is not None:
+            self._active.watch(self.site.name, x)
+        if not any(self.has(slot) for slot in route.slots):
+            return None
+        if route.router is not None:
+            return self._mixture(x, y, route.slots, route.router(x))
+        if route.weights_BU is not None:
+            return self._mixture(x, y, route.slots, self._per_row(route.weights_BU, x))
+        if route.index_B is None:
+            return self._one(x, self.params(route.slots[0]), y)
+        return self._choice(x, y, route.slots, self._per_row(route.index_B, x))
+
+    def _per_row(self, choices: Tensor, x: Tensor) -> Tensor:
+        """One choice per row of x; the windows of an image share that of the image."""
+        if self.site.windows and len(choices) and len(x) % len(choices) == 0:
+            return choices.repeat_interleave(len(x) // len(choices), 0)
+        if len(choices) != len(x):
+            raise ClAdaptersError(f"the route has {len(choices)} samples, the batch has {len(x)}")
+        return choices
+
+    def _mixture(self, x: Tensor, y: Tensor, slots: tuple[int, ...], weights_BU: Tensor) -> Tensor:
+        total: Tensor | None = None
+        for slot, share_B in zip(slots, weights_BU.unbind(1), strict=True):
+            if self.has(slot):
+                delta = self._one(x, self.params(slot), y)
+                part = delta * share_B.reshape(-1, *[1] * (delta.ndim - 1))
+                total = part if total is None else total + part
+        assert total is not None
+        return total
+
+    def _choice(self, x: Tensor, y: Tensor, slots: tuple[int, ...], index_B: Tensor) -> Tensor:
+        """One slot per row; rows whose slot has no adapter here get zeros."""
+        used = [slot for slot in slots if self.has(slot)]
+        params = [self.params(slot) for slot in used]
+        place = torch.tensor([used.index(slot) if slot in used else BARE for slot in slots], device=index_B.device)
+        index_B = place[index_B]
+        rows = None if len(used) == len(slots) else (index_B >= 0).nonzero().flatten()
+        if rows is not None:
+            x, y, index_B, whole = x[rows], y[rows], index_B[rows], len(x)
+        gathered = {name: torch.stack([p[name] for p in params]).index_select(0, index_B) for name in params[0]}
+        delta = self._one(x, gathered, y)
+        return delta if rows is None else delta.new_zeros(whole, *delta.shape[1:]).index_copy(0, rows, delta)
+
+    def _one(self, x: Tensor, params: Mapping[str, Tensor], y: Tensor) -> Tensor:
+        return self.adapter.apply(x, params, self._active.noise, y)

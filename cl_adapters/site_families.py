@@ -1,0 +1,201 @@
+"""The table of known backbones: which structure has which sites. One row per family."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+from torch import Tensor, nn
+
+from cl_adapters.errors import IncompatibleBackbone
+from cl_adapters.sites import Family, Place, Site, Sizes, Tap
+
+
+def _width_of(path: str, attribute: str = "") -> Callable[[nn.Module], Sizes]:
+    """D from the length of a parameter, or from an attribute of a submodule."""
+
+    def sizes(block: nn.Module) -> Sizes:
+        if attribute:
+            width = int(getattr(block.get_submodule(path), attribute))
+        else:
+            width = int(block.get_parameter(path).numel())
+        return Sizes(width, width)
+
+    return sizes
+
+
+def _branches(
+    sizes: Callable[[nn.Module], Sizes],
+    *,
+    attn: tuple[Tap, Tap],
+    ffn: tuple[Tap, Tap],
+    block: Tap,
+    inner: bool = True,
+) -> dict[str, Place]:
+    """Sites on the two branches of a block; each pair is (input, end) of the branch.
+
+    ``inner``: the input belongs to the branch alone, so that an adapter may change it.
+    """
+    places = {}
+    for label, (start, end) in (("attn", attn), ("ffn", ffn)):
+        places[f"{label}_parallel"] = Place(start, end, label, sizes)
+        places[f"{label}_sequential"] = Place(end, end, label, sizes)
+        if inner:
+            places[f"{label}_before"] = Place(start, start, label, sizes)
+    return places | {"block_parallel": Place(block, ffn[1], "block", sizes)}
+
+
+def _fused_attention(*, windows: bool = False) -> dict[str, Place]:
+    """LoRA sites on timm's fused qkv projection (its output is [q | k | v])."""
+
+    def called(block: nn.Module) -> bool:
+        # BEiT and EVA compute with qkv.weight without calling the module, so a hook would never run
+        attn: Any = block.get_submodule("attn")
+        return isinstance(getattr(attn, "qkv", None), nn.Linear) and getattr(attn, "q_bias", None) is None
+
+    def sizes(block: nn.Module) -> Sizes:
+        qkv: Any = block.get_submodule("attn.qkv")
+        return Sizes(qkv.in_features, qkv.out_features // 3)
+
+    read, add = Tap("attn.qkv", "in"), Tap("attn.qkv", "out")
+    return {
+        kind: Place(read, add, kind, sizes, called, third=third, windows=windows)
+        for third, kind in enumerate(("query", "key", "value"))
+    }
+
+
+def _prefix_attention() -> dict[str, Place]:
+    """Plain softmax attention: what is added is added to the heads' output, before its projection."""
+
+    def plain(block: nn.Module) -> bool:
+        attn: Any = block.get_submodule("attn")
+        between = [getattr(attn, name, None) for name in ("q_norm", "k_norm", "norm")]
+        return (
+            type(attn).__name__ == "Attention"
+            and {name.partition(".")[0] for name, _ in attn.named_parameters()} == {"qkv", "proj"}
+            and all(module is None or isinstance(module, nn.Identity) for module in between)
+            and getattr(attn, "gate", None) is None
+        )
+
+    def sizes(block: nn.Module) -> Sizes:
+        attn: Any = block.get_submodule("attn")
+        return Sizes(attn.qkv.out_features, attn.proj.in_features, attn.num_heads)
+
+    return {"attention": Place(Tap("attn.qkv", "out"), Tap("attn.proj", "in"), "attention", sizes, plain)}
+
+
+def _linear(**paths: str) -> dict[str, Place]:
+    """One site on each linear layer: kind to path."""
+
+    def sizes_of(path: str) -> Callable[[nn.Module], Sizes]:
+        def sizes(block: nn.Module) -> Sizes:
+            layer: Any = block.get_submodule(path)
+            return Sizes(layer.in_features, layer.out_features)
+
+        return sizes
+
+    return {kind: Place(Tap(path, "in"), Tap(path, "out"), kind, sizes_of(path)) for kind, path in paths.items()}
+
+
+def _resume_timm(encoder: Any, h_BND: Tensor, block: int) -> Tensor:
+    for module in encoder.blocks[block:]:
+        h_BND = module(h_BND)
+    features: Tensor = encoder.forward_head(encoder.norm(h_BND), pre_logits=True)
+    return features
+
+
+_ATTN_END, _FFN_END = Tap("drop_path1", "out"), Tap("drop_path2", "out")
+_VIT_PARTS = ("norm1", "attn", "norm2", "mlp", "drop_path1", "drop_path2")
+_NORM2 = _width_of("norm2.weight")
+_MAP = _width_of("conv_dw", "out_channels")
+
+FAMILIES: tuple[Family, ...] = (
+    # Swin, V1: x + drop_path1(attn(norm1 x)); + drop_path2(mlp(norm2 x)); tokens lie on a grid [B, H, W, D]
+    Family(
+        name="timm Swin",
+        blocks="layers.*.blocks",
+        parts=(*_VIT_PARTS, "attn.qkv"),
+        places=_branches(
+            _NORM2, attn=(Tap("norm1", "out"), _ATTN_END), ffn=(Tap("norm2", "in"), _FFN_END), block=Tap("norm1", "in")
+        )
+        | _fused_attention(windows=True),
+        refuses=("SwinTransformerV2Block",),
+        layout="grid",
+    ),
+    # ViT, DeiT, DINOv2, CLIP / SigLIP image towers, BEiT, EVA: x + drop_path2(ls2(mlp(norm2 x)))
+    Family(
+        name="timm ViT, pre-norm",
+        blocks="blocks",
+        parts=_VIT_PARTS,
+        places=_branches(
+            _NORM2, attn=(Tap("norm1", "out"), _ATTN_END), ffn=(Tap("norm2", "in"), _FFN_END), block=Tap("norm1", "in")
+        )
+        | _fused_attention()
+        | _prefix_attention(),
+        refuses=("ResPostBlock", "ResPostRelPosBlock", "EvaBlockPostNorm"),
+        resume=_resume_timm,
+    ),
+    # residual post-norm: x + drop_path2(norm2(mlp x))
+    Family(
+        name="timm ViT, residual post-norm",
+        blocks="blocks",
+        parts=_VIT_PARTS,
+        places=_branches(
+            _NORM2, attn=(Tap("attn", "in"), _ATTN_END), ffn=(Tap("mlp", "in"), _FFN_END), block=Tap("attn", "in")
+        )
+        | _fused_attention()
+        | _prefix_attention(),
+        resume=_resume_timm,
+    ),
+    # ConvNeXt: shortcut(x) + drop_path(gamma * mlp(norm(conv_dw x))); the "ffn" is what follows the convolution
+    Family(
+        name="timm ConvNeXt",
+        blocks="stages.*.blocks",
+        parts=("conv_dw", "norm", "mlp", "shortcut", "drop_path"),
+        places={
+            "block_parallel": Place(Tap("conv_dw", "in"), Tap("drop_path", "out"), "block", _MAP),
+            "ffn_parallel": Place(Tap("conv_dw", "out"), Tap("drop_path", "out"), "ffn", _MAP),
+            "ffn_sequential": Place(Tap("drop_path", "out"), Tap("drop_path", "out"), "ffn", _MAP),
+        },
+        layout="map",
+    ),
+    # transformers: BERT, RoBERTa and relatives: LayerNorm(dropout(dense(intermediate h)) + h)
+    Family(
+        name="transformers encoder, post-norm",
+        blocks="encoder.layer",
+        parts=("attention.self", "attention.output", "intermediate", "output.dense", "output.dropout"),
+        places=_branches(
+            _width_of("output.dense", "out_features"),
+            attn=(Tap("attention", "in"), Tap("attention.output.dropout", "out")),
+            ffn=(Tap("intermediate", "in"), Tap("output.dropout", "out")),
+            block=Tap("attention", "in"),
+            inner=False,
+        )
+        | _linear(query="attention.self.query", key="attention.self.key", value="attention.self.value"),
+    ),
+)
+
+
+def find_family(encoder: nn.Module) -> Family:
+    """The family of ``encoder``.
+
+    Raises:
+        IncompatibleBackbone: no family of the table matches.
+    """
+    for family in FAMILIES:
+        if family.matches(encoder):
+            return family
+    known = "; ".join(family.name for family in FAMILIES)
+    raise IncompatibleBackbone(
+        f"no known adapter sites in {type(encoder).__name__}. Known structures: {known}. For another structure pass "
+        "the sites yourself: FrozenBackbone.wrap(module, sites=[Site(...)], ...)"
+    )
+
+
+def find_sites(encoder: nn.Module, kind: str) -> tuple[Site, ...]:
+    """All sites of ``kind`` in ``encoder``, from the first block to the last.
+
+    Raises:
+        IncompatibleBackbone: no family of the table matches, or the family has no such sites.
+    """
+    return find_family(encoder).sites(encoder, kind)
