@@ -29,6 +29,7 @@ from cl_adapters.predictors.base import Predictor
 from cl_adapters.randomness import derive, generator, isolated, seed_globals
 from cl_adapters.registry import Registry
 from cl_adapters.strategies.config import StrategyConfig, TrainingConfig, resolve
+from cl_adapters.strategies.expansion import Expansion
 from cl_adapters.strategies.experiences import check_experience, experience_classes
 from cl_adapters.strategies.phases import Batch, Phase
 from cl_adapters.timing import Stopwatch
@@ -54,6 +55,7 @@ class AdapterStrategy(SupervisedTemplate):
         model: the :class:`AdapterModel`.
         timings: seconds of "train", "statistics", "alignment" and "eval".
         trainable_parameters: numbers trained at once in the newest task.
+        expansions: adapters that the newest call of ``train`` added because the data asked for them.
     """
 
     Config: ClassVar[type[StrategyConfig]] = StrategyConfig
@@ -61,6 +63,10 @@ class AdapterStrategy(SupervisedTemplate):
     _stop_training: bool
     frozen_after_task: ClassVar[bool] = True
     """Whether an adapter never changes after its task: then evaluations may reuse features."""
+    retrieves: ClassVar[bool] = False
+    """Whether each task has adapters of its own, one of which is chosen for an image: then the choice can be judged."""
+    expands: ClassVar[bool] = False
+    """Whether the data decide how many adapters there are; ``expansions`` then says which were added and why."""
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -107,6 +113,7 @@ class AdapterStrategy(SupervisedTemplate):
         self.timings = Stopwatch()
         self.progress = progress
         self.trainable_parameters = 0
+        self.expansions: list[Expansion] = []
         self._unfinished = False
         self._phase: Phase | None = None
         self._features: Tensor | None = None
@@ -207,6 +214,7 @@ class AdapterStrategy(SupervisedTemplate):
                 "was saved after the task before and make the strategy from it, or begin anew"
             )
         self._loader_options = loader_options
+        self.expansions = []
         try:
             with isolated(self.device), self.timings.part("train"):
                 return super().train(experiences, eval_streams, **loader_options)

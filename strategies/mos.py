@@ -67,6 +67,7 @@ class MOS(AdapterStrategy):
 
     Config: ClassVar[type[StrategyConfig]] = MOSConfig
     summary: ClassVar[str] = "adapter merging and self-refined retrieval (AAAI 2025)"
+    retrieves: ClassVar[bool] = True
     config: MOSConfig
 
     # --- grow ----------------------------------------------------------------------------------------------------
