@@ -32,6 +32,7 @@ from cl_adapters.strategies.config import StrategyConfig, TrainingConfig, resolv
 from cl_adapters.strategies.expansion import Expansion
 from cl_adapters.strategies.experiences import check_experience, experience_classes
 from cl_adapters.strategies.phases import Batch, Phase
+from cl_adapters.strategies.views import ExplicitOrder, ViewLoader, Views
 from cl_adapters.timing import Stopwatch
 
 
@@ -63,6 +64,8 @@ class AdapterStrategy(SupervisedTemplate):
     _stop_training: bool
     frozen_after_task: ClassVar[bool] = True
     """Whether an adapter never changes after its task: then evaluations may reuse features."""
+    explicit_order: ClassVar[bool] = False
+    """Whether images are shuffled by the strategy's own generators, as cached views always are."""
     retrieves: ClassVar[bool] = False
     """Whether each task has adapters of its own, one of which is chosen for an image: then the choice can be judged."""
     expands: ClassVar[bool] = False
@@ -119,6 +122,10 @@ class AdapterStrategy(SupervisedTemplate):
         self._features: Tensor | None = None
         self._noise: torch.Generator | None = None
         self._loader_options: dict[str, Any] = {}
+        self._visits = 0
+        self._views: Views | None = None
+        if getattr(self.config, "cached_views", 0):
+            model.backbone.check_resumable()
 
     # --- the four questions --------------------------------------------------------------------------------------
 
@@ -147,6 +154,9 @@ class AdapterStrategy(SupervisedTemplate):
     def routes(self) -> Routes | None:
         """The adapters of the forward pass in training."""
         return None
+
+    def before_epoch(self, epoch: int) -> None:
+        """Called before every training epoch (0-based in its phase)."""
 
     def before_pass(self) -> None:
         """Called before every training forward."""
@@ -195,6 +205,25 @@ class AdapterStrategy(SupervisedTemplate):
         # out of inference mode, so that later code may save or differentiate through what is built from them
         return torch.cat(features).clone(), self.model.columns_of(torch.cat(labels))
 
+    def next_order(self) -> torch.Generator:
+        """The generator that shuffles the next pass over this task's images."""
+        self._visits += 1
+        return self.generator(f"order {self._visits}", self.task)
+
+    def views(self) -> Views | None:
+        """The cached views of this task's images; None where caching is off or a plugin supplies the data."""
+        k = getattr(self.config, "cached_views", 0)
+        if k and self._views is None and self._images is self._own_images:
+            self._views = Views(
+                self.model,
+                self.adapted_dataset,
+                seeds=[derive(self.seed, "view", self.task, view) for view in range(k)],
+                batch=self.config.eval_mb_size,
+                memory_mb=self.config.cache_memory_mb,
+                num_workers=self._loader_options.get("num_workers", 0),
+            )
+        return self._views
+
     def per_class(self, f_ND: Tensor, columns_N: Tensor) -> list[Tensor]:
         """The features [N_c, D] of each class of the newest task, in column order."""
         first = int((self.model.task_of_column < self.task).sum())
@@ -219,7 +248,7 @@ class AdapterStrategy(SupervisedTemplate):
             with isolated(self.device), self.timings.part("train"):
                 return super().train(experiences, eval_streams, **loader_options)
         finally:
-            self._phase = self._features = self._noise = None
+            self._phase = self._features = self._noise = self._views = None
             self._loader_options = {}
 
     def eval(self, experiences: Any, **loader_options: Any) -> Any:
@@ -234,6 +263,23 @@ class AdapterStrategy(SupervisedTemplate):
         task = self.model.num_tasks
         seed_globals(derive(self.seed, "loader", task))
         super().train_dataset_adaptation(**kwargs)
+
+    def make_train_dataloader(self, **kwargs: Any) -> None:
+        """Avalanche's loader, or one in the strategy's own order."""
+        self._visits = 0
+        if not self.explicit_order:
+            super().make_train_dataloader(**kwargs)
+        else:
+            data = self.adapted_dataset
+            draw = self.next_order
+            self.dataloader = DataLoader(
+                data,
+                batch_size=self.train_mb_size,
+                sampler=ExplicitOrder(len(data), draw),
+                num_workers=kwargs.get("num_workers", 0),
+                drop_last=kwargs.get("drop_last", False) and len(data) >= self.train_mb_size,
+            )
+        self._own_images = self.dataloader
 
     def model_adaptation(self, model: Any = None) -> Any:
         """Grow for the experience, in training only: Avalanche calls this in evaluation too."""
@@ -253,13 +299,16 @@ class AdapterStrategy(SupervisedTemplate):
     def _train_exp(self, experience: Any, eval_streams: Any = None, **kwargs: Any) -> None:
         self._noise = generator(self.seed, "dropout", self.task, device=self.device)
         self.trainable_parameters = 0
+        self._images = self.dataloader  # a plugin may have put its own
         for phase in self.phases(self.task):
             self._phase = phase
+            self.dataloader = self._loader_of(phase)
             phase.install(self.optimizer)
             self.trainable_parameters = max(self.trainable_parameters, phase.num_parameters)
             steps = len(self.dataloader)
             for epoch in range(phase.epochs):
                 phase.set_epoch(self.optimizer, epoch)
+                self.before_epoch(epoch)
                 self._before_training_epoch(**kwargs)
                 if self._stop_training:
                     self._stop_training = False
@@ -267,7 +316,10 @@ class AdapterStrategy(SupervisedTemplate):
                 self.training_epoch(**kwargs)
                 self._after_training_epoch(**kwargs)
                 self.report(phase.name, (epoch + 1) * steps, phase.epochs * steps)
+            if self._views is not None:
+                self._views.changed(phase.start or 0)
         self._phase = None
+        self.dataloader = self._images
         self.optimizer.zero_grad()
 
     def _after_training_exp(self, **kwargs: Any) -> None:
@@ -288,7 +340,8 @@ class AdapterStrategy(SupervisedTemplate):
         """Logits [B, L] indexed by class label, as Avalanche's metrics expect; unseen labels at minus infinity."""
         if self.is_training:
             self.before_pass()
-            self._features = self.model.features(self.mb_x, self.routes(), self._noise)
+            start = getattr(self.dataloader, "start", None)
+            self._features = self.model.features(self.mb_x, self.routes(), self._noise, start=start)
             columns_BC = self.model.head(self._features)
         elif not self.model.classes:
             return torch.zeros(len(self.mb_y), int(self.mb_y.max()) + 1, device=self.device)
@@ -330,6 +383,13 @@ class AdapterStrategy(SupervisedTemplate):
         self.after_step()
 
     # --- private -------------------------------------------------------------------------------------------------
+
+    def _loader_of(self, phase: Phase) -> Any:
+        """The task's images, or what is cached of them at the first block that this phase trains."""
+        views = self.views() if phase.start else None
+        if views is None or phase.start is None:
+            return self._images
+        return ViewLoader(views, phase.start, self.routes(), batch=self.train_mb_size, draw=self.next_order)
 
     def _by_label(self, logits_BC: Tensor) -> Tensor:
         width = max(*self.model.classes, int(self.mb_y.max())) + 1

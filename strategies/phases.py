@@ -30,6 +30,11 @@ class Batch:
 Loss = Callable[[Batch], Tensor]
 
 
+def constant_lr(lr: float, epoch: int, epochs: int) -> float:
+    """The same learning rate in every epoch (a schedule of :class:`Phase`)."""
+    return lr
+
+
 @dataclass(frozen=True, kw_only=True)
 class ParamGroup:
     """Parameters that share a learning rate.
@@ -55,6 +60,8 @@ class Phase:
         groups: what is trained; everything else stays as it is.
         loss: scalar loss of a batch.
         schedule: (lr, epoch, epochs) to the learning rate of that epoch.
+        start: the first block in which anything is trained (the backbone's ``depth``: only the head is); what comes
+            before it may be computed once. None: from the images every time.
     """
 
     name: str
@@ -62,6 +69,7 @@ class Phase:
     groups: Sequence[ParamGroup]
     loss: Loss
     schedule: Callable[[float, int, int], float] = field(default=cosine_lr)
+    start: int | None = None
 
     @property
     def num_parameters(self) -> int:
