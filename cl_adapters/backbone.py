@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any, Literal
@@ -203,33 +203,29 @@ class FrozenBackbone(nn.Module):
         Returns:
             h, [B, N, D] for a ViT.
         """
-        blocks = find_family(self.encoder).find_blocks(self.encoder)
-        if block == len(blocks):
-            return self.forward(x)
+        return self._until(block, lambda: self.forward(x))
 
-        def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
-            raise _Entered(args[0])
+    def resume(self, h: Tensor, block: int, until: int | None = None) -> Tensor:
+        """Go on from the input of one block; ``resume(enter(x, b), b)`` is ``forward(x)``.
 
-        handle = blocks[block][1].register_forward_pre_hook(stop)
-        try:
-            self.forward(x)
-        except _Entered as reached:
-            return reached.hidden
-        finally:
-            handle.remove()
-        raise IncompatibleBackbone(f"block {block} of {self.name!r} was never reached")
+        Args:
+            h: input of the block, or the features where ``block`` is ``depth``.
+            block: index of the block.
+            until: stop at the input of that later block; default the features.
 
-    def resume(self, h: Tensor, block: int) -> Tensor:
-        """Features [B, D] from the input of one block; ``resume(enter(x, b), b)`` is ``forward(x)``.
+        Returns:
+            Features [B, D], or the input of block ``until``.
 
         Raises:
             IncompatibleBackbone: it is not known how this structure goes on from a block.
         """
+        if until is not None:
+            return self._until(until, lambda: self.resume(h, block))
         family = find_family(self.encoder)
         if block == len(family.find_blocks(self.encoder)):
             return h
-        if family.resume is None or self.pooling != "encoder":
-            raise IncompatibleBackbone(f"backbone {self.name!r} ({family.name}) cannot be entered at a block")
+        self.check_resumable()
+        assert family.resume is not None
         return family.resume(self.encoder, h, block)
 
     @property
@@ -244,6 +240,19 @@ class FrozenBackbone(nn.Module):
             digest.update(json.dumps([recipe, self.pooling], sort_keys=True).encode())
             self._fingerprint = digest.hexdigest()
         return self._fingerprint
+
+    def check_resumable(self) -> None:
+        """Check that :meth:`resume` works with this backbone.
+
+        Raises:
+            IncompatibleBackbone: it does not; activations before a block cannot be cached.
+        """
+        family = find_family(self.encoder)
+        if family.resume is None or self.pooling != "encoder":
+            raise IncompatibleBackbone(
+                f"backbone {self.name!r} ({family.name}) cannot be entered at a block, so nothing can be cached: set "
+                "cached_views=0"
+            )
 
     def check_frozen(self) -> None:
         """Check that nothing below the adapters asks for a gradient (it would double the cost of a step).
@@ -266,6 +275,24 @@ class FrozenBackbone(nn.Module):
     def device(self) -> torch.device:
         """Device of the weights."""
         return next(chain(self.encoder.parameters(), self.buffers())).device
+
+    def _until(self, block: int, run: Callable[[], Tensor]) -> Tensor:
+        """What ``run`` returns, or the input of a block, at which it ends."""
+        blocks = find_family(self.encoder).find_blocks(self.encoder)
+        if block == len(blocks):
+            return run()
+
+        def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
+            raise _Entered(args[0])
+
+        handle = blocks[block][1].register_forward_pre_hook(stop)
+        try:
+            run()
+        except _Entered as reached:
+            return reached.hidden
+        finally:
+            handle.remove()
+        raise IncompatibleBackbone(f"block {block} of {self.name!r} was never reached")
 
     def _encode(self, x: Tensor) -> Any:
         encoder: Any = self.encoder

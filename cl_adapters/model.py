@@ -20,6 +20,7 @@ from cl_adapters.images import decode_image
 from cl_adapters.parts.base import Part
 from cl_adapters.predictors.base import Prediction, Predictor
 from cl_adapters.predictors.fixed import Fixed
+from cl_adapters.site_adapters import Watch
 from cl_adapters.statistics import ClassStatistics
 
 P = TypeVar("P", bound=Part)
@@ -149,28 +150,41 @@ class AdapterModel(nn.Module):
 
     # --- computing -----------------------------------------------------------------------------------------------
 
-    def features(self, x: Inputs, routes: Routes | None, noise: torch.Generator | None = None) -> Tensor:
-        """Features [B, D] with the given adapters (None: the bare backbone)."""
+    def features(
+        self,
+        x: Inputs,
+        routes: Routes | None,
+        noise: torch.Generator | None = None,
+        *,
+        start: int | None = None,
+        stop: int | None = None,
+        watch: Watch | None = None,
+    ) -> Tensor:
+        """Features [B, D] with the given adapters (None: the bare backbone).
+
+        Args:
+            x: B inputs, or with ``start`` the inputs of that block.
+            routes: who uses which adapter.
+            noise: generator of dropout masks (training).
+            start: go on from the input of this block; None: from the beginning.
+            stop: end at the input of this block (``backbone.depth``, None: the features) and return that.
+            watch: is told the input of every site that has a route.
+
+        Raises:
+            ClAdaptersError: routes without a bank.
+        """
         if self.bank is None:
             if routes is not None:
                 raise ClAdaptersError("this model has no adapters to route to")
-            return self.backbone.features(x)
-        with self.bank.route(routes, noise):
-            return self.backbone.features(x)
+            return self._run(x, start, stop)
+        with self.bank.route(routes, noise, watch):
+            return self._run(x, start, stop)
 
-    def enter(self, x: Inputs, block: int, routes: Routes | None) -> Tensor:
-        """The input of one block (``backbone.depth``: the features) with the given adapters before it."""
-        if self.bank is None:
-            return self.backbone.enter(x, block)
-        with self.bank.route(routes):
-            return self.backbone.enter(x, block)
-
-    def resume(self, h: Tensor, block: int, routes: Routes | None, noise: torch.Generator | None = None) -> Tensor:
-        """Features [B, D] from the input of one block, with the given adapters from there on."""
-        if self.bank is None:
-            return self.backbone.resume(h, block)
-        with self.bank.route(routes, noise):
-            return self.backbone.resume(h, block)
+    def _run(self, x: Inputs, start: int | None, stop: int | None) -> Tensor:
+        if start is not None:
+            assert isinstance(x, Tensor)
+            return self.backbone.resume(x, start, stop)
+        return self.backbone.features(x) if stop is None else self.backbone.enter(x, stop)
 
     def answer(
         self, x: Inputs, memory: FeatureMemory | None = None, samples: Sequence[int] | None = None

@@ -212,14 +212,15 @@ class AdapterStrategy(SupervisedTemplate):
 
     def views(self) -> Views | None:
         """The cached views of this task's images; None where caching is off or a plugin supplies the data."""
-        k = getattr(self.config, "cached_views", 0)
+        config = self.config
+        k = config.cached_views if isinstance(config, TrainingConfig) else 0
         if k and self._views is None and self._images is self._own_images:
             self._views = Views(
                 self.model,
                 self.adapted_dataset,
                 seeds=[derive(self.seed, "view", self.task, view) for view in range(k)],
-                batch=self.config.eval_mb_size,
-                memory_mb=self.config.cache_memory_mb,
+                batch=config.eval_mb_size,
+                memory_mb=config.cache_memory_mb,
                 num_workers=self._loader_options.get("num_workers", 0),
             )
         return self._views

@@ -41,6 +41,9 @@ class TrainingConfig(StrategyConfig):
         head_lr_factor: the head's learning rate is this times ``lr``.
         momentum: of SGD.
         weight_decay: on adapters and head.
+        cached_views: K. Where the first blocks have no adapter in training, run K augmented views of every image up to
+            there once and reuse them in all epochs; 0 computes everything anew, with fresh augmentation.
+        cache_memory_mb: limit of one such cache in MiB; a larger one is kept on disk in half precision.
     """
 
     adapter: AdapterField = dataclasses.field(default_factory=Bottleneck)
@@ -50,9 +53,13 @@ class TrainingConfig(StrategyConfig):
     head_lr_factor: float = 0.1
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    cached_views: int = 0
+    cache_memory_mb: float = 2048.0
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        if self.cached_views < 0:
+            raise ValueError(f"cached_views must be 0 (off) or more, got {self.cached_views}")
         if self.train_epochs < 1:
             raise ValueError(f"train_epochs must be at least 1, got {self.train_epochs}")
         if self.lr <= 0:

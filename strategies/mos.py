@@ -106,6 +106,7 @@ class MOS(AdapterStrategy):
                 ParamGroup(params=list(model.head.parameters()), lr=head_lr, weight_decay=config.weight_decay),
             ),
             loss=loss,
+            start=min(model.bank.blocks),
         )
 
     def routes(self) -> Route:

@@ -44,6 +44,7 @@ class Sequential(AdapterStrategy):
                 ),
             ),
             loss=all_classes_loss,
+            start=min(self.model.bank.blocks),
         )
 
     def consolidate(self, task: int) -> None:
