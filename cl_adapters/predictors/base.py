@@ -31,9 +31,14 @@ class Prediction:
 
 
 class Predictor(ABC):
-    """Base of the predictors: frozen dataclasses of parameters; they keep no state and change none."""
+    """Base of the predictors: frozen dataclasses of parameters; they keep no state and change none.
+
+    Attributes:
+        remembers: whether its features are those of single adapters, which a memory can keep between evaluations.
+    """
 
     summary: ClassVar[str] = ""
+    remembers: ClassVar[bool] = True
 
     @abstractmethod
     def predict(self, model: AdapterModel, features: LazyFeatures) -> Prediction:

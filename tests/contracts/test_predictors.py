@@ -19,6 +19,7 @@ from cl_adapters.config import build, to_plain
 from cl_adapters.errors import ClAdaptersError, ConfigError
 from cl_adapters.features import FeatureMemory
 from cl_adapters.model import AdapterModel
+from cl_adapters.parts.mixture import Mixture
 from cl_adapters.predictors import Predictor, predictors
 from cl_adapters.predictors.nearest_prototype import NearestPrototype
 from cl_adapters.predictors.self_refine import SelfRefine
@@ -45,6 +46,10 @@ def make_model(tiny_vit: Callable[..., nn.Module], filled: Callable[..., Adapter
             model.head.weight.normal_(generator=generator)
             model.head.bias.normal_(generator=generator)
         model.prototypes.append(torch.randn(len(model.classes), 16, generator=generator))
+        model.parts["mixture"] = routers = Mixture({block: 16 for block in bank.blocks})
+        for block in bank.blocks:
+            for slot in range(tasks):
+                routers.grow(block, slot, generator)
         return model
 
     return make
@@ -144,6 +149,11 @@ def test_feature_memory_changes_no_answer_and_saves_passes(
     without = model.answer(x)
     with counted(model) as batches:
         first = model.answer(x, memory, numbers)
+    if not predictor.remembers:
+        assert len(memory) == 0
+        assert sum(batches) == int(without.passes.sum())
+        assert torch.equal(first.logits, without.logits)
+        return
     assert sum(batches) == int(without.passes.sum()) == len(memory)
     with counted(model) as batches:
         parts = [model.answer(x[i : i + 4], memory, numbers[i : i + 4]) for i in (0, 4, 8)]
