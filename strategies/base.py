@@ -213,12 +213,13 @@ class AdapterStrategy(SupervisedTemplate):
     def views(self) -> Views | None:
         """The cached views of this task's images; None where caching is off or a plugin supplies the data."""
         config = self.config
-        k = config.cached_views if isinstance(config, TrainingConfig) else 0
-        if k and self._views is None and self._images is self._own_images:
+        if not isinstance(config, TrainingConfig) or not config.cached_views or self._images is not self._own_images:
+            return None
+        if self._views is None:
             self._views = Views(
                 self.model,
                 self.adapted_dataset,
-                seeds=[derive(self.seed, "view", self.task, view) for view in range(k)],
+                seeds=[derive(self.seed, "view", self.task, view) for view in range(config.cached_views)],
                 batch=config.eval_mb_size,
                 memory_mb=config.cache_memory_mb,
                 num_workers=self._loader_options.get("num_workers", 0),
@@ -390,7 +391,14 @@ class AdapterStrategy(SupervisedTemplate):
         views = self.views() if phase.start else None
         if views is None or phase.start is None:
             return self._images
-        return ViewLoader(views, phase.start, self.routes(), batch=self.train_mb_size, draw=self.next_order)
+        return ViewLoader(
+            views,
+            phase.start,
+            self.routes(),
+            batch=self.train_mb_size,
+            draw=self.next_order,
+            drop_last=self._loader_options.get("drop_last", getattr(self.config, "drop_last", False)),
+        )
 
     def _by_label(self, logits_BC: Tensor) -> Tensor:
         width = max(*self.model.classes, int(self.mb_y.max())) + 1

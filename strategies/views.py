@@ -78,6 +78,18 @@ class Views:
             self._stores[block] = store
         return self._stores[block]
 
+    def everything(self, batch: int) -> Iterator[tuple[Tensor, Tensor]]:
+        """(view, sample) of all K N images, view by view, in batches."""
+        for view in range(self.views):
+            for rows in torch.arange(len(self)).split(batch):
+                yield torch.full_like(rows, view), rows
+
+    def draw(self, generator: torch.Generator) -> Tensor:
+        """A new order of the samples with a view for each, as places in :meth:`everything`; int64 [N]."""
+        order = torch.randperm(len(self), generator=generator)
+        chosen = torch.randint(self.views, (len(order),), generator=generator)
+        return chosen * len(self) + order
+
     def changed(self, block: int) -> None:
         """Forget what lies behind a block whose adapters changed."""
         self._stores = {depth: store for depth, store in self._stores.items() if depth <= block}
@@ -140,12 +152,11 @@ class ViewLoader:
         return (math.floor if self._drop_last else math.ceil)(len(self._views) / self._batch)
 
     def __iter__(self) -> Iterator[list[Tensor]]:
-        generator = self._draw()
-        order = torch.randperm(len(self._views), generator=generator)
-        chosen = torch.randint(self._views.views, (len(order),), generator=generator)
-        for rows in order.split(self._batch)[: len(self)]:
+        drawn = self._views.draw(self._draw())
+        for places in drawn.split(self._batch)[: len(self)]:
+            rows = places % len(self._views)
             labels = self._views.labels[rows]
-            yield [self._store.read(chosen[rows], rows), labels, torch.zeros_like(labels)]
+            yield [self._store.read(places // len(self._views), rows), labels, torch.zeros_like(labels)]
 
 
 class ExplicitOrder(torch.utils.data.Sampler[int]):
