@@ -8,16 +8,17 @@ from cl_adapters._lazy import lazy_names
 
 if TYPE_CHECKING:
     from cl_adapters.strategies.joint import Joint
+    from cl_adapters.strategies.lae import LAE
     from cl_adapters.strategies.mos import MOS
     from cl_adapters.strategies.sequential import Sequential
     from cl_adapters.strategies.simple_cil import SimpleCIL
 
-__all__ = ["MOS", "Joint", "Sequential", "SimpleCIL"]
+__all__ = ["LAE", "MOS", "Joint", "Sequential", "SimpleCIL"]
 
 if not TYPE_CHECKING:
     __getattr__, __dir__ = lazy_names(
         "cl_adapters.strategies",
-        {"Joint": "joint", "MOS": "mos", "Sequential": "sequential", "SimpleCIL": "simple_cil"},
+        {"LAE": "lae", "Joint": "joint", "MOS": "mos", "Sequential": "sequential", "SimpleCIL": "simple_cil"},
     )
 
 if __name__ != "cl_adapters.strategies":  # imported by its short name from a checkout's root
