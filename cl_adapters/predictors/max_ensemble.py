@@ -17,7 +17,7 @@ if TYPE_CHECKING:
 @predictors.register("max_ensemble")
 @dataclass(frozen=True, kw_only=True)
 class MaxEnsemble(Predictor):
-    """``p = max(softmax(z_online), softmax(z_offline))`` (LAE, Gao et al. 2023; released main.py:226-240), element-wise.
+    """p = max(softmax(z_online), softmax(z_offline)), element-wise (LAE, Gao et al. 2023; released main.py:226-240).
 
     The answer's logits are log p; its adapter is the one that gave the largest entry (the first of them where they
     are equal). As many passes per sample as there are slots.
