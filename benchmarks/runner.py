@@ -238,7 +238,7 @@ class _Session:
             versions=self.description["versions"],
             hardware=self.description["hardware"],
             licence=self.data.licence,
-            routing=self._routing(rows) if slots > 2 else None,
+            routing=self._routing(rows) if slots > 2 and self.experiment.strategy_class.retrieves else None,
         )
 
     def _routing(self, rows: list[dict[str, Any]]) -> Routing:
