@@ -57,7 +57,7 @@ class Mixture(PerBlock):
         weight_D, bias_1 = torch.empty(self.width(block)), torch.empty(1)
         for value in (weight_D, bias_1):
             value.uniform_(-(len(weight_D) ** -0.5), len(weight_D) ** -0.5, generator=generator)
-        return self._enter(block, slot, _row(weight_D, bias_1))
+        return self._enter(block, slot, _Row(weight_D, bias_1))
 
     def weights(self, block: int, x_BND: Tensor) -> Tensor:
         """Mixture weights m [B, K] for the site's input [B, N, D] or [B, D, H, W]; every row sums to 1.
@@ -99,7 +99,7 @@ class Mixture(PerBlock):
         """The mixture of which these are description and tensors; its rows are frozen, as after every task."""
         mixture = cls(widths_of(description))
         for block, slot, own in saved_entries(description, tensors):
-            mixture._enter(block, slot, _row(own["weight"], own["bias"]))
+            mixture._enter(block, slot, _Row(own["weight"], own["bias"]))
         mixture.freeze()
         return mixture
 
@@ -107,5 +107,10 @@ class Mixture(PerBlock):
         return any(parameter.requires_grad for parameter in self.entries(block).parameters())
 
 
-def _row(weight_D: Tensor, bias_1: Tensor) -> nn.ParameterDict:
-    return nn.ParameterDict({"weight": nn.Parameter(weight_D), "bias": nn.Parameter(bias_1)})
+class _Row(nn.Module):
+    """The logit of one adapter: weight [D], bias [1]."""
+
+    def __init__(self, weight_D: Tensor, bias_1: Tensor) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(weight_D)
+        self.bias = nn.Parameter(bias_1)
