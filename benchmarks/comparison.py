@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,6 +13,7 @@ from rich.table import Table
 from cl_adapters.benchmarks.report import flat
 from cl_adapters.benchmarks.results import Results, read
 from cl_adapters.benchmarks.svg import amount
+from cl_adapters.benchmarks.variants import Options, benchmark_variant, strategy_variant
 from cl_adapters.errors import DataError
 
 # Differences in these options do not make another experiment: they are what is averaged over, or places.
@@ -46,14 +47,18 @@ class Row:
 
     Attributes:
         benchmark: its name.
+        benchmark_variant: by what it differs from others of that name in the table, or "".
         strategy: its name.
-        variant: the options by which this row differs from others of the same strategy and benchmark, or "".
+        variant: an adapter type that is not the strategy's default, and the options by which this row differs from
+            others of the same strategy and benchmark; or "".
         seeds: of the runs, ascending.
         num_tasks: finished tasks, the same in all runs.
         a_bar: percent.
         a_last: percent.
         forgetting: percentage points.
-        trainable_parameters: of the largest task.
+        trainable_parameters: numbers trained at once, of the largest task.
+        adapters: in the end.
+        adapter_parameters: numbers in all adapters, in the end.
         stored_bytes: of all tasks together.
         passes_per_image: of the backbone, in evaluation.
         learning_seconds: real time of training, statistics and alignment.
@@ -62,6 +67,7 @@ class Row:
     """
 
     benchmark: str
+    benchmark_variant: str
     strategy: str
     variant: str
     seeds: tuple[int, ...]
@@ -70,6 +76,8 @@ class Row:
     a_last: Stat
     forgetting: Stat
     trainable_parameters: Stat
+    adapters: Stat
+    adapter_parameters: Stat
     stored_bytes: Stat
     passes_per_image: Stat
     learning_seconds: Stat
@@ -89,8 +97,9 @@ def load_runs(folders: Iterable[str | os.PathLike[str]]) -> list[Results]:
 def summarise(runs: Sequence[Results], ignore: Collection[str] = NOT_PART_OF_THE_EXPERIMENT) -> list[Row]:
     """Group runs by benchmark, strategy and configuration, and average over their seeds.
 
-    Runs of one strategy on one benchmark that differ in more than their seed (an option, the backbone, the number
-    of finished tasks) become rows of their own, named by what differs: a mean over them would mean nothing.
+    Runs of one strategy on one benchmark that differ in more than their seed (an option, the adapter type, the
+    backbone, the number of finished tasks) become rows of their own, named by what differs: a mean over them would
+    mean nothing.
 
     Args:
         runs: in the order in which their rows should come.
@@ -99,20 +108,25 @@ def summarise(runs: Sequence[Results], ignore: Collection[str] = NOT_PART_OF_THE
     Raises:
         DataError: the same experiment was run twice with the same seed, which would make the deviation too small.
     """
-    pairs: dict[tuple[str, str], dict[tuple[tuple[str, str], ...], list[Results]]] = {}
+    benchmarks: dict[str, dict[Options, dict[str, dict[Options, list[Results]]]]] = {}
     for run in runs:
-        variants = pairs.setdefault((run.benchmark, run.strategy), {})
-        variants.setdefault(tuple(_options(run, ignore).items()), []).append(run)
+        options = _options(run, ignore)
+        of_benchmark = tuple(pair for pair in options if pair[0].startswith("benchmark."))
+        rest = tuple(pair for pair in options if pair not in of_benchmark)
+        strategies = benchmarks.setdefault(run.benchmark, {}).setdefault(of_benchmark, {})
+        strategies.setdefault(run.strategy, {}).setdefault(rest, []).append(run)
     return [
-        _row(group, _variant(dict(options), [dict(other) for other in variants]))
-        for variants in pairs.values()
+        _row(group, benchmark_variant(of_benchmark, list(kinds)), strategy_variant(strategy, options, list(variants)))
+        for kinds in benchmarks.values()
+        for of_benchmark, strategies in kinds.items()
+        for strategy, variants in strategies.items()
         for options, group in variants.items()
     ]
 
 
 def to_markdown(rows: Sequence[Row]) -> str:
     """Return the rows as a Markdown table."""
-    lines = [list(_HEADINGS), ["---"] * 4 + ["---:"] * (len(_HEADINGS) - 4), *map(_cells, rows)]
+    lines = [list(_HEADINGS), ["---"] * _WORDS + ["---:"] * (len(_HEADINGS) - _WORDS), *map(_cells, rows)]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
 
 
@@ -120,7 +134,7 @@ def to_table(rows: Sequence[Row], title: str = "") -> Table:
     """Return the rows as a rich table for the terminal."""
     table = Table(title=title or None)
     for position, heading in enumerate(_HEADINGS):
-        table.add_column(heading, justify="left" if position < 4 else "right", overflow="fold")
+        table.add_column(heading, justify="left" if position < _WORDS else "right", overflow="fold")
     for row in rows:
         table.add_row(*(cell.replace("[", "\\[") for cell in _cells(row)))
     return table
@@ -129,42 +143,43 @@ def to_table(rows: Sequence[Row], title: str = "") -> Table:
 _HEADINGS = (
     "benchmark",
     "strategy",
-    "variant",
     "seeds",
     "tasks",
     "A-bar, %",
     "A_last, %",
     "forgetting",
-    "parameters",
-    "stored",
+    "trained at once",
+    "adapters",
     "passes",
+    "stored",
     "learning, s",
-    "evaluation, s",
     "processor, s",
 )
+_WORDS = 3
 
 
 def _cells(row: Row) -> list[str]:
-    def size(stat: Stat, unit: str = "") -> str:
-        return amount(stat.mean, unit)
-
     figures = (row.a_bar, row.a_last, row.forgetting)
-    times = (row.learning_seconds, row.eval_seconds, row.cpu_seconds)
     return [
-        row.benchmark,
-        row.strategy,
-        row.variant,
+        _label(row.benchmark, row.benchmark_variant),
+        _label(row.strategy, row.variant),
         _ranges(row.seeds),
         str(row.num_tasks),
         *(_with_deviation(stat, 2) for stat in figures),
-        size(row.trainable_parameters),
-        size(row.stored_bytes, "B"),
+        amount(row.trainable_parameters.mean),
+        "–" if row.adapters.mean is None else f"{row.adapters.mean:.1f}".removesuffix(".0"),
         _with_deviation(row.passes_per_image, 2),
-        *(_with_deviation(stat, 1) for stat in times),
+        amount(row.stored_bytes.mean, "B"),
+        _with_deviation(row.learning_seconds, 1),
+        _with_deviation(row.cpu_seconds, 1),
     ]
 
 
-def _row(group: Sequence[Results], variant: str) -> Row:
+def _label(name: str, variant: str) -> str:
+    return f"{name} ({variant})" if variant else name
+
+
+def _row(group: Sequence[Results], benchmark_variant: str, variant: str) -> Row:
     first = group[0]
     seeds = [run.seed for run in group]
     twice = sorted({seed for seed in seeds if seeds.count(seed) > 1})
@@ -175,6 +190,7 @@ def _row(group: Sequence[Results], variant: str) -> Row:
         )
     return Row(
         benchmark=first.benchmark,
+        benchmark_variant=benchmark_variant,
         strategy=first.strategy,
         variant=variant,
         seeds=tuple(sorted(seeds)),
@@ -183,6 +199,8 @@ def _row(group: Sequence[Results], variant: str) -> Row:
         a_last=Stat.of([run.a_last for run in group]),
         forgetting=Stat.of([run.forgetting for run in group]),
         trainable_parameters=Stat.of([max(run.trainable_parameters) for run in group]),
+        adapters=Stat.of([run.adapters[-1] if run.adapters else None for run in group]),
+        adapter_parameters=Stat.of([run.adapter_parameters[-1] if run.adapter_parameters else None for run in group]),
         stored_bytes=Stat.of([sum(run.stored_bytes_per_task) for run in group]),
         passes_per_image=Stat.of([run.backbone_passes_per_image.overall for run in group]),
         learning_seconds=Stat.of([run.seconds.total - run.seconds.eval for run in group]),
@@ -191,17 +209,11 @@ def _row(group: Sequence[Results], variant: str) -> Row:
     )
 
 
-def _options(run: Results, ignore: Collection[str]) -> dict[str, str]:
+def _options(run: Results, ignore: Collection[str]) -> Options:
     # The fingerprint says which backbone it was; where its weights lay does not matter.
     kept = {name: value for name, value in flat(run.config) if name not in ignore and not name.startswith("backbone.")}
     fixed = {"backbone": f"{run.backbone.name} {run.backbone.fingerprint[:8]}", "finished tasks": str(run.num_tasks)}
-    return dict(sorted((kept | fixed).items()))
-
-
-def _variant(options: Mapping[str, str], others: Sequence[Mapping[str, str]]) -> str:
-    names = sorted({name for other in others for name in other} | set(options))
-    differing = [name for name in names if len({other.get(name) for other in others}) > 1]
-    return ", ".join(f"{name.removeprefix('strategy.')}={options[name]}" for name in differing if name in options)
+    return tuple(sorted((kept | fixed).items()))
 
 
 def _with_deviation(stat: Stat, digits: int) -> str:

@@ -19,6 +19,7 @@ import numpy as np
 from jinja2 import Environment, StrictUndefined
 
 from cl_adapters.benchmarks import report_figures as figures
+from cl_adapters.benchmarks import report_growth as growth
 from cl_adapters.benchmarks import report_routing as retrieval
 from cl_adapters.benchmarks.report_figures import Figure
 from cl_adapters.benchmarks.results import Results
@@ -71,6 +72,7 @@ def render(results: Results) -> str:
         task_rows=_task_rows(results),
         matrix_csv=_csv(results.accuracy_matrix),
         routing_csv=_routing_csv(results),
+        expansions_csv=_expansions_csv(results),
         classes=_classes(results),
         tables=_tables(results),
     )
@@ -120,6 +122,9 @@ def _tiles(results: Results) -> list[tuple[str, str, str]]:
         ("Stored", amount(sum(results.stored_bytes_per_task), "B"), "all tasks"),
         ("Time", rough_duration(total), f"evaluation: {rough_duration(results.seconds.eval)}"),
     ]
+    if results.adapters is not None and results.adapter_parameters is not None and results.adapters[-1]:
+        about = f"in the end, {amount(results.adapter_parameters[-1])} numbers"
+        tiles.insert(5, ("Adapters", str(results.adapters[-1]), about))
     if results.routing is not None and results.routing.right_share:
         tiles.insert(4, ("Right adapter", percent(results.routing.right_share[-1]), "of images, last evaluation"))
     return tiles
@@ -129,11 +134,13 @@ def _sections(results: Results) -> list[tuple[str, Figure | None, list[Figure]]]
     """(heading, large figure beside the others or None, the others)."""
     accuracy = [figures.accuracy_curve(results), figures.forgetting(results)]
     routing = [retrieval.routing_curve(results), retrieval.confusions(results)]
+    grown = [growth.adapters_over_tasks(results), growth.expansions(results)]
     time = figures.time_split(results)
     cost = [time, figures.passes(results), figures.parameters(results), figures.stored(results)]
     sections: list[tuple[str, Figure | None, list[Figure]]] = [
         ("Accuracy", figures.accuracy_matrix(results), accuracy),
         ("Retrieval", retrieval.routing(results), [figure for figure in routing if figure is not None]),
+        ("Growth", growth.blocks_over_tasks(results), [figure for figure in grown if figure is not None]),
         ("Cost", None, cost),
     ]
     return [section for section in sections if section[1] or section[2]]
@@ -146,7 +153,6 @@ def _task_rows(results: Results) -> list[list[str]]:
         seconds, cpu = results.seconds_per_task[task], results.cpu_seconds_per_task[task]
         forgot = results.forgetting_per_task[task] if task + 1 < results.num_tasks else None
         passes = results.backbone_passes_per_image.per_evaluation[task]
-        added = None if results.expansions is None else sum(results.expansions[task].values())
         rows.append(
             [
                 str(task + 1),
@@ -159,7 +165,7 @@ def _task_rows(results: Results) -> list[list[str]]:
                 "–" if passes is None else f"{passes:.2f}",
                 f"{results.trainable_parameters[task]:,}",
                 f"{results.stored_bytes_per_task[task]:,}",
-                *([] if results.expansions is None else [str(added)]),
+                *([] if results.adapters is None else [str(results.adapters[task])]),
                 *(f"{getattr(seconds, part):.2f}" for part, _ in figures.TIME_PARTS),
                 f"{cpu.total:.2f}",
             ]
@@ -176,6 +182,11 @@ def _routing_csv(results: Results) -> str:
         return ""
     rows = [json.dumps(list(results.routing.adapters), ensure_ascii=False)[1:-1]]
     return "\n".join([*rows, *(",".join(map(str, row)) for row in results.routing.counts)])
+
+
+def _expansions_csv(results: Results) -> str:
+    rows = growth.table(results)
+    return "\n".join(",".join(row) for row in [growth.COLUMNS, *rows]) if rows else ""
 
 
 def _classes(results: Results) -> list[tuple[int, list[str], int]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Sequence, Sized
+from collections.abc import Sized
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
@@ -17,75 +17,17 @@ from typing import Any
 import numpy as np
 
 from cl_adapters import metrics
+from cl_adapters.benchmarks.result_parts import BackboneInfo, Expansion, Passes, Routing, Row, Rows, Seconds
 from cl_adapters.config import build, to_plain
 from cl_adapters.errors import ConfigError, StorageError
 from cl_adapters.files import read_json, write_bytes
 
-SCHEMA_VERSION = 1
+__all__ = ["BackboneInfo", "Expansion", "Passes", "Results", "Routing", "Row", "Rows", "Seconds", "read", "write"]
+
+SCHEMA_VERSION = 2
+_NEW_IN_2 = ("adapters", "adapter_parameters", "adapters_per_block")
 FILE_NAME = "results.json"
 _AGREE_WITHIN = 1e-6  # percentage points, between stored and recomputed figures
-
-Row = tuple[float | None, ...]
-Rows = tuple[Row, ...]
-
-
-@dataclass(frozen=True, kw_only=True)
-class BackboneInfo:
-    """The frozen backbone: ``name`` as given on the command line, ``fingerprint`` of weights and preprocessing."""
-
-    name: str
-    fingerprint: str
-
-
-@dataclass(frozen=True, kw_only=True)
-class Passes:
-    """Backbone passes per test image: ``per_evaluation`` [T] means (None: not evaluated), ``overall`` mean."""
-
-    per_evaluation: Row
-    overall: float | None
-
-
-@dataclass(frozen=True, kw_only=True)
-class Seconds:
-    """Seconds by what they were spent on: training, statistics of features, classifier alignment, evaluation."""
-
-    train: float = 0.0
-    statistics: float = 0.0
-    alignment: float = 0.0
-    eval: float = 0.0
-
-    @property
-    def total(self) -> float:
-        """Sum of the four parts."""
-        return self.train + self.statistics + self.alignment + self.eval
-
-    @classmethod
-    def sum(cls, rows: Sequence[Seconds]) -> Seconds:
-        """Add up the rows of all tasks, part by part."""
-        return cls(**{part.name: math.fsum(getattr(row, part.name) for row in rows) for part in fields(cls)})
-
-
-@dataclass(frozen=True, kw_only=True)
-class Routing:
-    """Which adapter answered in the last evaluation, against the task that the image belongs to.
-
-    Attributes:
-        adapters: ids of the adapters, one per column.
-        adapter_tasks: for each column the task (from 0) for which that adapter was trained.
-        counts: [T, adapters] test images; row = right task.
-        right_share: [T] percent of images answered by an adapter of their own task, per evaluation.
-    """
-
-    adapters: tuple[str, ...]
-    adapter_tasks: tuple[int, ...]
-    counts: tuple[tuple[int, ...], ...]
-    right_share: Row = ()
-
-    def __post_init__(self) -> None:
-        if len(self.adapter_tasks) != len(self.adapters) or any(len(row) != len(self.adapters) for row in self.counts):
-            raise ValueError(
-                f"routing needs one task and one column of counts for each of {len(self.adapters)} adapters"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -93,7 +35,7 @@ class Results:
     """Everything that a run measured; every field is described in docs/results.md.
 
     T is the number of tasks that were finished, C the number of classes of the benchmark. ``accuracy_matrix`` may
-    be given as an array [T, T] with NaN for unmeasured cells. The last six fields are computed, never given.
+    be given as an array [T, T] with NaN for unmeasured cells. The last eight fields are computed, never given.
 
     Raises:
         ValueError: lists of different length, a label without a name, an accuracy outside 0..100 percent.
@@ -120,7 +62,10 @@ class Results:
     hardware: dict[str, str | int | float | None]
     licence: str = ""
     routing: Routing | None = None
-    expansions: tuple[dict[str, int], ...] | None = None
+    adapters: tuple[int, ...] | None = None
+    adapter_parameters: tuple[int, ...] | None = None
+    adapters_per_block: tuple[dict[str, int], ...] | None = None
+    expansions: tuple[Expansion, ...] | None = None
     schema_version: int = SCHEMA_VERSION
     a_curve: Row = field(init=False)
     a_bar: float | None = field(init=False)
@@ -170,8 +115,7 @@ class Results:
             "cpu_seconds_per_task": self.cpu_seconds_per_task,
             "backbone_passes_per_image.per_evaluation": self.backbone_passes_per_image.per_evaluation,
         }
-        if self.expansions is not None:
-            lists["expansions"] = self.expansions
+        lists |= {name: entries for name in _NEW_IN_2 if (entries := getattr(self, name)) is not None}
         if self.routing is not None:
             lists["routing.counts"] = self.routing.counts
         for name, entries in lists.items():
@@ -184,6 +128,9 @@ class Results:
             raise ValueError(
                 f"labels {sorted(labels - set(range(classes)))} have no name: there are {classes} class_names"
             )
+        strangers = sorted({entry.task for entry in self.expansions or ()} - set(range(tasks)))
+        if strangers:
+            raise ValueError(f"expansions name the tasks {strangers}, but only 0..{tasks - 1} are finished")
         if self.schema_version != SCHEMA_VERSION:
             raise ValueError(f"schema_version is {self.schema_version!r}, this release writes {SCHEMA_VERSION}")
 
@@ -215,7 +162,7 @@ def write(results: Results, path: str | os.PathLike[str]) -> Path:
 
 
 def read(path: str | os.PathLike[str]) -> Results:
-    """Read ``results.json``.
+    """Read ``results.json``, of this schema or an older one.
 
     Args:
         path: the file, or the run folder that holds it.
@@ -226,7 +173,7 @@ def read(path: str | os.PathLike[str]) -> Results:
     """
     place = Path(path)
     place = place / FILE_NAME if place.is_dir() else place
-    plain = read_json(place, schema_version=SCHEMA_VERSION)
+    plain = _migrated(read_json(place, schema_version=SCHEMA_VERSION))
     missing = [field.name for field in fields(Results) if field.name not in plain]
     if missing:
         raise StorageError(f"{place} has no {', '.join(missing)}; it is not a complete results file")
@@ -241,6 +188,13 @@ def read(path: str | os.PathLike[str]) -> Results:
                 f"{place} was altered: {name} is {_short(plain[name])}, the rest gives {_short(computed)}"
             )
     return results
+
+
+def _migrated(plain: dict[str, Any]) -> dict[str, Any]:
+    """Schema 1 to 2: adapters were not counted, and ``expansions`` was there but always null."""
+    if plain["schema_version"] != 1:
+        return plain
+    return dict.fromkeys(_NEW_IN_2) | plain | {"schema_version": 2}
 
 
 def _derived(results: Results, name: str) -> Any:

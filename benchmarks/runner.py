@@ -32,7 +32,8 @@ from cl_adapters.benchmarks.base import BenchmarkData
 from cl_adapters.benchmarks.evaluation import evaluate
 from cl_adapters.benchmarks.experiment import Experiment, data_fingerprint
 from cl_adapters.benchmarks.report import write_report
-from cl_adapters.benchmarks.results import BackboneInfo, Passes, Results, Routing, Seconds, write
+from cl_adapters.benchmarks.results import BackboneInfo, Results, write
+from cl_adapters.benchmarks.rows import growth, to_results
 from cl_adapters.benchmarks.streams import to_avalanche
 from cl_adapters.errors import ConfigError, StorageError
 from cl_adapters.features import FeatureMemory
@@ -169,6 +170,7 @@ class _Session:
                 "schema_version": SCHEMA,
                 "task": task,
                 **dataclasses.asdict(found),
+                **growth(strategy),
                 "trainable_parameters": strategy.trainable_parameters,
                 "stored_bytes": stored_bytes(strategy.model) - sum(row["stored_bytes"] for row in rows),
                 "seconds": {part: strategy.timings.wall.get(part, 0.0) - before[part][0] for part in PARTS},
@@ -211,47 +213,8 @@ class _Session:
     def _results(self, rows: list[dict[str, Any]]) -> Results | None:
         if not rows:
             return None
-        tasks = self.data.tasks[: len(rows)]
-        pad = [None] * len(rows)
-        slots = len(rows[-1]["routing"][0])
-        labels = self.data.test.labels
-        return Results(
-            strategy=self.experiment.strategy,
-            benchmark=self.experiment.benchmark,
-            backbone=BackboneInfo(name=self.backbone.name, fingerprint=self.backbone.fingerprint),
-            seed=self.experiment.seed,
-            class_names=self.data.classes,
-            class_order=self.data.class_order,
-            task_classes=tasks,
-            test_counts=tuple(int(sum((labels == label).sum() for label in task)) for task in tasks),
-            accuracy_matrix=tuple(tuple((row["accuracy"] + pad)[: len(rows)]) for row in map(_listed, rows)),
-            backbone_passes_per_image=Passes(
-                per_evaluation=tuple(row["passes"] for row in rows), overall=_weighted_passes(rows)
-            ),
-            trainable_parameters=tuple(row["trainable_parameters"] for row in rows),
-            stored_bytes_per_task=tuple(row["stored_bytes"] for row in rows),
-            seconds_per_task=tuple(Seconds(**row["seconds"]) for row in rows),
-            cpu_seconds_per_task=tuple(Seconds(**row["cpu_seconds"]) for row in rows),
-            started=rows[0]["started"],
-            finished=rows[-1]["finished"],
-            config=self.description["experiment"],
-            versions=self.description["versions"],
-            hardware=self.description["hardware"],
-            licence=self.data.licence,
-            routing=self._routing(rows) if slots > 2 and self.experiment.strategy_class.retrieves else None,
-        )
-
-    def _routing(self, rows: list[dict[str, Any]]) -> Routing:
-        """Confusion of the last evaluation; slot s belongs to task s."""
-        last = rows[-1]["routing"]
-        slots = len(last[0]) - 1
-        share = [100 * sum(r[t + 1] for t, r in enumerate(row["routing"])) / _total(row["routing"]) for row in rows]
-        return Routing(
-            adapters=tuple(str(slot) for slot in range(slots)),
-            adapter_tasks=tuple(range(slots)),
-            counts=tuple(tuple(line[1:]) for line in last),
-            right_share=tuple(share),
-        )
+        backbone = BackboneInfo(name=self.backbone.name, fingerprint=self.backbone.fingerprint)
+        return to_results(rows, self.experiment, self.data, backbone, self.description)
 
     def _preprocessing(self) -> Preprocessing:
         if self.backbone.preprocessing is None:
@@ -289,16 +252,3 @@ class _Session:
 
 def _now() -> str:
     return datetime.datetime.now(datetime.timezone.utc).isoformat(timespec="seconds")
-
-
-def _listed(row: dict[str, Any]) -> dict[str, Any]:
-    return row | {"accuracy": list(row["accuracy"])}
-
-
-def _total(counts: list[list[int]]) -> int:
-    return max(1, sum(map(sum, counts)))
-
-
-def _weighted_passes(rows: list[dict[str, Any]]) -> float:
-    images = [_total(row["routing"]) for row in rows]
-    return float(sum(row["passes"] * n for row, n in zip(rows, images, strict=True)) / sum(images))

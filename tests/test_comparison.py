@@ -36,6 +36,8 @@ def run(seed: int, accuracy: float, strategy: str = "mos", merge: str = "paper",
             "strategy": {"name": strategy, "merge": merge},
             "backbone": {"weights": f"/tmp/{seed}"},
         },
+        "adapters": (1, 2),
+        "adapter_parameters": (100, 200),
         "versions": {},
         "hardware": {},
     }
@@ -52,6 +54,7 @@ def test_mean_and_sample_deviation_over_seeds() -> None:
     assert row.a_bar.mean == pytest.approx((90 + 95 + 97) / 3)
     assert row.forgetting.mean == pytest.approx(12.0)
     assert (row.trainable_parameters.mean, row.stored_bytes.mean) == (2000.0, 1200.0)
+    assert (row.adapters, row.adapter_parameters) == (Stat(2.0, 0.0), Stat(200.0, 0.0))
     assert row.passes_per_image == Stat(1.5, 0.0)
     assert row.learning_seconds == Stat(3.0, 1.0)
     assert row.eval_seconds.mean == 1.0
@@ -84,6 +87,50 @@ def test_other_options_backbones_or_lengths_are_rows_of_their_own() -> None:
     ]  # fmt: skip
 
 
+def with_adapter(seed: int, strategy: str, **adapter: Any) -> Results:
+    return run(seed, 80.0, strategy, config={"seed": seed, "strategy": {"name": strategy, "adapter": adapter}})
+
+
+def test_adapter_types_are_rows_of_their_own_named_by_the_type() -> None:
+    rows = summarise(
+        [
+            with_adapter(0, "mos", type="bottleneck", bottleneck=16),
+            with_adapter(0, "mos", type="lora", rank=5),
+            with_adapter(1, "mos", type="lora", rank=5),
+            with_adapter(0, "joint", type="lora", rank=5),
+        ]
+    )
+    found = [(row.strategy, row.variant, row.seeds) for row in rows]
+    assert found == [("mos", "", (0,)), ("mos", "lora", (0, 1)), ("joint", "lora", (0,))]
+    assert "| digits | mos (lora) | 0–1 |" in to_markdown(rows)
+    two = summarise([with_adapter(0, "mos", type="lora", rank=5), with_adapter(0, "mos", type="lora", rank=9)])
+    assert [row.variant for row in two] == ["lora, adapter.rank=5", "lora, adapter.rank=9"]
+    unknown = summarise([with_adapter(0, "no-such-strategy", type="bottleneck")])
+    assert unknown[0].variant == "bottleneck", "a strategy that is not installed has no default to leave out"
+
+
+def test_one_benchmark_with_other_settings_is_another_for_all_strategies() -> None:
+    def tasks(seed: int, strategy: str, number: int) -> Results:
+        return run(seed, 80.0, strategy, config={"strategy": {"name": strategy}, "benchmark": {"tasks": number}})
+
+    rows = summarise([tasks(0, "mos", 10), tasks(0, "joint", 10), tasks(0, "mos", 20), tasks(1, "mos", 10)])
+    found = [(row.benchmark, row.benchmark_variant, row.strategy, row.variant, row.seeds) for row in rows]
+    assert found == [
+        ("digits", "tasks=10", "mos", "", (0, 1)), ("digits", "tasks=10", "joint", "", (0,)),
+        ("digits", "tasks=20", "mos", "", (0,)),
+    ]  # fmt: skip
+    assert "| digits (tasks=20) | mos |" in to_markdown(rows)
+
+
+def test_adapters_that_one_run_did_not_count_have_no_mean() -> None:
+    (row,) = summarise([run(0, 80.0), run(1, 80.0, adapters=None, adapter_parameters=None)])
+    assert row.adapters == Stat(None, None)
+    (line,) = to_markdown([row]).splitlines()[2:]
+    assert line.split("|")[9].strip() == "–"
+    (fraction,) = summarise([run(0, 80.0), run(1, 80.0, adapters=(1, 3))])
+    assert to_markdown([fraction]).splitlines()[2].split("|")[9].strip() == "2.5"
+
+
 def test_the_same_seed_twice_is_an_error() -> None:
     with pytest.raises(DataError, match="mos on digits: seed 3 is there 2 times"):
         summarise([run(3, 80.0), run(3, 81.0)])
@@ -92,10 +139,11 @@ def test_the_same_seed_twice_is_an_error() -> None:
 def test_markdown() -> None:
     text = to_markdown(summarise([run(seed, 80.0 + seed, benchmark="a|b") for seed in (0, 1, 2, 5)]))
     heading, rule, line = text.splitlines()
-    assert heading.startswith("| benchmark | strategy | variant | seeds | tasks | A-bar, % |")
+    assert heading.startswith("| benchmark | strategy | seeds | tasks | A-bar, % |")
     assert rule.count("|") == heading.count("|")
+    assert rule.startswith("| --- | --- | --- | ---: |")
     assert line.startswith(
-        "| a\\|b | mos |  | 0–2, 5 | 2 | 91.00 ± 1.08 | 82.00 ± 2.16 | 18.00 ± 2.16 | 2 k | 1.2 kB | 1.50"
+        "| a\\|b | mos | 0–2, 5 | 2 | 91.00 ± 1.08 | 82.00 ± 2.16 | 18.00 ± 2.16 | 2 k | 2 | 1.50 ± 0.00 | 1.2 kB |"
     )
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 
 from cl_adapters.benchmarks.report import render, write_report
-from cl_adapters.benchmarks.results import BackboneInfo, Passes, Results, Routing, Seconds, write
+from cl_adapters.benchmarks.results import BackboneInfo, Expansion, Passes, Results, Routing, Seconds, write
 from cl_adapters.benchmarks.svg import amount, colour, duration, ink, rough_duration, thinned, ticks
 from cl_adapters.errors import StorageError
 
@@ -184,11 +184,9 @@ def test_missing_evaluations_and_early_stop() -> None:
     run = made_up(
         3, [f"c{i}" for i in range(10)], class_order=tuple(range(10)), accuracy_matrix=matrix, routing=None,
         backbone_passes_per_image=Passes(per_evaluation=(None, None, 1.0), overall=1.0),
-        expansions=({"blocks.9": 1}, {}, {"blocks.9": 1, "blocks.10": 1}),
     )  # fmt: skip
     page = Page(render(run))
     assert "6 of the 10 classes" in page.words
-    assert "adapters added" in page.words
     assert "Which adapter answered" not in page.words
     unmeasured = Page(render(made_up(2, accuracy_matrix=np.full((2, 2), np.nan))))
     assert "not evaluated after the last" in unmeasured.words
@@ -206,6 +204,72 @@ def test_right_and_wrong_adapters() -> None:
     assert "14 of 16 images" in page.words
     assert "images of task 1, adapter of task 2: 2 of 8 (25.0 %)" in page.tips
     assert "images of task 1, adapter of task 1 (right): 6 of 8 (75.0 %)" in page.tips
+
+
+def grown(tasks: int, **changes: Any) -> Results:
+    """Adapters at blocks 8 and 9; block 9 got one more in each of the first tasks after the first, at most three."""
+    added = [
+        Expansion(task=t, block=9, slot=t, score=1.5 + t, threshold=2.0, scan=0, batch=t) for t in range(1, tasks)
+    ][:3]
+    slots = tuple(min(t, 3) + 1 for t in range(tasks))
+    values: dict[str, Any] = {
+        "routing": None,
+        "adapters": slots,
+        "adapter_parameters": tuple(1000 * n for n in slots),
+        "adapters_per_block": tuple({"8": 1, "9": n} for n in slots),
+        "expansions": tuple(added),
+    }
+    return made_up(tasks, **(values | changes))
+
+
+def test_growth_is_shown_where_and_when_and_why() -> None:
+    page = Page(render(grown(6)))
+    assert page.tags.count("svg") == 9, "the grid and the totals, instead of two of retrieval"
+    assert "Where it grew" in page.words
+    assert "4 in the end, 4 k numbers; 3 were added in 3 of 6 tasks. One in each later task" in page.words
+    assert "would have been 5." in page.words
+    assert "block 9, after task 3: 3 adapters; added in pass 1, batch 3: score 3.50 over 2" in page.tips
+    assert "block 9, after task 6: 4 adapters" in page.tips
+    assert "block 8, after task 6: 1 adapter" in page.tips
+    assert sum(tip.startswith("block ") for tip in page.tips) == 12
+    assert "task,block,adapter,score,threshold,pass,batch\n2,9,1,2.50,2,1,2\n3,9,2,3.50,2,1,3" in page.words
+    assert "task 3 added 1, 3 in all" in page.tips
+    cells = re.findall(r'class="bar (s\d)" data-tip="block 9', render(grown(6)))
+    assert cells == ["s3", "s2", "s2", "s2", "s3", "s3"], "the second colour where one was added"
+
+
+@pytest.mark.parametrize("tasks", [1, 2, 60, 300])
+def test_growth_for_any_number_of_tasks(tasks: int) -> None:
+    page = Page(render(grown(tasks)))
+    assert "Where it grew" in page.words
+    assert not re.search(r"\bnan\b|\bNone\b", page.words)
+
+
+def test_a_strategy_that_could_grow_and_did_not_says_so() -> None:
+    run = grown(3, expansions=(), adapters=(1, 1, 1), adapters_per_block=({"0": 1},) * 3)
+    page = Page(render(run))
+    assert "nothing was added" in page.words
+    assert "1 in the end" in page.words
+    assert "CSV" in page.words
+    assert "Added adapters as CSV" not in page.words
+
+
+def test_without_a_choice_of_the_data_there_is_no_growth_but_the_count() -> None:
+    page = Page(render(grown(3, expansions=None)))
+    assert "Where it grew" not in page.words
+    assert "in the end, 3 k numbers" in page.words
+    old = Page(render(made_up(3)))  # a file of schema 1
+    assert "in the end" not in old.words
+    unknown = grown(2, adapters=None, adapter_parameters=None, adapters_per_block=None)
+    assert "When and why it grew" in Page(render(unknown)).words
+
+
+def test_long_lists_of_expansions_are_cut_on_the_card_only() -> None:
+    many = tuple(Expansion(task=t, block=9, slot=t, score=None, threshold=2.0, scan=0, batch=0) for t in range(30))
+    page = Page(render(grown(30, expansions=many)))
+    assert "The first 10 of 30" in page.words
+    assert page.words.count("\n–\n2\n1\n1") == 10
+    assert "30,9,29,–,2,1,1" in page.words
 
 
 def test_file_is_written_whole_or_not_at_all(tmp_path: Path) -> None:

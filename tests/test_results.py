@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 
 from cl_adapters.benchmarks import results as module
-from cl_adapters.benchmarks.results import BackboneInfo, Passes, Results, Routing, Seconds, read, write
+from cl_adapters.benchmarks.results import BackboneInfo, Expansion, Passes, Results, Routing, Seconds, read, write
 from cl_adapters.errors import ConfigError, StorageError
+from cl_adapters.strategies import expansion as strategies_expansion
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "results.md"
 
@@ -42,8 +43,16 @@ def make(**changes: Any) -> Results:
         "routing": Routing(
             adapters=("0", "1"), adapter_tasks=(0, 1), counts=((9, 1), (0, 30)), right_share=(100.0, 97.5)
         ),
+        "adapters": (1, 2),
+        "adapter_parameters": (90, 135),
+        "adapters_per_block": ({"8": 1, "9": 1}, {"8": 1, "9": 2}),
     }
     return Results(**(values | changes))
+
+
+def added(task: int, score: float | None = 2.5) -> Expansion:
+    """Slot 1 at block 9."""
+    return Expansion(task=task, block=9, slot=1, score=score, threshold=2.0, scan=0, batch=3)
 
 
 def stored(tmp_path: Path, **changes: Any) -> Path:
@@ -69,7 +78,7 @@ def test_figures_follow_from_the_matrix() -> None:
 
 
 def test_write_then_read_gives_the_same(tmp_path: Path) -> None:
-    run = make(expansions=({"blocks.9": 1}, {}))
+    run = make(expansions=(added(task=1),))
     path = write(run, tmp_path / "results.json")
     assert read(path) == run
     assert read(tmp_path) == run, "a run folder is as good as the file"
@@ -83,7 +92,7 @@ def test_file_is_strict_json_with_every_field(tmp_path: Path) -> None:
     plain = json.loads(write(make(), tmp_path / "results.json").read_text(), parse_constant=refuse)
     assert list(plain) == [field.name for field in dataclasses.fields(Results)]
     assert plain["accuracy_matrix"] == [[90.0, None], [80.0, 60.0]]
-    assert plain["schema_version"] == 1
+    assert plain["schema_version"] == 2
     assert plain["backbone"] == {"name": "vit_glyph_tiny", "fingerprint": "abc"}
     assert set(plain["seconds"]) == {"train", "statistics", "alignment", "eval"}
 
@@ -99,6 +108,9 @@ def test_one_task(tmp_path: Path) -> None:
         seconds_per_task=(Seconds(),),
         cpu_seconds_per_task=(Seconds(),),
         routing=None,
+        adapters=(0,),
+        adapter_parameters=(0,),
+        adapters_per_block=({},),
     )
     assert (one.forgetting, one.forgetting_per_task, one.a_bar) == (None, (), 50.0)
     assert read(write(one, tmp_path / "results.json")) == one
@@ -107,8 +119,8 @@ def test_one_task(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"schema_version": 2}, "schema 2.*upgrade"),
-        ({"schema_version": "1"}, "no schema_version"),
+        ({"schema_version": 3}, "schema 3.*upgrade"),
+        ({"schema_version": "2"}, "no schema_version"),
         ({"schema_version": 0}, "schema_version is 0"),
         ({"a_bar": ...}, "has no a_bar"),
         ({"seed": ..., "config": ...}, "has no seed, config"),
@@ -118,6 +130,12 @@ def test_one_task(tmp_path: Path) -> None:
         ({"accuracy_matrix": [[90.0], [80.0, 60.0]]}, "2 cells"),
         ({"accuracy_matrix": [[90.0, None], [80.0, 160.0]]}, "percent"),
         ({"test_counts": [10]}, "test_counts has 1 entries, expected one for each of 2"),
+        ({"adapters": [1]}, "adapters has 1 entries, expected one for each of 2"),
+        ({"adapter_parameters": [1, 2, 3]}, "adapter_parameters has 3 entries"),
+        ({"adapters_per_block": [{}]}, "adapters_per_block has 1 entries"),
+        ({"adapters_per_block": [{"9": "one"}, {}]}, r"adapters_per_block\.0\.9"),
+        ({"adapters": ...}, "has no adapters"),
+        ({"expansions": [{"block": 9}]}, r"expansions\.0\.task"),
         ({"class_names": ["a"]}, "have no name"),
         ({"backbone": {"name": "x"}}, "backbone.fingerprint"),
         ({"a_last": 99.0}, "altered: a_last is 99.0, the rest gives 65.0"),
@@ -130,6 +148,28 @@ def test_bad_files_say_what_is_wrong(tmp_path: Path, changes: dict[str, Any], me
     with pytest.raises(StorageError, match=message) as caught:
         read(path)
     assert str(path) in str(caught.value)
+
+
+def test_a_file_of_schema_1_is_read_with_what_it_does_not_tell_as_none(tmp_path: Path) -> None:
+    gone = dict.fromkeys(("adapters", "adapter_parameters", "adapters_per_block"), ...)
+    path = stored(tmp_path, schema_version=1, **gone)
+    assert json.loads(path.read_text())["schema_version"] == 1
+    run = read(path)
+    assert run == make(adapters=None, adapter_parameters=None, adapters_per_block=None)
+    assert (run.schema_version, run.expansions) == (2, None)
+    again = write(run, tmp_path / "again.json")
+    assert json.loads(again.read_text())["adapters"] is None
+    assert read(again) == run
+    stored(tmp_path, schema_version=1, **gone, seed=...)
+    with pytest.raises(StorageError, match="has no seed"):
+        read(path)
+
+
+def test_expansions_are_those_of_finished_tasks_and_as_strategies_tell_them() -> None:
+    with pytest.raises(ValueError, match=r"expansions name the tasks \[2\], but only 0..1 are finished"):
+        make(expansions=(added(task=1), added(task=2)))
+    told = [field.name for field in dataclasses.fields(strategies_expansion.Expansion)]
+    assert told == [field.name for field in dataclasses.fields(Expansion)]
 
 
 def test_missing_broken_and_lax_json(tmp_path: Path) -> None:
@@ -181,7 +221,7 @@ def test_every_field_is_documented_and_nothing_else() -> None:
         return {prefix + field.name for field in dataclasses.fields(cls)}
 
     expected = names(Results) | names(BackboneInfo, "backbone.") | names(Seconds) | names(Routing, "routing.")
-    expected |= names(Passes, "backbone_passes_per_image.")
+    expected |= names(Passes, "backbone_passes_per_image.") | names(Expansion, "expansions.")
     rows = [line.split("|")[1] for line in DOCUMENT.read_text().splitlines() if line.startswith("| `")]
     documented = {name for cell in rows for name in re.findall(r"`([^`]+)`", cell)}
     assert documented == expected

@@ -1,0 +1,92 @@
+"""The parts of ``results.json``: small records, described one by one in docs/results.md."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+
+Row = tuple[float | None, ...]
+Rows = tuple[Row, ...]
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneInfo:
+    """The frozen backbone: ``name`` as given on the command line, ``fingerprint`` of weights and preprocessing."""
+
+    name: str
+    fingerprint: str
+
+
+@dataclass(frozen=True, kw_only=True)
+class Passes:
+    """Backbone passes per test image: ``per_evaluation`` [T] means (None: not evaluated), ``overall`` mean."""
+
+    per_evaluation: Row
+    overall: float | None
+
+
+@dataclass(frozen=True, kw_only=True)
+class Seconds:
+    """Seconds by what they were spent on: training, statistics of features, classifier alignment, evaluation."""
+
+    train: float = 0.0
+    statistics: float = 0.0
+    alignment: float = 0.0
+    eval: float = 0.0
+
+    @property
+    def total(self) -> float:
+        """Sum of the four parts."""
+        return self.train + self.statistics + self.alignment + self.eval
+
+    @classmethod
+    def sum(cls, rows: Sequence[Seconds]) -> Seconds:
+        """Add up the rows of all tasks, part by part."""
+        return cls(**{part.name: math.fsum(getattr(row, part.name) for row in rows) for part in fields(cls)})
+
+
+@dataclass(frozen=True, kw_only=True)
+class Routing:
+    """Which adapter answered in the last evaluation, against the task that the image belongs to.
+
+    Attributes:
+        adapters: ids of the adapters, one per column.
+        adapter_tasks: for each column the task (from 0) for which that adapter was trained.
+        counts: [T, adapters] test images; row = right task.
+        right_share: [T] percent of images answered by an adapter of their own task, per evaluation.
+    """
+
+    adapters: tuple[str, ...]
+    adapter_tasks: tuple[int, ...]
+    counts: tuple[tuple[int, ...], ...]
+    right_share: Row = ()
+
+    def __post_init__(self) -> None:
+        if len(self.adapter_tasks) != len(self.adapters) or any(len(row) != len(self.adapters) for row in self.counts):
+            raise ValueError(
+                f"routing needs one task and one column of counts for each of {len(self.adapters)} adapters"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Expansion:
+    """An adapter that a strategy added because the data asked for it.
+
+    Attributes:
+        task: task (from 0) in which it was added.
+        block: block (from 0 at the input) that got it.
+        slot: number of the adapter.
+        score: how new the data looked to this block; None if that was not a finite number.
+        threshold: what the score exceeded.
+        scan: pass over the data of the task (from 0) in which it happened.
+        batch: batch of that pass (from 0).
+    """
+
+    task: int
+    block: int
+    slot: int
+    score: float | None
+    threshold: float
+    scan: int
+    batch: int
