@@ -248,7 +248,7 @@ class FrozenBackbone(nn.Module):
             IncompatibleBackbone: it does not; activations before a block cannot be cached.
         """
         family = find_family(self.encoder)
-        if family.resume is None or self.pooling != "encoder":
+        if not family.resumable(self.encoder) or self.pooling != "encoder":
             raise IncompatibleBackbone(
                 f"backbone {self.name!r} ({family.name}) cannot be entered at a block, so nothing can be cached: set "
                 "cached_views=0"

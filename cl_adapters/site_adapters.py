@@ -115,10 +115,10 @@ class SiteAdapters(nn.Module):
                 "so its adapters have no input"
             )
         x = y if source is None else source
-        delta = self._routed(self._inward(x), y, route)
+        delta = self._routed(self._inward(x), self._inward(self._shaped(y, x)), route)
         if delta is None:
             return None
-        delta = self._outward(delta, x)
+        delta = self._outward(delta, y)
         if self.site.third is not None:
             before = self.site.third * self.site.out_width
             delta = F.pad(delta, (before, y.shape[-1] - before - self.site.out_width))
@@ -134,16 +134,17 @@ class SiteAdapters(nn.Module):
             return x.flatten(2).mT
         return x.flatten(1, -2) if x.ndim > 3 else x
 
-    def _outward(self, delta: Tensor, x: Tensor) -> Tensor:
-        """The adapter's output in the layout of the site; ``x`` is the input before :meth:`_inward`."""
-        if self.adapter.layout == "map":
-            return delta if self.site.layout == "map" else delta.permute(0, 2, 3, 1)
+    def _shaped(self, y: Tensor, x: Tensor) -> Tensor:
+        """``y`` with its tokens as in ``x``: Swin flattens its grid before the feed-forward network."""
+        return y if self.site.layout == "map" else y.reshape(*x.shape[:-1], y.shape[-1])
+
+    def _outward(self, delta: Tensor, y: Tensor) -> Tensor:
+        """The adapter's output in the layout of ``y``, to which it is added."""
         if self.site.layout == "map":
-            delta = delta.mT.unflatten(2, x.shape[2:])
-            return delta
-        if x.ndim > 3:
-            delta = delta.unflatten(1, x.shape[1:-1])
-        return delta
+            return delta if self.adapter.layout == "map" else delta.mT.unflatten(2, y.shape[2:])
+        if self.adapter.layout == "map":
+            delta = delta.permute(0, 2, 3, 1)
+        return delta.reshape(*y.shape[:-1], delta.shape[-1])
 
     # --- routes --------------------------------------------------------------------------------------------------
 
@@ -179,14 +180,16 @@ class SiteAdapters(nn.Module):
         assert total is not None
         return total
 
-    def _choice(self, x: Tensor, y: Tensor, slots: tuple[int, ...], index_B: Tensor) -> Tensor:
-        """One slot per row; rows whose slot has no adapter here get zeros."""
+    def _choice(self, x: Tensor, y: Tensor, slots: tuple[int, ...], index_B: Tensor) -> Tensor | None:
+        """One slot per row; rows whose slot has no adapter here get zeros; None: that is all of them."""
         used = [slot for slot in slots if self.has(slot)]
         params = [self.params(slot) for slot in used]
         place = torch.tensor([used.index(slot) if slot in used else BARE for slot in slots], device=index_B.device)
         index_B = place[index_B]
         rows = None if len(used) == len(slots) else (index_B >= 0).nonzero().flatten()
         if rows is not None:
+            if not len(rows):
+                return None
             x, y, index_B, whole = x[rows], y[rows], index_B[rows], len(x)
         gathered = {name: torch.stack([p[name] for p in params]).index_select(0, index_B) for name in params[0]}
         delta = self._one(x, gathered, y)

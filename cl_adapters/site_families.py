@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Callable
 from typing import Any
 
 from torch import Tensor, nn
 
 from cl_adapters.errors import IncompatibleBackbone
-from cl_adapters.sites import Family, Place, Site, Sizes, Tap
+from cl_adapters.sites import Family, Place, Site, Sizes, Tap, has
 
 
 def _width_of(path: str, attribute: str = "") -> Callable[[nn.Module], Sizes]:
@@ -31,18 +32,34 @@ def _branches(
     ffn: tuple[Tap, Tap],
     block: Tap,
     inner: bool = True,
+    whole: Callable[[nn.Module], bool] = lambda block: True,
 ) -> dict[str, Place]:
     """Sites on the two branches of a block; each pair is (input, end) of the branch.
 
-    ``inner``: the input belongs to the branch alone, so that an adapter may change it.
+    ``inner``: the input belongs to the branch alone, so that an adapter may change it. ``whole``: the condition of
+    the sites around the attention.
     """
     places = {}
-    for label, (start, end) in (("attn", attn), ("ffn", ffn)):
-        places[f"{label}_parallel"] = Place(start, end, label, sizes)
-        places[f"{label}_sequential"] = Place(end, end, label, sizes)
+    for label, (start, end), fits in (("attn", attn, whole), ("ffn", ffn, _any_block)):
+        places[f"{label}_parallel"] = Place(start, end, label, sizes, fits)
+        places[f"{label}_sequential"] = Place(end, end, label, sizes, fits)
         if inner:
-            places[f"{label}_before"] = Place(start, start, label, sizes)
-    return places | {"block_parallel": Place(block, ffn[1], "block", sizes)}
+            places[f"{label}_before"] = Place(start, start, label, sizes, fits)
+    return places | {"block_parallel": Place(block, ffn[1], "block", sizes, whole)}
+
+
+def _any_block(block: nn.Module) -> bool:
+    return True
+
+
+def _whole(block: nn.Module) -> bool:
+    """Whether the attention sees and returns all tokens of an image.
+
+    Not so in Hiera, whose blocks may change width and number of tokens, nor in SAM, whose windows are cut in the block.
+    """
+    widths = {block.get_parameter(f"{norm}.weight").numel() for norm in ("norm1", "norm2")}
+    window: Any = getattr(block, "window_size", None) or 0
+    return len(widths) == 1 and not any(window if isinstance(window, (tuple, list)) else [window])
 
 
 def _fused_attention(*, windows: bool = False) -> dict[str, Place]:
@@ -51,7 +68,8 @@ def _fused_attention(*, windows: bool = False) -> dict[str, Place]:
     def called(block: nn.Module) -> bool:
         # BEiT and EVA compute with qkv.weight without calling the module, so a hook would never run
         attn: Any = block.get_submodule("attn")
-        return isinstance(getattr(attn, "qkv", None), nn.Linear) and getattr(attn, "q_bias", None) is None
+        without_call = getattr(attn, "q_bias", None) is not None and not getattr(attn, "qkv_bias_separate", False)
+        return isinstance(getattr(attn, "qkv", None), nn.Linear) and not without_call and (windows or _whole(block))
 
     def sizes(block: nn.Module) -> Sizes:
         qkv: Any = block.get_submodule("attn.qkv")
@@ -69,12 +87,13 @@ def _prefix_attention() -> dict[str, Place]:
 
     def plain(block: nn.Module) -> bool:
         attn: Any = block.get_submodule("attn")
-        between = [getattr(attn, name, None) for name in ("q_norm", "k_norm", "norm")]
         return (
             type(attn).__name__ == "Attention"
-            and {name.partition(".")[0] for name, _ in attn.named_parameters()} == {"qkv", "proj"}
-            and all(module is None or isinstance(module, nn.Identity) for module in between)
-            and getattr(attn, "gate", None) is None
+            and _takes_only_tokens(attn.forward)  # no rotation, no bias of positions
+            and {name.partition(".")[0] for name, _ in attn.named_parameters()} == {"qkv", "proj"}  # no norms, no gate
+            and attn.qkv.out_features == 3 * attn.proj.in_features
+            and attn.scale == (attn.proj.in_features // attn.num_heads) ** -0.5
+            and _whole(block)
         )
 
     def sizes(block: nn.Module) -> Sizes:
@@ -94,7 +113,27 @@ def _linear(**paths: str) -> dict[str, Place]:
 
         return sizes
 
-    return {kind: Place(Tap(path, "in"), Tap(path, "out"), kind, sizes_of(path)) for kind, path in paths.items()}
+    def fits(path: str) -> Callable[[nn.Module], bool]:
+        return lambda block: has(block, path) and isinstance(block.get_submodule(path), nn.Linear)
+
+    return {
+        kind: Place(Tap(path, "in"), Tap(path, "out"), kind, sizes_of(path), fits(path)) for kind, path in paths.items()
+    }
+
+
+def _takes_only_tokens(forward: Callable[..., Any]) -> bool:
+    """Whether ``forward`` depends on its first input only; timm's masks stay None in what we call."""
+    return set(list(inspect.signature(forward).parameters)[1:]) <= {"attn_mask", "is_causal"}
+
+
+def _resumes_timm(encoder: Any) -> bool:
+    """Whether the features are norm(blocks(x)) as in timm's plain ViT.
+
+    EVA gives its blocks a rotation, BEiT a bias, NaFlexViT and XCiT more: blocks alone would give other features.
+    """
+    forward = getattr(getattr(encoder, "forward_features", None), "__func__", None)
+    plain = getattr(forward, "__qualname__", "") == "VisionTransformer.forward_features"
+    return plain and all(_takes_only_tokens(block.forward) for block in encoder.blocks)
 
 
 def _resume_timm(encoder: Any, h_BND: Tensor, block: int) -> Tensor:
@@ -108,6 +147,12 @@ _ATTN_END, _FFN_END = Tap("drop_path1", "out"), Tap("drop_path2", "out")
 _VIT_PARTS = ("norm1", "attn", "norm2", "mlp", "drop_path1", "drop_path2")
 _NORM2 = _width_of("norm2.weight")
 _MAP = _width_of("conv_dw", "out_channels")
+
+
+def _same_size(block: nn.Module) -> bool:
+    """A ConvNeXt block that does not change its map."""
+    return isinstance(block.get_submodule("shortcut"), nn.Identity)
+
 
 FAMILIES: tuple[Family, ...] = (
     # Swin, V1: x + drop_path1(attn(norm1 x)); + drop_path2(mlp(norm2 x)); tokens lie on a grid [B, H, W, D]
@@ -128,12 +173,17 @@ FAMILIES: tuple[Family, ...] = (
         blocks="blocks",
         parts=_VIT_PARTS,
         places=_branches(
-            _NORM2, attn=(Tap("norm1", "out"), _ATTN_END), ffn=(Tap("norm2", "in"), _FFN_END), block=Tap("norm1", "in")
+            _NORM2,
+            attn=(Tap("norm1", "out"), _ATTN_END),
+            ffn=(Tap("norm2", "in"), _FFN_END),
+            block=Tap("norm1", "in"),
+            whole=_whole,
         )
         | _fused_attention()
         | _prefix_attention(),
         refuses=("ResPostBlock", "ResPostRelPosBlock", "EvaBlockPostNorm"),
         resume=_resume_timm,
+        resumes=_resumes_timm,
     ),
     # residual post-norm: x + drop_path2(norm2(mlp x))
     Family(
@@ -141,11 +191,16 @@ FAMILIES: tuple[Family, ...] = (
         blocks="blocks",
         parts=_VIT_PARTS,
         places=_branches(
-            _NORM2, attn=(Tap("attn", "in"), _ATTN_END), ffn=(Tap("mlp", "in"), _FFN_END), block=Tap("attn", "in")
+            _NORM2,
+            attn=(Tap("attn", "in"), _ATTN_END),
+            ffn=(Tap("mlp", "in"), _FFN_END),
+            block=Tap("attn", "in"),
+            whole=_whole,
         )
         | _fused_attention()
         | _prefix_attention(),
         resume=_resume_timm,
+        resumes=_resumes_timm,
     ),
     # ConvNeXt: shortcut(x) + drop_path(gamma * mlp(norm(conv_dw x))); the "ffn" is what follows the convolution
     Family(
@@ -153,9 +208,10 @@ FAMILIES: tuple[Family, ...] = (
         blocks="stages.*.blocks",
         parts=("conv_dw", "norm", "mlp", "shortcut", "drop_path"),
         places={
-            "block_parallel": Place(Tap("conv_dw", "in"), Tap("drop_path", "out"), "block", _MAP),
             "ffn_parallel": Place(Tap("conv_dw", "out"), Tap("drop_path", "out"), "ffn", _MAP),
             "ffn_sequential": Place(Tap("drop_path", "out"), Tap("drop_path", "out"), "ffn", _MAP),
+            "ffn_before": Place(Tap("conv_dw", "out"), Tap("conv_dw", "out"), "ffn", _MAP),
+            "block_parallel": Place(Tap("conv_dw", "in"), Tap("drop_path", "out"), "block", _MAP, _same_size),
         },
         layout="map",
     ),

@@ -113,6 +113,7 @@ class Family:
         refuses: class names of blocks that have these parts in another arrangement.
         layout: of the activations between the blocks.
         resume: (encoder, input of block b, b) to the features; None where that is not known.
+        resumes: whether ``resume`` fits this encoder; some of a family give their blocks more than the activations.
     """
 
     name: str
@@ -122,6 +123,7 @@ class Family:
     refuses: tuple[str, ...] = ()
     layout: Layout = "tokens"
     resume: Callable[[nn.Module, Tensor, int], Tensor] | None = None
+    resumes: Callable[[nn.Module], bool] = lambda encoder: True
 
     def matches(self, encoder: nn.Module) -> bool:
         """Whether every block of ``encoder`` has this family's structure."""
@@ -145,6 +147,10 @@ class Family:
             )
         place = self.places[kind]
         return tuple(self._site(place, kind, i, *block) for i, block in enumerate(blocks))
+
+    def resumable(self, encoder: nn.Module) -> bool:
+        """Whether ``encoder`` can go on from the input of a block."""
+        return self.resume is not None and self.resumes(encoder)
 
     def find_blocks(self, encoder: nn.Module) -> list[tuple[str, nn.Module]]:
         """Path and module of every block, from the input to the output."""

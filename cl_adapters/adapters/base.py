@@ -62,6 +62,11 @@ class AdapterType(ABC):
             delta_BNO, [B, N, O].
         """
 
+    @property
+    def starts_as_identity(self) -> bool:
+        """Whether a fresh adapter adds exactly nothing."""
+        return True
+
     def num_parameters(self, site: Site) -> int:
         """Numbers in one adapter at one site."""
         return sum(torch.Size(shape).numel() for shape in self.shapes(site).values())

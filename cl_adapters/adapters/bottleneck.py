@@ -52,31 +52,33 @@ class Bottleneck(AdapterType):
     def __post_init__(self) -> None:
         if self.bottleneck < 1:
             raise ValueError(f"bottleneck must be at least 1, got {self.bottleneck}")
-        if not 0 <= self.dropout < 1:
-            raise ValueError(f"dropout must be in [0, 1), got {self.dropout}")
+        check_rate(self.dropout)
 
     @property
     def site_kinds(self) -> tuple[str, ...]:
         """Such as "ffn_parallel" or "attn_sequential"."""
         return (f"{self.place}_{self.mode}",)
 
+    @property
+    def starts_as_identity(self) -> bool:
+        """Where W_up starts at zero."""
+        return self.init_scheme == "zero_up"
+
     def shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
-        """down [r, D], down_bias [r], up [D, r], up_bias [D]; with options scale [1], norm and norm_bias [D]."""
-        r, width = self.bottleneck, site.width
-        shapes: dict[str, tuple[int, ...]] = {"down": (r, width), "down_bias": (r,)}
-        shapes |= {"up": (width, r), "up_bias": (width,)}
+        """down [r, D], down_bias [r], up [O, r], up_bias [O]; with options scale [1], norm and norm_bias [D or O]."""
+        r, width, out = self.bottleneck, site.width, site.out_width
+        shapes: dict[str, tuple[int, ...]] = {"down": (r, width), "down_bias": (r,), "up": (out, r), "up_bias": (out,)}
         if self.learn_scale:
             shapes["scale"] = (1,)
         if self.layer_norm != "none":
-            shapes |= {"norm": (width,), "norm_bias": (width,)}
+            shapes |= dict.fromkeys(("norm", "norm_bias"), (width if self.layer_norm == "in" else out,))
         return shapes
 
     def init(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
         """Fresh tensors; see the attribute ``init_scheme``."""
         params = {name: torch.zeros(shape) for name, shape in self.shapes(site).items()}
         if self.init_scheme == "zero_up":
-            bound = 1 / math.sqrt(site.width)  # Kaiming-uniform with a = sqrt(5)
-            params["down"].uniform_(-bound, bound, generator=generator)
+            params["down"] = kaiming_uniform((self.bottleneck, site.width), generator)
         else:
             params["down"].normal_(0, 0.02, generator=generator)
             params["up"].normal_(0, 0.02, generator=generator)
@@ -93,34 +95,69 @@ class Bottleneck(AdapterType):
         noise: torch.Generator | None = None,
         y_BNO: Tensor | None = None,
     ) -> Tensor:
-        """delta_BND; one matrix product per projection, also when every sample has its own adapter."""
+        """delta_BNO; one matrix product per projection, also when every sample has its own adapter."""
         if self.layer_norm == "in":
             x_BND = self._norm(x_BND, params)
-        hidden_BNR = _affine(x_BND, params["down"], params["down_bias"])
+        hidden_BNR = affine(x_BND, params["down"], params["down_bias"])
         hidden_BNR = F.relu(hidden_BNR) if self.activation == "relu" else F.gelu(hidden_BNR)
-        if noise is not None and self.dropout > 0:
-            keep = torch.empty_like(hidden_BNR).bernoulli_(1 - self.dropout, generator=noise)
-            hidden_BNR = hidden_BNR * keep.div_(1 - self.dropout)
+        hidden_BNR = dropped(hidden_BNR, self.dropout, noise)
         # scaling the small matrix is cheaper than scaling the output, and s scales b_up as well
         scale = params["scale"] if self.learn_scale else self.scale
-        up, up_bias = (params["up"] * _lift(scale, 2), params["up_bias"] * _lift(scale, 1))
-        delta_BND = _affine(hidden_BNR, up, up_bias)
-        return self._norm(delta_BND, params) if self.layer_norm == "out" else delta_BND
+        delta_BNO = affine(hidden_BNR, params["up"] * lifted(scale, 2), params["up_bias"] * lifted(scale, 1))
+        return self._norm(delta_BNO, params) if self.layer_norm == "out" else delta_BNO
 
     def _norm(self, x_BND: Tensor, params: Mapping[str, Tensor]) -> Tensor:
         plain = F.layer_norm(x_BND, x_BND.shape[-1:])
         return plain * params["norm"].unsqueeze(-2) + params["norm_bias"].unsqueeze(-2)
 
 
-def _affine(x_BNI: Tensor, weight: Tensor, bias: Tensor) -> Tensor:
-    """``x W^T + b`` with weight [O, I], or [B, O, I] for one weight per sample."""
+# What the types with matrices share. Every tensor may have one more leading dimension: one adapter per sample.
+
+
+def affine(x_BNI: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """``x W^T + b``.
+
+    Args:
+        x_BNI: [B, N, I].
+        weight: [O, I], or [B, O, I].
+        bias: [O], or [B, O].
+
+    Returns:
+        [B, N, O].
+    """
     if weight.ndim == 2:
         return F.linear(x_BNI, weight, bias)
+    if bias is None:
+        return torch.bmm(x_BNI, weight.mT)
     return torch.baddbmm(bias.unsqueeze(-2), x_BNI, weight.mT)
 
 
-def _lift(scale: float | Tensor, dims: int) -> float | Tensor:
-    """Scale of shape [1] or [B, 1] made to multiply a tensor of ``dims`` own dimensions."""
+def dropped(x: Tensor, rate: float, noise: torch.Generator | None) -> Tensor:
+    """Inverted dropout with the mask drawn from ``noise``; x as it is where that is None."""
+    if noise is None or not rate:
+        return x
+    keep = torch.empty_like(x).bernoulli_(1 - rate, generator=noise)
+    return x * keep.div_(1 - rate)
+
+
+def lifted(scale: float | Tensor, dims: int) -> float | Tensor:
+    """A scale, a number or of shape [1] or [B, 1], made to multiply a tensor of ``dims`` own dimensions."""
     if not isinstance(scale, Tensor) or scale.ndim == 1:
         return scale
     return scale.reshape(-1, *([1] * dims))
+
+
+def kaiming_uniform(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    """A fresh matrix [O, I] with PyTorch's bounds for a linear layer, Kaiming-uniform with a = sqrt(5): 1/sqrt(I)."""
+    bound = 1 / math.sqrt(shape[1])
+    return torch.empty(shape).uniform_(-bound, bound, generator=generator)
+
+
+def check_rate(dropout: float) -> None:
+    """Check a dropout rate.
+
+    Raises:
+        ValueError: it is outside [0, 1).
+    """
+    if not 0 <= dropout < 1:
+        raise ValueError(f"dropout must be in [0, 1), got {dropout}")

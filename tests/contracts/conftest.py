@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable, Iterator
+from functools import partial
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import pytest
@@ -16,6 +17,19 @@ from cl_adapters.backbone import FrozenBackbone
 from cl_adapters.bank import AdapterBank
 from cl_adapters.batches import Inputs
 
+NUMBERS: dict[str, tuple[Any, ...]] = {"dropout": (0.0, 0.5), "kernel": (1, 3)}
+"""Fields without a list of choices whose values switch something on or off."""
+
+
+def options_of(name: str, hint: Any) -> tuple[Any, ...]:
+    """The values of a field worth trying."""
+    if get_origin(hint) is tuple:  # any number of choices: each alone, and all
+        each = get_args(get_args(hint)[0])
+        return (*[(choice,) for choice in each], each)
+    if get_origin(hint) is Literal:
+        return get_args(hint)
+    return (True, False) if hint is bool else NUMBERS.get(name, ())
+
 
 def variants(cls: type[AdapterType]) -> Iterator[tuple[str, AdapterType]]:
     """The type with its defaults, each of its choices one at a time, and all of them at once."""
@@ -24,9 +38,7 @@ def variants(cls: type[AdapterType]) -> Iterator[tuple[str, AdapterType]]:
     hints = get_type_hints(cls)
     last: dict[str, Any] = {}
     for field in dataclasses.fields(default):
-        hint = hints[field.name]
-        options = get_args(hint) if get_origin(hint) is Literal else (True, False) if hint is bool else ()
-        for option in options:
+        for option in options_of(field.name, hints[field.name]):
             if option != getattr(default, field.name):
                 last[field.name] = option
                 yield f"{field.name}={option}", dataclasses.replace(default, **{field.name: option})
@@ -77,28 +89,63 @@ def _res_post() -> nn.Module:
     return _vit(block_fn=ResPostBlock, init_values=0.5)
 
 
-def _eva() -> nn.Module:
+def _eva(**options: Any) -> nn.Module:
     from timm.models.eva import Eva
 
-    return Eva(**IMAGE, num_classes=0, use_rot_pos_emb=True, swiglu_mlp=True, scale_mlp=True, init_values=0.1)
+    return Eva(**{**IMAGE, "num_classes": 0, "use_rot_pos_emb": True, "init_values": 0.1, **options})
 
 
-def _eva_post_norm() -> nn.Module:
-    from timm.models.eva import Eva
-
-    return Eva(**IMAGE, num_classes=0, use_post_norm=True)
-
-
-def _beit() -> nn.Module:
+def _beit(**options: Any) -> nn.Module:
     from timm.models.beit import Beit
 
-    return Beit(**IMAGE, num_classes=0, use_abs_pos_emb=False, use_rel_pos_bias=True, init_values=0.1)
+    return Beit(**IMAGE, num_classes=0, use_abs_pos_emb=False, init_values=0.1, **options)
 
 
 def _rel_pos(res_post: bool) -> nn.Module:
     from timm.models.vision_transformer_relpos import RelPosBlock, ResPostRelPosBlock, VisionTransformerRelPos
 
     return VisionTransformerRelPos(**IMAGE, num_classes=0, block_fn=ResPostRelPosBlock if res_post else RelPosBlock)
+
+
+def _xcit() -> nn.Module:
+    from timm.models.xcit import Xcit
+
+    return Xcit(**IMAGE, num_classes=0, cls_attn_layers=1, eta=0.5)
+
+
+def _hiera() -> nn.Module:
+    from timm.models.hiera import Hiera
+
+    sizes: dict[str, Any] = {"img_size": (32, 32), "embed_dim": 16, "num_heads": 1, "stages": (1, 1), "q_pool": 1}
+    return Hiera(**sizes, mask_unit_size=(4, 4), mask_unit_attn=(True, False), num_classes=0)
+
+
+def _sam() -> nn.Module:
+    from timm.models.vision_transformer_sam import VisionTransformerSAM
+
+    windows: dict[str, Any] = {"window_size": 3, "global_attn_indexes": (1,), "use_rel_pos": True, "neck_chans": 16}
+    return VisionTransformerSAM(**{**IMAGE, "img_size": 32}, **windows, num_classes=0)
+
+
+def _naflex() -> nn.Module:
+    naflexvit = pytest.importorskip("timm.models.naflexvit", reason="newer timm")
+    sizes = {"patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2, "pos_embed_grid_size": (2, 2)}
+    model: nn.Module = naflexvit.NaFlexVit(naflexvit.NaFlexVitCfg(**sizes, global_pool="avg"), num_classes=0)
+    return model
+
+
+def _swin(img_size: int, patch_size: int, window_size: int) -> nn.Module:
+    from timm.models.swin_transformer import SwinTransformer
+
+    sizes: dict[str, Any] = {"img_size": img_size, "patch_size": patch_size, "window_size": window_size}
+    return SwinTransformer(**sizes, embed_dim=16, depths=(2, 2), num_heads=(2, 4), num_classes=0)
+
+
+def _convnext(conv_mlp: bool) -> nn.Module:
+    from timm.models.convnext import ConvNeXt
+
+    sizes: dict[str, Any] = {"depths": (1, 2, 1, 1), "dims": (8, 16, 16, 16), "patch_size": 2}
+    return ConvNeXt(**sizes, conv_mlp=conv_mlp, ls_init_value=0.5, num_classes=0)
 
 
 def _bert() -> nn.Module:
@@ -127,11 +174,24 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "SigLIP: attention pooling": lambda: _vit(global_pool="map", class_token=False),
     "drop path while training": lambda: _vit(drop_path_rate=0.5, proj_drop_rate=0.5, attn_drop_rate=0.5),
     "ViT, residual post-norm": _res_post,
-    "EVA: rotary, SwiGLU": _eva,
-    "EVA, post-norm": _eva_post_norm,
-    "BEiT: relative positions": _beit,
+    "ViT, normed queries and keys": lambda: _vit(qk_norm=True),
+    "ViT, normed attention": lambda: _vit(scale_attn_norm=True),
+    "EVA: rotary, SwiGLU": partial(_eva, swiglu_mlp=True, scale_mlp=True),
+    "EVA, post-norm": partial(_eva, use_rot_pos_emb=False, use_post_norm=True, init_values=None),
+    "EVA, one projection without a bias": partial(_eva, qkv_bias=False),
+    "EVA, three projections": partial(_eva, qkv_fused=False),
+    "BEiT: relative positions": partial(_beit, use_rel_pos_bias=True),
+    "BEiT: shared relative positions, no bias": partial(_beit, use_shared_rel_pos_bias=True, qkv_bias=False),
     "relative positions": lambda: _rel_pos(False),
     "relative positions, residual post-norm": lambda: _rel_pos(True),
+    "XCiT: attention over channels": _xcit,
+    "Hiera: fewer and wider tokens": _hiera,
+    "SAM: windows and a neck": _sam,
+    "NaFlexViT": _naflex,
+    "Swin: shifted windows": lambda: _swin(16, 2, 4),
+    "Swin: padded windows": lambda: _swin(24, 4, 4),
+    "ConvNeXt": lambda: _convnext(False),
+    "ConvNeXt, MLP of convolutions": lambda: _convnext(True),
     "BERT": _bert,
 }
 
@@ -150,7 +210,8 @@ class Case:
             lengths = 2 + torch.arange(n) % 6
             ids = torch.randint(1, 50, (n, 7), generator=generator)
             return {"input_ids": ids, "attention_mask": (torch.arange(7) < lengths[:, None]).long()}
-        side = 24 if "other sizes" in self.family else 16
+        sides = {"ViT, other sizes": 24, "Swin: padded windows": 24, "Hiera: fewer and wider tokens": 32}
+        side = sides.get(self.family, 32 if self.family.startswith(("SAM", "ConvNeXt")) else 16)
         return torch.randn(n, 3, side, side, generator=generator)
 
 
@@ -167,13 +228,24 @@ def draw_(module: nn.Module, seed: int) -> nn.Module:
     return module
 
 
+def case_of(family: str) -> Case:
+    """A fresh tiny backbone of that family."""
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        module = FAMILIES[family]()
+    return Case(family, FrozenBackbone.wrap(draw_(module, 1)))
+
+
 @pytest.fixture(params=FAMILIES)
 def case(request: pytest.FixtureRequest) -> Case:
     """A fresh tiny backbone of every family."""
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(0)
-        module = FAMILIES[request.param]()
-    return Case(request.param, FrozenBackbone.wrap(draw_(module, 1)))
+    return case_of(request.param)
+
+
+@pytest.fixture
+def home(adapter: AdapterType) -> Case:
+    """A backbone that takes the adapter type: a ViT, or where it needs feature maps a ConvNeXt."""
+    return case_of("ViT" if adapter.layout == "tokens" else "ConvNeXt")
 
 
 Filled = Callable[..., AdapterBank]

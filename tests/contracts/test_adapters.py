@@ -12,7 +12,7 @@ from torch import Tensor
 from cl_adapters.adapters import adapters
 from cl_adapters.adapters.base import AdapterType, adapter_from, adapter_to_plain
 from cl_adapters.bank import sites_of
-from cl_adapters.errors import ConfigError, UnknownName
+from cl_adapters.errors import ConfigError, IncompatibleBackbone, UnknownName
 from cl_adapters.sites import Site, Tap
 
 WIDTH = 12
@@ -85,12 +85,15 @@ def test_initialisation_is_a_function_of_the_generator(adapter: AdapterType) -> 
 
 
 def test_starts_as_the_identity(adapter: AdapterType) -> None:
-    """Bit for bit, unless an option asks for another initialisation."""
-    fields: Any = dataclasses.fields(adapter)  # type: ignore[arg-type]
-    asked_otherwise = any("init" in field.name and getattr(adapter, field.name) != field.default for field in fields)
+    """Bit for bit, or the type says that it does not; and then it does not."""
     delta = adapter.apply(inputs(adapter), adapter.init(site_of(adapter), torch.Generator().manual_seed(0)))
     assert delta.isfinite().all()
-    assert asked_otherwise or torch.equal(delta, torch.zeros_like(delta))
+    assert torch.equal(delta, torch.zeros_like(delta)) == adapter.starts_as_identity
+
+
+def test_which_defaults_do_not_start_as_the_identity() -> None:
+    """Written down here, so that none gets a new initialisation unseen: the tokens attend to any prefix."""
+    assert [name for name in adapters.names() if not adapter_from(name).starts_as_identity] == ["prefix"]
 
 
 def test_output_has_the_shape_of_the_input_and_nothing_is_written(adapter: AdapterType) -> None:
@@ -157,12 +160,38 @@ def test_noise_only_from_the_given_generator(adapter: AdapterType) -> None:
         assert torch.equal(first, still)
 
 
-def test_attaches_to_a_kind_of_site_that_exists(adapter: AdapterType, tiny_vit: Any) -> None:
-    from cl_adapters.backbone import FrozenBackbone
+def test_attaches_once_per_block_and_kind(adapter: AdapterType, home: Any) -> None:
+    sites = sites_of(home.backbone, adapter)
+    assert len(sites) == home.backbone.depth * len(adapter.site_kinds)
+    assert len({site.name for site in sites}) == len(sites)
 
-    backbone = FrozenBackbone.wrap(tiny_vit(width=16, heads=2, img_size=16))
-    if adapter.layout == "tokens":
-        assert len(sites_of(backbone, adapter)) == 3 * len(adapter.site_kinds)
+
+@pytest.mark.parametrize(
+    ("type_name", "options", "message"),
+    [
+        ("lora", {"rank": 0}, "rank must be at least 1, got 0"),
+        ("lora", {"targets": []}, "at least one"),
+        ("lora", {"targets": ["key", "key"]}, "each projection once"),
+        ("lora", {"targets": ["qkv"]}, "targets"),
+        ("lora", {"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
+        ("prefix", {"length": 0}, "length must be at least 1, got 0"),
+        ("conv_bottleneck", {"kernel": 2}, "kernel must be odd"),
+        ("conv_bottleneck", {"kernel": -1}, "kernel must be odd"),
+        ("conv_bottleneck", {"bottleneck": 0}, "bottleneck must be at least 1"),
+        ("bottleneck", {"bottleneck": 0}, "bottleneck must be at least 1"),
+        ("bottleneck", {"dropout": -0.1}, r"dropout must be in \[0, 1\)"),
+    ],
+)
+def test_options_out_of_range(type_name: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        adapter_from({"type": type_name, **options})
+
+
+def test_prefix_needs_the_number_of_heads() -> None:
+    here = Tap("here", "out")
+    for heads in (0, 5):
+        with pytest.raises(IncompatibleBackbone, match=r"Site\.heads.*got"):
+            adapter_from("prefix").shapes(Site("here", 0, "attention", 36, here, here, out_width=12, heads=heads))
 
 
 def test_dropout_keeps_the_expectation() -> None:

@@ -1,0 +1,84 @@
+"""LoRA: a low-rank update of linear projections, as an added output.
+
+y = W x + s * B (A x),   that is dW = s B A
+
+where W stands for the query, key or value projection of the attention. A fused qkv projection has one site per third,
+so that what is not a target gets exactly nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import ClassVar, Literal
+
+import torch
+from torch import Tensor
+
+from cl_adapters.adapters.base import AdapterType, adapters
+from cl_adapters.adapters.bottleneck import affine, check_rate, dropped, kaiming_uniform, lifted
+from cl_adapters.sites import Site
+
+Target = Literal["query", "key", "value"]
+
+
+@adapters.register("lora")
+@dataclass(frozen=True, kw_only=True)
+class LoRA(AdapterType):
+    """Low-rank adaptation (Hu et al. 2022, eq. 3) of the attention's projections.
+
+    LAE's form (Gao et al. 2023; released pet/lora.py) is ``learn_scale=True``: rank 5 on key and value, each with a
+    learned number s that starts at 1.
+
+    Attributes:
+        rank: r.
+        targets: the adapted projections.
+        scale: s; PEFT calls it alpha / r.
+        learn_scale: s is a trained number per projection that starts at ``scale``.
+        dropout: rate on the projection's input while training, on the way to A only.
+    """
+
+    summary: ClassVar[str] = "low-rank update of the attention's query, key or value projections"
+
+    rank: int = 5
+    targets: tuple[Target, ...] = ("key", "value")
+    scale: float = 1.0
+    learn_scale: bool = False
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise ValueError(f"rank must be at least 1, got {self.rank}")
+        if not self.targets or len(set(self.targets)) < len(self.targets):
+            raise ValueError(f"targets must name each projection once and at least one, got {list(self.targets)}")
+        check_rate(self.dropout)
+
+    @property
+    def site_kinds(self) -> tuple[str, ...]:
+        """The targets: one site per projection."""
+        return self.targets
+
+    def shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
+        """A [r, D] and B [O, r]; with ``learn_scale`` scale [1]."""
+        shapes: dict[str, tuple[int, ...]] = {"A": (self.rank, site.width), "B": (site.out_width, self.rank)}
+        return shapes | {"scale": (1,)} if self.learn_scale else shapes
+
+    def init(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
+        """A Kaiming-uniform with a = sqrt 5, B 0 (as in LAE and PEFT): the identity at the start."""
+        params = {name: torch.zeros(shape) for name, shape in self.shapes(site).items()}
+        params["A"] = kaiming_uniform((self.rank, site.width), generator)
+        if self.learn_scale:
+            params["scale"].fill_(self.scale)
+        return params
+
+    def apply(
+        self,
+        x_BND: Tensor,
+        params: Mapping[str, Tensor],
+        noise: torch.Generator | None = None,
+        y_BNO: Tensor | None = None,
+    ) -> Tensor:
+        """delta_BNO = s B (A x)."""
+        scale = params["scale"] if self.learn_scale else self.scale
+        hidden_BNR = affine(dropped(x_BND, self.dropout, noise), params["A"])
+        return affine(hidden_BNR, params["B"] * lifted(scale, 2))
