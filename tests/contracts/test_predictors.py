@@ -20,6 +20,7 @@ from cl_adapters.errors import ClAdaptersError, ConfigError
 from cl_adapters.features import FeatureMemory
 from cl_adapters.model import AdapterModel
 from cl_adapters.parts.mixture import Mixture
+from cl_adapters.parts.ridge import Ridge, random_projection
 from cl_adapters.predictors import Predictor, predictors
 from cl_adapters.predictors.nearest_prototype import NearestPrototype
 from cl_adapters.predictors.self_refine import SelfRefine
@@ -46,10 +47,12 @@ def make_model(tiny_vit: Callable[..., nn.Module], filled: Callable[..., Adapter
             model.head.weight.normal_(generator=generator)
             model.head.bias.normal_(generator=generator)
         model.prototypes.append(torch.randn(len(model.classes), 16, generator=generator))
-        model.parts["mixture"] = routers = Mixture({block: 16 for block in bank.blocks})
+        model.parts["mixture"] = routers = Mixture(dict.fromkeys(bank.blocks, 16))
         for block in bank.blocks:
             for slot in range(tasks):
                 routers.grow(block, slot, generator)
+        model.parts["ridge"] = ridge = Ridge(random_projection(16, 24, generator))
+        ridge.weights_CM = 0.1 * torch.randn(len(model.classes), 24, generator=generator)
         return model
 
     return make

@@ -82,6 +82,7 @@ SMALL_OPTIONS: dict[str, Any] = {
     "lr": 0.05,
     "adapter": {"type": "bottleneck", "bottleneck": 4},
     "alignment": {"epochs": 2},
+    "projection": 24,
 }
 """Options that make training quick; a strategy gets those that its configuration has."""
 
