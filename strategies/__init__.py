@@ -10,15 +10,25 @@ if TYPE_CHECKING:
     from cl_adapters.strategies.joint import Joint
     from cl_adapters.strategies.lae import LAE
     from cl_adapters.strategies.mos import MOS
+    from cl_adapters.strategies.ranpac import RanPAC
+    from cl_adapters.strategies.sema import SEMA
     from cl_adapters.strategies.sequential import Sequential
     from cl_adapters.strategies.simple_cil import SimpleCIL
 
-__all__ = ["LAE", "MOS", "Joint", "Sequential", "SimpleCIL"]
+__all__ = ["LAE", "MOS", "SEMA", "Joint", "RanPAC", "Sequential", "SimpleCIL"]
 
 if not TYPE_CHECKING:
     __getattr__, __dir__ = lazy_names(
         "cl_adapters.strategies",
-        {"LAE": "lae", "Joint": "joint", "MOS": "mos", "Sequential": "sequential", "SimpleCIL": "simple_cil"},
+        {
+            "Joint": "joint",
+            "LAE": "lae",
+            "MOS": "mos",
+            "RanPAC": "ranpac",
+            "SEMA": "sema",
+            "Sequential": "sequential",
+            "SimpleCIL": "simple_cil",
+        },
     )
 
 if __name__ != "cl_adapters.strategies":  # imported by its short name from a checkout's root
