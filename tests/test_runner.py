@@ -15,7 +15,8 @@ from safetensors.torch import save_file
 
 from cl_adapters.benchmarks.evaluation import evaluate
 from cl_adapters.benchmarks.experiment import Experiment, resolve
-from cl_adapters.benchmarks.results import read
+from cl_adapters.benchmarks.results import BackboneInfo, read
+from cl_adapters.benchmarks.rows import to_results
 from cl_adapters.benchmarks.runner import complete_tasks, latest_model, resume, run
 from cl_adapters.errors import ConfigError, IncompatibleBackbone, StorageError, TrainingDiverged
 from cl_adapters.features import FeatureMemory
@@ -121,6 +122,85 @@ def test_resume_equals_an_uninterrupted_run(
     resumed = resume(tmp_path / "broken")
     assert resumed.accuracy_matrix == whole.accuracy_matrix
     assert saved_tensors(tmp_path / "broken") == saved_tensors(tmp_path / "whole")
+
+
+def test_adapters_are_counted_and_retrieval_shown_where_adapters_belong_to_tasks(
+    photos: Path, weights: Path, tmp_path: Path
+) -> None:
+    mos = run(experiment(photos, weights), tmp_path / "mos")
+    assert mos.routing is not None
+    assert mos.routing.adapter_tasks == (0, 1, 2)
+    assert mos.adapters == (1, 2, 3)
+    bank = latest_model(tmp_path / "mos").bank
+    assert bank is not None
+    numbers = sum(parameter.numel() for parameter in bank.slot_parameters(0))
+    assert mos.adapter_parameters == (numbers, 2 * numbers, 3 * numbers)
+    assert mos.adapters_per_block == tuple({str(block): n for block in bank.blocks} for n in (1, 2, 3))
+    assert mos.expansions is None, "one adapter per task is the rule, not for the data to decide"
+    sequential = run(experiment(photos, weights, "sequential"), tmp_path / "sequential")
+    assert sequential.routing is None
+    assert sequential.adapters == (1, 1, 1)
+    simple = run(experiment(photos, weights, "simple_cil"), tmp_path / "simple")
+    assert (simple.routing, simple.adapters, simple.adapters_per_block) == (None, (0, 0, 0), ({}, {}, {}))
+
+
+def test_what_the_data_asked_for_is_recorded_and_survives_a_resume(photos: Path, weights: Path, tmp_path: Path) -> None:
+    chosen = experiment(photos, weights, "sema", threshold=0.01, last_blocks=2, descriptor_epochs=1)
+    whole = run(chosen, tmp_path / "whole")
+    assert whole.expansions
+    assert whole.adapters_per_block is not None
+    model = latest_model(tmp_path / "whole")
+    assert [model.task_of_slot[entry.slot] for entry in whole.expansions] == [entry.task for entry in whole.expansions]
+    assert all(entry.score is not None and entry.score > entry.threshold == 0.01 for entry in whole.expansions)
+    assert model.num_slots == 1 + len(whole.expansions)
+    for entry in whole.expansions:
+        block = str(entry.block)
+        before, after = (whole.adapters_per_block[task][block] for task in (entry.task - 1, entry.task))
+        assert after == before + 1, "at most one per block and task"
+    assert whole.routing is None
+    assert "Where it grew" in (tmp_path / "whole" / "report.html").read_text(encoding="utf-8")
+    with pytest.raises(Stop):
+        run(chosen, tmp_path / "broken", listener=StopAt(after=1))
+    assert resume(tmp_path / "broken").expansions == whole.expansions
+
+
+def row(counts: list[list[int]], **more: Any) -> dict[str, Any]:
+    """A row of one task, as far as ``to_results`` needs it."""
+    seconds = dict.fromkeys(("train", "statistics", "alignment", "eval"), 1.0)
+    return {
+        "accuracy": [50.0] * len(counts), "routing": counts, "passes": 1.0, "trainable_parameters": 1,
+        "stored_bytes": 1, "seconds": seconds, "cpu_seconds": seconds, "started": "", "finished": "", **more,
+    }  # fmt: skip
+
+
+def test_the_right_adapter_is_one_made_in_the_images_task(photos: Path, weights: Path) -> None:
+    """Two adapters of task 0, then one of task 1; the first column of the counts is the bare backbone."""
+    chosen = experiment(photos, weights)
+    data = chosen.benchmark_config.load(0)
+    recorded = {"experiment": chosen.to_plain(), "versions": {}, "hardware": {}}
+    first = row([[1, 4, 5]], task_of_slot=[0, 0])
+    second = row([[0, 6, 3, 1], [0, 0, 4, 6]], task_of_slot=[0, 0, 1])
+    results = to_results([first, second], chosen, data, BackboneInfo(name="x", fingerprint="y"), recorded)
+    assert results.routing is not None
+    assert results.routing.adapter_tasks == (0, 0, 1)
+    assert results.routing.counts == ((6, 3, 1), (0, 4, 6))
+    assert results.routing.right_share == (90.0, 75.0)
+    assert results.adapters is None, "these rows do not tell"
+
+
+def test_a_run_begun_before_adapters_were_counted_can_be_resumed(photos: Path, weights: Path, tmp_path: Path) -> None:
+    out = tmp_path / "run"
+    with pytest.raises(Stop):
+        run(experiment(photos, weights), out, listener=StopAt(after=0))
+    path = out / "tasks" / "000" / "row.json"
+    old = json.loads(path.read_text(encoding="utf-8"))
+    for key in ("adapters", "adapter_parameters", "adapters_per_block", "task_of_slot", "expansions"):
+        del old[key]
+    path.write_text(json.dumps(old), encoding="utf-8")
+    results = resume(out)
+    assert (results.adapters, results.expansions) == (None, None)
+    assert results.routing is not None
+    assert read(out) == results
 
 
 def test_resuming_a_finished_run_changes_nothing(photos: Path, weights: Path, tmp_path: Path) -> None:
