@@ -161,7 +161,7 @@ def bars(
         axis_title: what the values are.
         label: short name for screen readers.
         description: what the picture shows, in words.
-        number: writes a value of the axis, and above the bars of a single series if there are few.
+        number: writes a value of the axis, and above the bars of a single series if there is room for all.
         reference: level of a dotted horizontal line.
     """
     tasks = len(stack[0].values)
@@ -170,6 +170,8 @@ def bars(
     scale = _Scale(tasks, steps[0], steps[-1])
     wide, fine = (min(46.0, scale.step * 0.72), "") if scale.step > 4 else (scale.step, " fine")
     parts, values = _axes(scale, axis_title, number, zero=True), []
+    room = scale.step / 6.8  # letters between two bars
+    written = len(stack) == 1 and tasks <= 12 and all(len(number(top)) <= room for top in tops)
     for task in range(tasks):
         level = 0.0
         for one in stack:
@@ -182,7 +184,7 @@ def bars(
             box = {"x": scale.x(task) - wide / 2, "y": scale.y(top), "width": wide, "class": f"bar {style}{fine}"}
             tall = scale.y(bottom) - scale.y(top)
             parts.append(element("rect", {**box, "height": tall, "data-tip": one.tips[task]}))
-            if len(stack) == 1 and tasks <= 12:
+            if written:
                 place = {"x": scale.x(task), "y": scale.y(top) - 5, "class": "value"}
                 values.append(element("text", place, number(value)))
     if reference is not None:

@@ -134,13 +134,13 @@ def _sections(results: Results) -> list[tuple[str, Figure | None, list[Figure]]]
     """(heading, large figure beside the others or None, the others)."""
     accuracy = [figures.accuracy_curve(results), figures.forgetting(results)]
     routing = [retrieval.routing_curve(results), retrieval.confusions(results)]
-    grown = [growth.adapters_over_tasks(results), growth.expansions(results)]
+    grown = [growth.blocks_over_tasks(results), growth.adapters_over_tasks(results), growth.expansions(results)]
     time = figures.time_split(results)
     cost = [time, figures.passes(results), figures.parameters(results), figures.stored(results)]
     sections: list[tuple[str, Figure | None, list[Figure]]] = [
         ("Accuracy", figures.accuracy_matrix(results), accuracy),
         ("Retrieval", retrieval.routing(results), [figure for figure in routing if figure is not None]),
-        ("Growth", growth.blocks_over_tasks(results), [figure for figure in grown if figure is not None]),
+        ("Growth", None, [figure for figure in grown if figure is not None]),
         ("Cost", None, cost),
     ]
     return [section for section in sections if section[1] or section[2]]
