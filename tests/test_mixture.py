@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import json
 from collections.abc import Callable
-from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
@@ -14,6 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_adapters.adapters.bottleneck import Bottleneck
+from cl_adapters.adapters.lora import LoRA
 from cl_adapters.backbone import FrozenBackbone
 from cl_adapters.bank import AdapterBank, Route
 from cl_adapters.errors import ClAdaptersError
@@ -21,20 +21,11 @@ from cl_adapters.heads import normal
 from cl_adapters.model import AdapterModel
 from cl_adapters.parts import Part
 from cl_adapters.parts.mixture import Mixture
-from cl_adapters.parts.novelty import Novelty, pooled
+from cl_adapters.parts.novelty import Novelty
 from cl_adapters.predictors.mixture import MixtureOfAdapters
 
 WIDTH = 16
 ADAPTER = Bottleneck(bottleneck=4, scale=1.0, dropout=0.0)
-
-
-@dataclass(frozen=True, kw_only=True)
-class TwoBranches(Bottleneck):
-    """Two sites in every block, as LoRA has on key and value."""
-
-    @property
-    def site_kinds(self) -> tuple[str, ...]:
-        return ("attn_parallel", "ffn_parallel")
 
 
 def gen(seed: int) -> torch.Generator:
@@ -106,14 +97,11 @@ def parts_of(model: AdapterModel) -> tuple[AdapterBank, Mixture]:
 def test_delta_is_the_weighted_sum_of_the_adapters_outputs(model: AdapterModel, x: Tensor) -> None:
     """delta = sum_k m_k (W_up ReLU(W_down x + b_down) + b_up), in NumPy; of slots that are there."""
     bank, mixture = parts_of(model)
-    seen: dict[str, Tensor] = {}
-    with torch.no_grad(), bank.route(mixture.routes(bank), watch=lambda site, x_BND: seen.update({site: x_BND})):
-        blocks = model.backbone.encoder.get_submodule("blocks")
-        outputs: list[Tensor] = []
-        handle = blocks.get_submodule("2").register_forward_hook(lambda module, args, output: outputs.append(output))
-        model.backbone.features(x)
-        handle.remove()
-    source = seen["blocks.2.ffn"]
+    block = model.backbone.encoder.get_submodule("blocks.2")
+    outputs: list[Tensor] = []
+    handle = block.register_forward_hook(lambda module, args, output: outputs.append(output))
+    source = inputs_of(model, x)["blocks.2.ffn"]
+    handle.remove()
     expected = np.zeros(source.shape)
     m_BK = mixture.weights(2, source).double().numpy()
     for k, slot in enumerate((0, 1, 3)):
@@ -121,7 +109,6 @@ def test_delta_is_the_weighted_sum_of_the_adapters_outputs(model: AdapterModel, 
         hidden = np.maximum(source.double().numpy() @ w["down"].T + w["down_bias"], 0)
         expected += m_BK[:, k, None, None] * (hidden @ w["up"].T + w["up_bias"])
     with torch.no_grad():
-        block = blocks.get_submodule("2")
         plain = source + block.get_submodule("mlp")(block.get_submodule("norm2")(source))
     assert (outputs[0] - plain).double().numpy() == pytest.approx(expected, abs=2e-5)
     assert np.abs(expected).max() > 0.5
@@ -182,8 +169,8 @@ def test_batch_equals_one_by_one(model: AdapterModel, x: Tensor) -> None:
     assert torch.allclose(model.answer(x[order]).logits, whole.logits[order], atol=1e-5)
 
 
-def test_all_sites_of_a_block_share_its_router_with_their_own_input(backbone: FrozenBackbone, x: Tensor) -> None:
-    bank = AdapterBank(backbone, TwoBranches(bottleneck=4, scale=1.0, dropout=0.0))
+def test_all_sites_of_a_block_share_its_router(backbone: FrozenBackbone, x: Tensor) -> None:
+    bank = AdapterBank(backbone, LoRA())
     add(bank)
     add(bank, (2,))
     mixture = routers(bank, {2: (0, 1)})
@@ -191,16 +178,17 @@ def test_all_sites_of_a_block_share_its_router_with_their_own_input(backbone: Fr
     assert {site: route.slots for site, route in routes.items()} == {
         site.name: (0, 1) if site.block == 2 else (0,) for site in bank.sites
     }
-    seen: dict[str, Tensor] = {}
-    with torch.no_grad(), bank.route(routes, watch=lambda site, x_BND: seen.update({site: x_BND})):
-        backbone.features(x)
-    inputs = [seen[site.name] for site in bank.sites if site.block == 2]
-    assert len(inputs) == 2
-    asked = [router for site in bank.sites if site.block == 2 and (router := routes[site.name].router) is not None]
-    first, second = asked
-    assert torch.equal(first(inputs[0]), mixture.weights(2, inputs[0]))
-    assert torch.equal(second(inputs[0]), first(inputs[0]))
-    assert not torch.allclose(first(inputs[0]), first(inputs[1]), atol=1e-3)
+    model = AdapterModel(backbone, bank)
+    model.parts["mixture"] = mixture
+    seen = inputs_of(model, x)
+    key, value = (site.name for site in bank.sites if site.block == 2)
+    by_key, by_value = (routes[name].router for name in (key, value))
+    assert by_key is not None
+    m_BK = by_key(seen[key])
+    assert m_BK.shape == (6, 2)
+    assert torch.equal(m_BK, mixture.weights(2, seen[key]))
+    assert by_value is not None
+    assert torch.equal(by_value(seen[value]), m_BK), "both read the same tokens"
 
 
 def test_growing_at_one_block_leaves_the_others_as_they_are(model: AdapterModel, x: Tensor) -> None:
@@ -313,17 +301,3 @@ def test_copies_are_independent(model: AdapterModel, x: Tensor) -> None:
     assert torch.equal(model.predict(x), before)
     assert (twin.predict(x) - before).abs().max() > 1e-4
     assert not torch.equal(model.part("novelty", Novelty).descriptor(2, 0).records.values, torch.ones(5))
-
-
-def test_new_entries_are_where_the_part_is() -> None:
-    """Precision stands in for the device: what is added later follows the part."""
-    mixture = Mixture({0: WIDTH}).double()
-    descriptors = Novelty({0: WIDTH}, dim=2, buffer=5).double()
-    grown = [*mixture.grow(0, 0, gen(0)), *descriptors.grow(0, 0, gen(1))]
-    assert {value.dtype for value in grown} == {torch.float64}
-    assert [id(value) for value in grown] == [
-        id(value) for part in (mixture, descriptors) for value in part.parameters()
-    ]
-    descriptors.record(0, 0, torch.rand(4, generator=gen(2)))
-    assert descriptors.z(0, torch.ones(3, WIDTH, dtype=torch.float64)).dtype == torch.float64
-    assert pooled(torch.ones(2, 3, 4)).shape == (2, 4)

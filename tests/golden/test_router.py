@@ -14,6 +14,7 @@ from torch import Tensor
 
 from cl_adapters.errors import ClAdaptersError
 from cl_adapters.parts.mixture import Mixture
+from cl_adapters.parts.novelty import Novelty
 
 WIDTH = 6
 
@@ -138,6 +139,19 @@ def test_start_values_are_those_of_a_linear_layer() -> None:
     assert torch.equal(again[1], bias)
     assert weight.requires_grad
     assert bias.requires_grad
+
+
+def test_new_entries_are_where_the_part_is() -> None:
+    """Precision stands in for the device: what is added later follows the part."""
+    mixture = Mixture({0: WIDTH}).double()
+    descriptors = Novelty({0: WIDTH}, dim=2, buffer=5).double()
+    grown = [*mixture.grow(0, 0, gen(0)), *descriptors.grow(0, 0, gen(1))]
+    assert {value.dtype for value in grown} == {torch.float64}
+    assert [id(value) for value in grown] == [
+        id(value) for part in (mixture, descriptors) for value in part.parameters()
+    ]
+    descriptors.record(0, 0, torch.rand(4, generator=gen(2)))
+    assert descriptors.z(0, torch.ones(3, WIDTH, dtype=torch.float64)).dtype == torch.float64
 
 
 def test_freezing_one_block() -> None:
