@@ -204,9 +204,6 @@ def test_growing_at_one_block_leaves_the_others_as_they_are(model: AdapterModel,
     assert (model.answer(x).logits - whole).abs().max() > 1e-3
 
 
-# --- prediction -------------------------------------------------------------------------------------------------------
-
-
 def test_prediction_names_the_largest_share_at_the_last_block(model: AdapterModel, x: Tensor) -> None:
     bank, mixture = parts_of(model)
     with torch.no_grad():
@@ -245,9 +242,6 @@ def test_prediction_with_a_single_adapter(backbone: FrozenBackbone, x: Tensor) -
     model.parts["mixture"] = routers(bank, {2: (0,)})
     assert model.answer(x).adapter.tolist() == [0] * 6
     assert torch.equal(model.predict(x), model.head(model.features(x, Route.single(0))))
-
-
-# --- saving -----------------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("name", ["mixture", "novelty"])
