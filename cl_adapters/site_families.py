@@ -9,7 +9,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from cl_adapters.errors import IncompatibleBackbone
-from cl_adapters.sites import Family, Place, Site, Sizes, Tap, has
+from cl_adapters.sites import Family, Layout, Place, Site, Sizes, Tap, has
 
 
 def _width_of(path: str, attribute: str = "") -> Callable[[nn.Module], Sizes]:
@@ -33,18 +33,20 @@ def _branches(
     block: Tap,
     inner: bool = True,
     whole: Callable[[nn.Module], bool] = lambda block: True,
+    ffn_layout: Layout | None = None,
 ) -> dict[str, Place]:
     """Sites on the two branches of a block; each pair is (input, end) of the branch.
 
     ``inner``: the input belongs to the branch alone, so that an adapter may change it. ``whole``: the condition of
-    the sites around the attention.
+    the sites around the attention. ``ffn_layout``: where it is not the family's.
     """
     places = {}
-    for label, (start, end), fits in (("attn", attn, whole), ("ffn", ffn, _any_block)):
-        places[f"{label}_parallel"] = Place(start, end, label, sizes, fits)
-        places[f"{label}_sequential"] = Place(end, end, label, sizes, fits)
+    branches = ("attn", attn, whole, None), ("ffn", ffn, _any_block, ffn_layout)
+    for label, (start, end), fits, layout in branches:
+        places[f"{label}_parallel"] = Place(start, end, label, sizes, fits, layout=layout)
+        places[f"{label}_sequential"] = Place(end, end, label, sizes, fits, layout=layout)
         if inner:
-            places[f"{label}_before"] = Place(start, start, label, sizes, fits)
+            places[f"{label}_before"] = Place(start, start, label, sizes, fits, layout=layout)
     return places | {"block_parallel": Place(block, ffn[1], "block", sizes, whole)}
 
 
@@ -77,7 +79,7 @@ def _fused_attention(*, windows: bool = False) -> dict[str, Place]:
 
     read, add = Tap("attn.qkv", "in"), Tap("attn.qkv", "out")
     return {
-        kind: Place(read, add, kind, sizes, called, third=third, windows=windows)
+        kind: Place(read, add, kind, sizes, called, third=third, windows=windows, layout="tokens")
         for third, kind in enumerate(("query", "key", "value"))
     }
 
@@ -155,13 +157,18 @@ def _same_size(block: nn.Module) -> bool:
 
 
 FAMILIES: tuple[Family, ...] = (
-    # Swin, V1: x + drop_path1(attn(norm1 x)); + drop_path2(mlp(norm2 x)); tokens lie on a grid [B, H, W, D]
+    # Swin, V1: x + drop_path1(attn(norm1 x)); + drop_path2(mlp(norm2 x)); tokens lie on a grid [B, H, W, D], but in a
+    # row in the feed-forward network
     Family(
         name="timm Swin",
         blocks="layers.*.blocks",
         parts=(*_VIT_PARTS, "attn.qkv"),
         places=_branches(
-            _NORM2, attn=(Tap("norm1", "out"), _ATTN_END), ffn=(Tap("norm2", "in"), _FFN_END), block=Tap("norm1", "in")
+            _NORM2,
+            attn=(Tap("norm1", "out"), _ATTN_END),
+            ffn=(Tap("norm2", "in"), _FFN_END),
+            block=Tap("norm1", "in"),
+            ffn_layout="tokens",
         )
         | _fused_attention(windows=True),
         refuses=("SwinTransformerV2Block",),

@@ -90,6 +90,7 @@ class Place:
         sizes: measures one block.
         fits: whether this block has the place; families differ in details of their attention.
         third, windows: as in :class:`Site`.
+        layout: of the activations at the source; default the family's.
     """
 
     source: Tap
@@ -99,6 +100,7 @@ class Place:
     fits: Callable[[nn.Module], bool] = lambda block: True
     third: int | None = None
     windows: bool = False
+    layout: Layout | None = None
 
 
 @dataclass(frozen=True)
@@ -176,7 +178,7 @@ class Family:
             out_width=sizes.out_width,
             heads=sizes.heads,
             third=place.third,
-            layout="tokens" if place.windows else self.layout,
+            layout=place.layout or self.layout,
             windows=place.windows,
         )
 

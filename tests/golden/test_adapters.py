@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from cl_adapters.adapters.bottleneck import Bottleneck
+from cl_adapters.adapters.conv_bottleneck import ConvBottleneck
 from cl_adapters.sites import Site, Tap
 
 Array = npt.NDArray[np.float64]
@@ -79,6 +80,52 @@ def test_lae_gelu_with_learned_scale(x: Array, w: dict[str, Array]) -> None:
     delta = run(adapter, x, w | {"scale": np.array([1.7])})
     assert np.abs(delta - expected(x, w, 1.7, gelu_instead=True)).max() < 2e-5
     assert adapter.init(SITE, torch.Generator().manual_seed(0))["scale"].tolist() == [1.0]
+
+
+def test_number_of_parameters_of_lae() -> None:
+    """Bottleneck 5 parallel to the attention, with biases and a scale: 8,454 per block, 42,270 in five blocks."""
+    adapter = Bottleneck(place="attn", bottleneck=5, activation="gelu", learn_scale=True, scale=1.0, dropout=0.0)
+    assert adapter.site_kinds == ("attn_parallel",)
+    assert adapter.num_parameters(SITE) == 8_454
+    assert 5 * adapter.num_parameters(SITE) == 42_270
+    assert ConvBottleneck().num_parameters(SITE) == 8_454, "the same numbers as 1 x 1 convolutions"
+
+
+@pytest.mark.parametrize("kernel", [1, 3])
+def test_convolutions_as_loops_over_the_map(kernel: int) -> None:
+    """LAE on ConvNeXt, s (W2 GELU(W1 x + b1) + b2) at every place; with kernel 3 Convpass's convolution between.
+
+    Convpass (released vtab/convpass.py): GELU, a full convolution with zeros around the map, GELU, up.
+    """
+    rng, r, width = np.random.default_rng(3), 4, 12
+    x = rng.standard_normal((2, width, 3, 5))
+    w = {"down": (r, width), "down_bias": (r,), "up": (width, r), "up_bias": (width,)}
+    w |= {"conv": (r, r, 3, 3), "conv_bias": (r,)} if kernel == 3 else {}
+    params = {name: rng.standard_normal(shape) for name, shape in w.items()} | {"scale": np.array([-0.6])}
+    hidden = np.einsum("rd,bdhw->brhw", params["down"], x) + params["down_bias"][:, None, None]
+    hidden = gelu(hidden)
+    if kernel == 3:
+        around = np.pad(hidden, ((0, 0), (0, 0), (1, 1), (1, 1)))
+        hidden = np.zeros_like(hidden) + params["conv_bias"][:, None, None]
+        for i in range(3):
+            for j in range(3):
+                seen = around[:, :, i : i + 3, j : j + 5]
+                hidden = hidden + np.einsum("or,brhw->bohw", params["conv"][:, :, i, j], seen)
+        hidden = gelu(hidden)
+    wanted = -0.6 * (np.einsum("dr,brhw->bdhw", params["up"], hidden) + params["up_bias"][:, None, None])
+    tensors = {name: torch.from_numpy(value) for name, value in params.items()}
+    delta = ConvBottleneck(bottleneck=r, kernel=kernel).apply(torch.from_numpy(x), tensors)
+    assert np.abs(delta.numpy() - wanted).max() < 1e-12
+
+
+def test_fresh_inner_convolution_is_the_identity() -> None:
+    """As in Convpass: the bottleneck passes through unchanged, so kernel 3 starts where kernel 1 does (with ReLU)."""
+    wide, narrow = (ConvBottleneck(kernel=kernel, activation="relu") for kernel in (3, 1))
+    params = wide.init(SITE, torch.Generator().manual_seed(0))
+    params["up"].normal_(generator=torch.Generator().manual_seed(1))
+    x = torch.randn(2, WIDTH, 4, 4, generator=torch.Generator().manual_seed(2))
+    without = {name: value for name, value in params.items() if not name.startswith("conv")}
+    assert torch.allclose(wide.apply(x, params), narrow.apply(x, without), atol=1e-5)
 
 
 def test_new_adapter_adds_exactly_nothing(x: Array) -> None:

@@ -1,0 +1,323 @@
+"""Where adapters attach in every family: which kinds of sites it has, what they read, and where they add."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cl_adapters.adapters import adapters
+from cl_adapters.adapters.base import AdapterType, adapter_from
+from cl_adapters.backbone import FrozenBackbone
+from cl_adapters.bank import BARE, AdapterBank, Route
+from cl_adapters.batches import Inputs, take
+from cl_adapters.errors import IncompatibleBackbone
+from cl_adapters.site_families import find_family
+from cl_adapters.sites import Layout, Site
+
+AROUND = ("attn_parallel", "attn_sequential", "attn_before")
+FFN = ("ffn_parallel", "ffn_sequential", "ffn_before")
+LINEAR = ("query", "key", "value")
+KINDS = (*AROUND, *FFN, "block_parallel", *LINEAR, "attention")
+
+LACKS: dict[str, tuple[str, ...]] = {
+    "ViT, normed queries and keys": ("attention",),
+    "ViT, normed attention": ("attention",),
+    "EVA: rotary, SwiGLU": (*LINEAR, "attention"),  # computes with qkv.weight, the module is never called
+    "EVA, post-norm": (*LINEAR, "attention"),
+    "EVA, one projection without a bias": ("attention",),
+    "EVA, three projections": (*LINEAR, "attention"),
+    "BEiT: relative positions": (*LINEAR, "attention"),
+    "BEiT: shared relative positions, no bias": ("attention",),
+    "relative positions": ("attention",),
+    "relative positions, residual post-norm": ("attention",),
+    "XCiT: attention over channels": ("attention",),
+    "Hiera: fewer and wider tokens": (*AROUND, "block_parallel", *LINEAR, "attention"),
+    "SAM: windows and a neck": (*AROUND, "block_parallel", *LINEAR, "attention"),
+    "Swin: shifted windows": ("attention",),
+    "Swin: padded windows": ("attention",),
+    "ConvNeXt": (*AROUND, *LINEAR, "attention"),
+    "ConvNeXt, MLP of convolutions": (*AROUND, *LINEAR, "attention"),
+    "BERT": ("attn_before", "ffn_before", "attention"),  # the inputs of its branches are the residual stream
+}
+"""The kinds of sites that a family does not have; those that are not named have all of them."""
+
+TYPES = [pytest.param(adapter_from(name), id=name) for name in adapters.names()]
+IDS = torch.tensor([2, BARE, 1, 0, 2])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Echo(AdapterType):
+    """Adds its own input: shows what a site reads and where it adds."""
+
+    kind: str = "ffn_parallel"
+
+    @property
+    def site_kinds(self) -> tuple[str, ...]:
+        return (self.kind,)
+
+    def shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
+        return {"gain": (1,)}
+
+    def init(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
+        return {"gain": torch.ones(1)}
+
+    def apply(
+        self,
+        x_BND: Tensor,
+        params: Mapping[str, Tensor],
+        noise: torch.Generator | None = None,
+        y_BNO: Tensor | None = None,
+    ) -> Tensor:
+        return x_BND * params["gain"].reshape(-1, *[1] * (x_BND.ndim - 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EchoMap(Echo):
+    """The same, seen as feature maps."""
+
+    layout: ClassVar[Layout] = "map"
+
+
+def seen_by(modules: Mapping[str, nn.Module], run: Callable[[], object]) -> dict[tuple[str, str], Tensor]:
+    """First input and output of the named modules during ``run``; registered last, so after the bank's hooks."""
+    seen: dict[tuple[str, str], Tensor] = {}
+
+    def keep(name: str) -> Any:
+        def hook(module: nn.Module, args: Any, output: Any) -> None:
+            seen[name, "in"] = args[0].clone()
+            seen[name, "out"] = (output[0] if isinstance(output, tuple) else output).clone()
+
+        return hook
+
+    handles = [module.register_forward_hook(keep(name)) for name, module in modules.items()]
+    run()
+    for handle in handles:
+        handle.remove()
+    return seen
+
+
+def routed(bank: AdapterBank, backbone: FrozenBackbone, x: Inputs, route: Any) -> Tensor:
+    with bank.route(route):
+        return backbone.features(x)
+
+
+def fitting(case: Any, adapter: AdapterType, make: Callable[[], AdapterBank]) -> AdapterBank | None:
+    """The bank; None where the family has no such sites, and then the error says which it has."""
+    lacks = LACKS.get(case.family, ())
+    missing = [kind for kind in adapter.site_kinds if kind in lacks]
+    in_a_row = adapter.layout == "map" and layout_of(case.family, adapter.site_kinds[0]) == "tokens"
+    if not missing and not in_a_row:
+        return make()
+    message = rf"no sites of kind '{missing[0]}'.*; it has: .*ffn_parallel" if missing else "needs feature maps"
+    with pytest.raises(IncompatibleBackbone, match=message):
+        make()
+    return None
+
+
+def test_kinds_of_every_family(case: Any) -> None:
+    """One site per block and kind, each with a name of its own; or a refusal that says what there is."""
+    lacks = LACKS.get(case.family, ())
+    for kind in KINDS:
+        if kind in lacks:
+            with pytest.raises(IncompatibleBackbone, match=rf"no sites of kind '{kind}'; it has: .*ffn_parallel"):
+                case.backbone.sites(kind)
+            continue
+        sites = case.backbone.sites(kind)
+        assert [site.block for site in sites] == list(range(case.backbone.depth))
+        assert len({site.name for site in sites}) == len(sites)
+        assert {site.layout for site in sites} == {layout_of(case.family, kind)}
+        assert {site.windows for site in sites} == {case.family.startswith("Swin") and kind in LINEAR}
+        assert all(site.heads > 0 for site in sites) == (kind == "attention")
+    with pytest.raises(IncompatibleBackbone, match="no sites of kind 'qkv'"):
+        case.backbone.sites("qkv")
+
+
+def layout_of(family: str, kind: str) -> Layout:
+    if family.startswith("Swin"):
+        return "tokens" if kind in (*LINEAR, *FFN) else "grid"
+    return "map" if family.startswith("ConvNeXt") else "tokens"
+
+
+# --- where a site reads and adds ----------------------------------------------------------------------------
+
+End = tuple[str, str]
+BLOCK_IN, BLOCK_OUT = ("", "in"), ("", "out")
+PRE_NORM: dict[str, tuple[End, End]] = {
+    "ffn_parallel": (BLOCK_OUT, ("norm2", "in")),
+    "ffn_sequential": (BLOCK_OUT, ("drop_path2", "out")),
+    "ffn_before": (("norm2", "in"), ("norm2", "in")),
+    "attn_parallel": (("norm2", "in"), ("norm1", "out")),
+    "attn_sequential": (("norm2", "in"), ("drop_path1", "out")),
+    "attn_before": (("attn", "in"), ("attn", "in")),
+    "block_parallel": (BLOCK_OUT, BLOCK_IN),
+}
+POST_NORM = PRE_NORM | {
+    "ffn_parallel": (BLOCK_OUT, ("mlp", "in")),
+    "ffn_before": (("mlp", "in"), ("mlp", "in")),
+    "attn_parallel": (("mlp", "in"), ("attn", "in")),
+    "attn_sequential": (("mlp", "in"), ("drop_path1", "out")),
+}
+XCIT = PRE_NORM | {  # a third branch lies between the two
+    "attn_parallel": (("norm3", "in"), ("norm1", "out")),
+    "attn_sequential": (("norm3", "in"), ("drop_path1", "out")),
+}
+CONVNEXT = {
+    "ffn_parallel": (BLOCK_OUT, ("conv_dw", "out")),
+    "ffn_sequential": (BLOCK_OUT, ("drop_path", "out")),
+    "ffn_before": (("norm", "in"), ("norm", "in")),
+    "block_parallel": (BLOCK_OUT, BLOCK_IN),
+}
+BERT = {
+    "ffn_parallel": (("output.LayerNorm", "in"), ("intermediate", "in")),
+    "ffn_sequential": (("output.LayerNorm", "in"), ("output.dropout", "out")),
+    "attn_parallel": (("attention.output.LayerNorm", "in"), BLOCK_IN),
+    "attn_sequential": (("attention.output.LayerNorm", "in"), ("attention.output.dropout", "out")),
+    "block_parallel": (("output.LayerNorm", "in"), BLOCK_IN),
+}
+
+
+def wiring(family: str) -> Mapping[str, tuple[End, End]]:
+    """Per kind: (where the sum is seen, what is added there)."""
+    special = {"BERT": BERT, "XCiT": XCIT, "ConvNeXt": CONVNEXT}
+    for start, table in special.items():
+        if family.startswith(start):
+            return table
+    return POST_NORM if "post-norm" in family else PRE_NORM
+
+
+@pytest.mark.parametrize("kind", [*AROUND, *FFN, "block_parallel"])
+@pytest.mark.parametrize("echo_type", [Echo, EchoMap])
+def test_reads_and_adds_where_the_papers_say(case: Any, kind: str, echo_type: type[Echo]) -> None:
+    """With h = x + A(x) after the attention, F the feed-forward branch: at each site exactly one term more.
+
+    ffn_parallel h + F(h) + delta(h) (MOS, SEMA); attn_parallel x + A(x) + delta(norm x) (LAE); sequential: delta of
+    what the branch puts out; before: the branch alone sees x + delta(x), the residual stream does not.
+    """
+    backbone, x, block = case.backbone, case.inputs(3), 1
+    layer = find_family(backbone.encoder).find_blocks(backbone.encoder)[block][1]
+    echo = echo_type(kind=kind)
+    bank = fitting(case, echo, lambda: AdapterBank(backbone, echo, blocks=[block]))
+    if bank is None:
+        return
+    bank.add_slot(bank.fresh(torch.Generator()))
+    where, what = wiring(case.family)[kind]
+    modules = {name: layer.get_submodule(name) for name in {where[0], what[0], ""}}
+    plain = seen_by(modules, lambda: backbone.features(x))
+    echoed = seen_by(modules, lambda: routed(bank, backbone, x, Route.single(0)))
+    assert torch.equal(echoed[BLOCK_IN], plain[BLOCK_IN]), "blocks below are as they were"
+    wanted = plain[where] + plain[what].reshape_as(plain[where])
+    assert (echoed[where] - wanted).abs().max() < 2e-5
+    assert (echoed[where] - plain[where]).abs().max() > 0.05
+    if kind in ("attn_before", "ffn_before"):
+        stream_is_kept(case, layer, kind, bank)
+
+
+def stream_is_kept(case: Any, layer: nn.Module, kind: str, bank: AdapterBank) -> None:
+    """What passes by the branch is as without the adapter."""
+    end = "drop_path" if case.family.startswith("ConvNeXt") else f"drop_path{1 if kind == 'attn_before' else 2}"
+    after = wiring(case.family)["attn_sequential"][0] if kind == "attn_before" else BLOCK_OUT
+    modules = {name: layer.get_submodule(name) for name in (end, after[0])}
+    backbone, x = case.backbone, case.inputs(3)
+    plain = seen_by(modules, lambda: backbone.features(x))
+    now = seen_by(modules, lambda: routed(bank, backbone, x, Route.single(0)))
+    stream = [seen[after] - seen[end, "out"].reshape_as(seen[after]) for seen in (plain, now)]
+    assert (stream[0] - stream[1]).abs().max() < 1e-5
+
+
+@pytest.mark.parametrize("kind", LINEAR)
+def test_lora_sites_leave_the_other_thirds_alone(case: Any, kind: str) -> None:
+    """Of a fused projection [q | k | v] exactly one third changes, by what is read times a matrix."""
+    lora = adapter_from({"type": "lora", "targets": [kind], "rank": 2})
+    bank = fitting(case, lora, lambda: AdapterBank(case.backbone, lora, blocks=[1]))
+    if bank is None:
+        return
+    site, generator = bank.sites[0], torch.Generator().manual_seed(0)
+    tensors = {key: torch.randn(value.shape, generator=generator) for key, value in bank.fresh(generator).items()}
+    bank.add_slot(tensors)
+    modules = {"": case.backbone.encoder.get_submodule(site.target.module)}
+    x = case.inputs(3)
+    plain = seen_by(modules, lambda: case.backbone.features(x))
+    now = seen_by(modules, lambda: routed(bank, case.backbone, x, Route.single(0)))
+    A, B = tensors[f"{site.name}/A"], tensors[f"{site.name}/B"]
+    places = [LINEAR.index(kind)] if site.third is not None else [0]
+    before_after = (seen[BLOCK_OUT].split(site.out_width, -1) for seen in (plain, now))
+    for third, (before, after) in enumerate(zip(*before_after, strict=True)):
+        if third in places:
+            assert torch.allclose(after, before + plain[BLOCK_IN] @ A.mT @ B.mT, atol=1e-4)
+            assert not torch.allclose(after, before, atol=1e-2)
+        else:
+            assert torch.equal(after, before)
+
+
+def test_prefix_sites_are_plain_attention(case: Any) -> None:
+    """The formula rests on it: what the heads put out is softmax(q k^T / sqrt(hd)) v of the projection's output."""
+    prefix = adapter_from("prefix")
+    bank = fitting(case, prefix, lambda: AdapterBank(case.backbone, prefix))
+    for site in bank.sites if bank is not None else ():
+        ends = {name: case.backbone.encoder.get_submodule(getattr(site, name).module) for name in ("source", "target")}
+        seen = seen_by(ends, lambda: case.backbone.features(case.inputs(3)))
+        q, k, v = seen["source", "out"].unflatten(-1, (3, site.heads, -1)).permute(2, 0, 3, 1, 4)
+        heads = torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, -1) @ v
+        assert torch.allclose(heads.transpose(1, 2).flatten(2), seen["target", "in"], atol=1e-5)
+
+
+# --- every family with every type ---------------------------------------------------------------------------
+
+
+def with_parts(bank: AdapterBank, backbone: FrozenBackbone) -> int:
+    """Fill a bank with three random adapters and a fourth at block 1 only; its number."""
+    for seed in range(4):
+        generator = torch.Generator().manual_seed(seed)
+        fresh = bank.fresh(generator, blocks=[1] if seed == 3 else None)
+        bank.add_slot({key: 0.5 * torch.randn(value.shape, generator=generator) for key, value in fresh.items()})
+    return 3
+
+
+@pytest.mark.parametrize("adapter", TYPES)
+def test_every_type_on_every_family(case: Any, adapter: AdapterType) -> None:
+    """Refused before anything else, or felt by the features, in mixed batches as one by one."""
+    backbone, x = case.backbone, case.inputs(5)
+    plain = backbone.features(x)
+    bank = fitting(case, adapter, lambda: AdapterBank(backbone, adapter))
+    if bank is None:
+        assert torch.equal(backbone.features(x), plain), "no hook was left behind"
+        return
+    partial = with_parts(bank, backbone)
+    for ids in (IDS, torch.tensor([partial, 0, partial, BARE, 2])):
+        mixed = routed(bank, backbone, x, Route.hard(ids))
+        for i, slot in enumerate(ids.tolist()):
+            alone = routed(bank, backbone, take(x, torch.tensor([i])), Route.single(slot))
+            assert (mixed[i] - alone[0]).abs().max() < 1e-5 * (1 + alone.abs().max())
+            changed = (mixed[i] - plain[i]).abs().max()
+            assert changed < 1e-5 if slot == BARE else changed > 1e-4, slot
+    weights = torch.rand(5, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([1, 0, 1, 1])
+    soft = routed(bank, backbone, x, Route.soft(weights))
+    for i in range(5):
+        alone = routed(bank, backbone, take(x, torch.tensor([i])), Route.soft(weights[i : i + 1]))
+        assert (soft[i] - alone[0]).abs().max() < 1e-5 * (1 + alone.abs().max())
+    assert torch.equal(routed(bank, backbone, x, Route.single(BARE)), plain)
+    assert torch.equal(backbone.features(x), plain), "nothing is left behind by a route"
+
+
+@pytest.mark.parametrize("adapter", TYPES)
+def test_every_type_starts_and_trains_on_every_family(case: Any, adapter: AdapterType) -> None:
+    """Bit-equal features at the start where the type says so; gradients in every tensor, at every site."""
+    backbone, x = case.backbone, case.inputs(4)
+    bank = fitting(case, adapter, lambda: AdapterBank(backbone, adapter))
+    if bank is None:
+        return
+    fresh = bank.add_slot(bank.fresh(torch.Generator().manual_seed(0)))
+    with torch.no_grad():  # a convolution may take another algorithm where it needs a gradient
+        unchanged = torch.equal(routed(bank, backbone, x, Route.single(fresh)), backbone.features(x))
+    assert unchanged == adapter.starts_as_identity
+    partial = with_parts(bank, backbone)
+    for slot in (1, partial + 1):
+        routed(bank, backbone, x, Route.single(slot)).square().sum().backward()
+        for key, parameter in bank.named_slot(slot):
+            assert parameter.grad is not None and parameter.grad.any(), key
+    assert all(p.grad is None for p in [*bank.slot_parameters(fresh), *backbone.parameters()])
