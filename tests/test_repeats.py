@@ -19,7 +19,7 @@ SMALL = Repeats(tasks=7, classes_per_task=2, looks=3, train_per_class=2, test_pe
 
 def looks_in(part: ImageSet, data: BenchmarkData, task: int) -> set[str]:
     """The looks that the image names of a task tell."""
-    return {part.names[i].split("/")[2] for i in np.flatnonzero(np.isin(part.labels, data.tasks[task]))}
+    return {part.names[int(i)].split("/")[2] for i in np.flatnonzero(np.isin(part.labels, data.tasks[task]))}
 
 
 def of_task(data: BenchmarkData, task: int) -> list[npt.NDArray[np.uint8]]:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -16,10 +17,11 @@ from safetensors.torch import save_file
 from cl_adapters.benchmarks.evaluation import evaluate
 from cl_adapters.benchmarks.experiment import Experiment, resolve
 from cl_adapters.benchmarks.results import BackboneInfo, read
-from cl_adapters.benchmarks.rows import to_results
+from cl_adapters.benchmarks.rows import growth, to_results
 from cl_adapters.benchmarks.runner import complete_tasks, latest_model, resume, run
 from cl_adapters.errors import ConfigError, IncompatibleBackbone, StorageError, TrainingDiverged
 from cl_adapters.features import FeatureMemory
+from cl_adapters.strategies.expansion import Expansion
 
 
 @pytest.fixture(scope="session")
@@ -186,6 +188,24 @@ def test_the_right_adapter_is_one_made_in_the_images_task(photos: Path, weights:
     assert results.routing.counts == ((6, 3, 1), (0, 4, 6))
     assert results.routing.right_share == (90.0, 75.0)
     assert results.adapters is None, "these rows do not tell"
+
+
+def test_an_adapter_counts_once_per_block_and_an_endless_score_is_null() -> None:
+    """Two sites in block 3, one in block 5; the second adapter is at block 5 only."""
+    keys = {0: ["b3.key/a", "b3.key/b", "b3.value/a", "b5.key/a"], 1: ["b5.key/a"]}
+    sites = [SimpleNamespace(name=name, block=int(name[1])) for name in ("b3.key", "b3.value", "b5.key")]
+    bank = SimpleNamespace(
+        sites=sites, blocks=(3, 5), num_slots=2, parameters=lambda: [torch.zeros(2, 4), torch.zeros(5)],
+        named_slot=lambda slot: [(key, None) for key in keys[slot]],
+    )  # fmt: skip
+    model = SimpleNamespace(bank=bank, num_slots=2, task_of_slot=[0, 1])
+    added = Expansion(task=1, block=5, slot=1, score=float("inf"), threshold=2.0, scan=0, batch=0)
+    found = growth(SimpleNamespace(model=model, expansions=[added]))  # type: ignore[arg-type]
+    assert found["adapters_per_block"] == {"3": 1, "5": 2}
+    assert (found["adapters"], found["adapter_parameters"]) == (2, 13)
+    assert found["expansions"] == [
+        {"task": 1, "block": 5, "slot": 1, "score": None, "threshold": 2.0, "scan": 0, "batch": 0}
+    ]
 
 
 def test_a_run_begun_before_adapters_were_counted_can_be_resumed(photos: Path, weights: Path, tmp_path: Path) -> None:

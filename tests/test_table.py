@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import subprocess
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -70,13 +72,25 @@ def test_the_full_table_has_every_strategy_of_the_package_once() -> None:
 
 
 def test_a_small_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--strategies", "simple_cil", "--benchmarks", "glyphs:6,tasks=3,train_per_class=2", "digits:0"]
-    assert table.main([*words, "--seeds", "0", "--jobs", "1", "--out", str(tmp_path)]) == 1
-    printed = capsys.readouterr()
-    assert "takes no argument" in printed.err
-    heading, _, line = printed.out.strip().splitlines()
+    words = ["--strategies", "simple_cil", "--benchmarks", "glyphs:6,tasks=3,train_per_class=2"]
+    assert table.main([*words, "--seeds", "0", "--jobs", "1", "--out", str(tmp_path)]) == 0
+    heading, _, line = capsys.readouterr().out.strip().splitlines()
     assert heading.startswith("| benchmark | strategy |")
     assert line.startswith("| glyphs | simple_cil | 0 | 3 |")
     assert (tmp_path / "simple_cil-glyphs_6_tasks=3_train_per_class=2-s0" / "report.html").is_file()
+
+
+def test_failed_runs_are_told_and_unreadable_words_end_the_command(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        assert "digits:0" in command
+        return subprocess.CompletedProcess(command, 2, "", "error: digits takes no argument\n")
+
+    monkeypatch.setattr("cl_adapters.benchmarks.table.subprocess.run", fail)
+    words = ["--strategies", "mos", "--seeds", "0", "--out", str(tmp_path)]
+    assert table.main([*words, "--benchmarks", "digits:0"]) == 1
+    assert "mos-digits_0-s0: ['error: digits takes no argument']" in capsys.readouterr().err
     with pytest.raises(SystemExit):
-        table.main(["--strategies", ":", "--out", str(tmp_path)])
+        table.main([*words, "--benchmarks", ":"])
+    assert "there is no name in front" in capsys.readouterr().err

@@ -48,8 +48,8 @@ def _style(*, dark_ink: float, contrast: float = 180.0, noise: tuple[float, floa
 
 def _squared(image: UInt8Image) -> UInt8Image:
     """Dark lines across and down, eight to the side."""
-    y, x = np.indices(image.shape[:2]) % _period(image, 8) == 0
-    return np.where((y | x)[..., None], image // 4, image)
+    lines = (np.indices(image.shape[:2]) % _period(image, 8) == 0).any(axis=0)
+    return np.where(lines[..., None], image // 4, image)
 
 
 def _striped(image: UInt8Image) -> UInt8Image:
@@ -78,7 +78,8 @@ def _plain(image: UInt8Image) -> UInt8Image:
 
 
 def _period(image: UInt8Image, times: int) -> int:
-    return max(3, round(image.shape[0] / times))
+    side: int = image.shape[0]
+    return max(3, round(side / times))
 
 
 @dataclass(frozen=True)
