@@ -48,15 +48,16 @@ def _style(*, dark_ink: float, contrast: float = 180.0, noise: tuple[float, floa
 
 def _squared(image: UInt8Image) -> UInt8Image:
     """Dark lines across and down, eight to the side."""
-    lines = (np.indices(image.shape[:2]) % _period(image, 8) == 0).any(axis=0)
-    return np.where(lines[..., None], image // 4, image)
+    y, x = np.indices(image.shape[:2]) % _period(image, 8)
+    return np.where(((y == 0) | (x == 0))[..., None], image // 4, image)
 
 
 def _striped(image: UInt8Image) -> UInt8Image:
     """Shaded diagonal stripes, about five to the side."""
     period = _period(image, 5)
     y, x = np.indices(image.shape[:2])
-    return np.where(((x + y) % period < period / 2)[..., None], image // 2, image)
+    shaded = np.less((x + y) % period, period / 2)
+    return np.where(shaded[..., None], image // 2, image)
 
 
 def _dotted(image: UInt8Image) -> UInt8Image:
