@@ -20,7 +20,8 @@ def build(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
 
     Args:
         cls: a dataclass type; its ``__post_init__`` may check ranges and raise ``ValueError``.
-        values: field names to plain values (numbers, strings, lists, mappings for nested dataclasses).
+        values: field names to plain values (numbers, strings, lists, mappings for nested dataclasses). A mapping changes
+            the field's own default, unless it names another "type".
         where: prefix of the field names in messages ("benchmark", "strategy").
 
     Raises:
@@ -30,7 +31,7 @@ def build(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
     _check(cls, values, prefix)
     hashable: Any = cls  # for mypy, which takes no class for a key
     try:
-        config: C = _adapter(hashable).validate_python(dict(values))
+        config: C = _adapter(hashable).validate_python(_on_defaults(cls, values))
     except ValidationError as error:
         problems = "; ".join(_explain(prefix, problem) for problem in error.errors())
         raise ConfigError(problems) from error
@@ -64,10 +65,34 @@ def _check(cls: Any, values: Mapping[str, Any], prefix: str) -> None:
                 _check(nested, value, f"{prefix}{key}.")
 
 
+def _on_defaults(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
+    """Nested options on top of the default of their field.
+
+    A strategy may want another scale or dropout of its adapters than the adapter type itself; asking for a wider
+    bottleneck must not undo that.
+    """
+    hints = get_type_hints(cls, include_extras=True)
+    given = dict(values)
+    for field in dataclasses.fields(cls):
+        value = given.get(field.name)
+        factory: Any = field.default_factory
+        default = field.default if factory is dataclasses.MISSING else factory()
+        if dataclasses.is_dataclass(default) and isinstance(value, str | Mapping):
+            plain = _adapter(hints[field.name]).dump_python(default, mode="json")
+            options = {"type": value} if isinstance(value, str) else dict(value)
+            if options.get("type", plain.get("type")) == plain.get("type"):
+                given[field.name] = plain | options
+    return given
+
+
 @functools.cache
 def _adapter(cls: Any) -> TypeAdapter[Any]:
-    if not hasattr(cls, "__pydantic_config__"):
-        cls.__pydantic_config__ = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+    config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+    if not dataclasses.is_dataclass(cls):  # the annotation of a field
+        return TypeAdapter(cls, config=config)
+    owner: Any = cls
+    if not hasattr(owner, "__pydantic_config__"):
+        owner.__pydantic_config__ = config
     return TypeAdapter(cls)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from abc import ABC, abstractmethod
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, ClassVar, Literal
 
 import pytest
@@ -99,6 +99,30 @@ def test_round_trip_through_json() -> None:
 def test_refusals(values: dict[str, Any], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         build(Outer, values, "run")
+
+
+@dataclass(frozen=True, kw_only=True)
+class OwnDefaults:
+    """A nested default that is not the nested class's own."""
+
+    inner: Inner = field(default_factory=lambda: Inner(kind="hard", scale=(1, 5)))
+
+
+def test_nested_options_change_the_fields_default_not_the_types() -> None:
+    assert build(OwnDefaults, {"inner": {"scale": [2, 3]}}).inner == Inner(kind="hard", scale=(2, 3))
+    assert build(OwnDefaults, {}).inner == Inner(kind="hard", scale=(1, 5))
+    assert build(OwnDefaults, to_plain(OwnDefaults())) == OwnDefaults()
+
+
+def test_nested_options_of_another_type_start_from_that_type() -> None:
+    from cl_adapters.adapters.lora import LoRA
+    from cl_adapters.strategies.sema import SEMAConfig
+
+    default = SEMAConfig().adapter
+    assert getattr(default, "scale", None) == 1.0, "SEMA's own, MOS has 0.1"
+    assert build(SEMAConfig, {"adapter": "bottleneck"}).adapter == default
+    assert build(SEMAConfig, {"adapter": {"bottleneck": 8}}).adapter == replace(default, bottleneck=8)  # type: ignore[type-var, call-arg]
+    assert build(SEMAConfig, {"adapter": {"type": "lora", "rank": 3}}).adapter == LoRA(rank=3)
 
 
 def test_several_problems_are_told_at_once() -> None:

@@ -130,7 +130,9 @@ def test_own_module_with_sites(name: str, lab: Any) -> None:
             return total.mean(1)
 
     site = Site("ffn", 0, "ffn_parallel", 12, Tap("ffn", "in"), Tap("ffn", "out"))
-    strategy = lab.make(name, model=FrozenBackbone.wrap(Tokens(), sites=[site]))
+    backbone = FrozenBackbone.wrap(Tokens(), sites=[site])
+    adapter = {"adapter": {"bottleneck": 4, "place": "ffn", "mode": "parallel"}} if trains(name) else {}
+    strategy = lab.make(name, model=backbone, **adapter)
     for experience in lab.benchmark("sets").train_stream:
         strategy.train(experience)
     assert strategy.model.predict(lab.probe()).isfinite().all()
