@@ -121,7 +121,7 @@ def test_nested_options_of_another_type_start_from_that_type() -> None:
     default = SEMAConfig().adapter
     assert getattr(default, "scale", None) == 1.0, "SEMA's own, MOS has 0.1"
     assert build(SEMAConfig, {"adapter": "bottleneck"}).adapter == default
-    assert build(SEMAConfig, {"adapter": {"bottleneck": 8}}).adapter == replace(default, bottleneck=8)  # type: ignore[type-var, call-arg]
+    assert build(SEMAConfig, {"adapter": {"bottleneck": 8}}).adapter == replace(default, bottleneck=8)  # type: ignore[type-var]
     assert build(SEMAConfig, {"adapter": {"type": "lora", "rank": 3}}).adapter == LoRA(rank=3)
 
 
