@@ -170,6 +170,7 @@ def test_whole_strategy(make_ranpac: Callable[..., RanPAC], three_tasks: list[An
     assert model.head.num_classes == model.prototypes.num_classes == 0
     if model.bank is not None:
         assert any(value.any() for key, value in model.bank.export(0).items() if key.endswith("up")), "it was trained"
+        assert not any(parameter.requires_grad for parameter in model.bank.parameters())
     x, labels = (torch.cat(parts) for parts in zip(*map(stacked, three_tasks), strict=True))
     route = Route.single(0) if train_adapter else None
     with torch.no_grad():
