@@ -46,7 +46,9 @@ class LAEConfig(TrainingConfig):
     """Settings of LAE; the defaults are those of the released CIFAR-100 configuration.
 
     Attributes:
-        adapter: adapter type with its options; options that are left out are those of the type, not of LAE.
+        adapter: adapter type with its options; default the "Adapter" of LAE. Its "LoRA" is
+            ``{"type": "lora", "learn_scale": True}``, its "Prefix" ``"prefix"``, its Adapter for ConvNeXt
+            ``"conv_bottleneck"``.
         blocks: blocks that get adapters; None: the first ``first_blocks``.
         first_blocks: how many, or all where the backbone has fewer: 5 in a ViT, 10 in Swin-B, 15 in ConvNeXt-B.
         lr: learning rate of Adam, the same in every epoch.

@@ -160,6 +160,9 @@ def test_incomplete_batches(make: Make, three_tasks: list[Any], batch: int, drop
     assert strategy.clock.train_iterations == steps
     strategy.train(three_tasks[1], drop_last=False)
     assert strategy.clock.train_exp_iterations == -(-12 // batch), "what the call says counts"
+    cached = make(train_mb_size=batch, drop_last=drop, train_epochs=1, blocks=(2,), cached_views=1)
+    cached.train(three_tasks[0])
+    assert cached.clock.train_iterations == steps, "batches of cached views too"
 
 
 # --- accumulation ----------------------------------------------------------------------------------------------------
@@ -348,6 +351,7 @@ def test_every_adapter_type_on_every_family(name: str, kind: str, make: Make, th
 
 
 EXCEPTIONS: dict[str, tuple[str, ...]] = {
+    "bottleneck": ("convnext",),  # LAE's place is the attention
     "lora": ("convnext",),
     "prefix": ("swin", "convnext"),
     "conv_bottleneck": ("vit",),
@@ -361,7 +365,7 @@ def test_first_blocks_follow_the_backbone(make: Make) -> None:
     assert make(first_blocks=2).model.bank.blocks == (0, 1)
     assert make(blocks=(1,)).model.bank.blocks == (1,)
     assert make(model=_backbone("swin"), first_blocks=3).model.bank.blocks == (0, 1, 2)
-    assert make(model=_backbone("convnext"), first_blocks=4, adapter={"mode": "sequential"}).model.bank.blocks == (
+    assert make(model=_backbone("convnext"), first_blocks=4, adapter="conv_bottleneck").model.bank.blocks == (
         *range(4),
     )
 
