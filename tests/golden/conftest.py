@@ -1,4 +1,4 @@
-"""A tiny MOS with a few tasks of noisy images, for the numbers that come from training."""
+"""A tiny MOS and a tiny LAE with a few tasks of noisy images, for the numbers that come from training."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from avalanche.benchmarks import benchmark_from_datasets
 from avalanche.benchmarks.utils import AvalancheDataset, DataAttribute
 from torch.utils.data import TensorDataset
 
+from cl_adapters.strategies.lae import LAE
 from cl_adapters.strategies.mos import MOS
 
 
@@ -47,3 +48,15 @@ def make_mos(tiny_vit: Callable[..., torch.nn.Module]) -> Callable[..., MOS]:
         return MOS(model=backbone, evaluator=None, seed=3, **(values | options))
 
     return make
+
+
+@pytest.fixture
+def make_lae(tiny_vit: Callable[..., torch.nn.Module]) -> Callable[..., LAE]:
+    """Factory of LAE on a ViT of width 16 and depth 3; 12 images in batches of 4 are 3 steps an epoch."""
+
+    def build(**options: Any) -> LAE:
+        values: dict[str, Any] = {"train_mb_size": 4, "train_epochs": 5, "lr": 0.01, "decay": 0.9}
+        model = options.pop("model", None) or tiny_vit(width=16, heads=2, img_size=16)
+        return LAE(model=model, evaluator=None, seed=3, **(values | options))
+
+    return build
