@@ -29,7 +29,7 @@ app = typer.Typer(
 )
 console = Console()
 
-Out = Annotated[Path | None, typer.Option("--out", help="New run folder; default runs/STRATEGY-BENCHMARK-sSEED.")]
+Out = Annotated[Path | None, typer.Option("--out", help="New folder; default runs/STRATEGY-PRESET|BENCHMARK-sSEED")]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
 Threads = Annotated[int | None, typer.Option(help="CPU threads; default torch's own choice.", min=1)]
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.")]
@@ -39,6 +39,9 @@ RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.")]
 def run_command(
     strategy: Annotated[str, typer.Option(help="Strategy; see `cl-adapters list strategies`.")],
     benchmark: Annotated[str, typer.Option(help="Benchmark, or NAME:ARGUMENT such as folder:photos.")],
+    preset: Annotated[
+        str | None, typer.Option(help="Settings to start from, default BENCHMARK's; see `cl-adapters list presets`.")
+    ] = None,
     backbone: Annotated[str | None, typer.Option(help="Embedded name, or timm:MODEL.")] = None,
     weights: Annotated[Path | None, typer.Option(help="Local .safetensors weights of the backbone.")] = None,
     settings: Annotated[
@@ -58,12 +61,13 @@ def run_command(
     experiment = resolve(
         strategy,
         benchmark,
+        preset=preset,
         backbone=backbone,
         weights=None if weights is None else str(weights),
         seed=seed,
         settings=_settings(settings or []),
     )
-    out = out or Path("runs") / f"{strategy}-{experiment.benchmark}-s{seed}"
+    out = out or Path("runs") / f"{strategy}-{preset or experiment.benchmark}-s{seed}"
     with _resumable(out), _Live() as live:
         results = run(experiment, out, device=device, listener=live)
     _finish(results, out)
@@ -127,9 +131,17 @@ def predict_command(
 
 @app.command("list")
 def list_command(
-    kind: Annotated[str, typer.Argument(help="strategies, benchmarks, adapters, merges or predictors.")],
+    kind: Annotated[str, typer.Argument(help="strategies, benchmarks, adapters, merges, parts, predictors, presets.")],
 ) -> None:
-    """List the plug-ins of one kind, with one line each."""
+    """List the plug-ins of one kind or the presets, with one line each."""
+    if kind == "presets":
+        from cl_adapters.benchmarks.experiment import presets
+
+        table = Table("--strategy", "--preset", "")
+        for preset in presets():
+            table.add_row(preset.strategy, preset.name, _escape(preset.summary))
+        console.print(table)
+        return
     registry = _registry(kind)
     table = Table(kind, "")
     for name in registry.names():
@@ -259,15 +271,17 @@ def _registry(kind: str) -> Registry[Any]:
     from cl_adapters.adapters import adapters
     from cl_adapters.benchmarks.base import benchmarks
     from cl_adapters.merge import merges
+    from cl_adapters.parts import parts
     from cl_adapters.predictors import predictors
 
-    known: dict[str, Any] = {"adapters": adapters, "benchmarks": benchmarks, "merges": merges, "predictors": predictors}
+    known: dict[str, Any] = {"adapters": adapters, "benchmarks": benchmarks, "merges": merges}
+    known |= {"parts": parts, "predictors": predictors}
     if kind == "strategies":
         from cl_adapters.strategies.base import strategies
 
         return strategies
     if kind not in known:
-        raise UnknownName.of("kind of plug-in", kind, [*known, "strategies"])
+        raise UnknownName.of("kind of plug-in", kind, [*known, "strategies", "presets"])
     registry: Registry[Any] = known[kind]
     return registry
 

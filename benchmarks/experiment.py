@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import itertools
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -14,12 +15,52 @@ from cl_adapters.backbone import FrozenBackbone
 from cl_adapters.benchmarks.base import BenchmarkConfig, BenchmarkData
 from cl_adapters.benchmarks.spec import parse_benchmark
 from cl_adapters.config import build, to_plain
-from cl_adapters.errors import ConfigError
+from cl_adapters.errors import ConfigError, UnknownName
 from cl_adapters.strategies.base import AdapterStrategy, strategies
 from cl_adapters.strategies.config import StrategyConfig
 
 CONFIGS = Path(__file__).parent / "configs"
 DEFAULT_BACKBONE = "vit_glyph_tiny"
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """Settings of a strategy on a benchmark or data set: the file ``configs/STRATEGY-NAME.yaml``.
+
+    Attributes:
+        strategy: registered name.
+        name: a benchmark, or a data set that the benchmark "folder" reads.
+        path: of the file.
+    """
+
+    strategy: str
+    name: str
+    path: Path
+
+    @property
+    def summary(self) -> str:
+        """What it is: the header of the file up to the command that runs it, as one line."""
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        header = itertools.takewhile(lambda line: line.startswith("#"), lines)
+        return " ".join(line.lstrip("# ") for line in header).partition(" Run it with")[0]
+
+    def read(self) -> dict[str, Any]:
+        """The settings as plain values.
+
+        Raises:
+            ConfigError: other sections than "strategy", "benchmark" and "backbone".
+        """
+        content = yaml.safe_load(self.path.read_text(encoding="utf-8")) or {}
+        unknown = set(content) - {"strategy", "benchmark", "backbone"}
+        if unknown:
+            raise ConfigError(f"{self.path}: unknown sections {sorted(unknown)}; known: strategy, benchmark, backbone")
+        return dict(content)
+
+
+def presets() -> list[Preset]:
+    """All presets, by strategy and name."""
+    stems = ((path.stem.partition("-"), path) for path in sorted(CONFIGS.glob("*-*.yaml")))
+    return [Preset(strategy, name, path) for (strategy, _, name), path in stems]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -96,16 +137,18 @@ def resolve(
     strategy: str,
     benchmark: str,
     *,
+    preset: str | None = None,
     backbone: str | None = None,
     weights: str | None = None,
     seed: int = 0,
     settings: Mapping[str, Any] | None = None,
 ) -> Experiment:
-    """An experiment from the command line: the preset of (strategy, benchmark), then the user's settings on top.
+    """An experiment from the command line: a preset, then the user's settings on top.
 
     Args:
         strategy: name.
         benchmark: "digits" or "folder:PATH".
+        preset: name of one of the strategy's :func:`presets`; default that of the benchmark, if there is one.
         backbone: default that of the preset, else the embedded one.
         weights: local weights file.
         seed: of the run.
@@ -116,7 +159,11 @@ def resolve(
         UnknownName, ConfigError: with the nearest valid name.
     """
     strategies.get(strategy)
-    plain = preset(strategy, benchmark.partition(":")[0])
+    known = {known.name: known for known in presets() if known.strategy == strategy}
+    if preset is not None and preset not in known:
+        raise UnknownName.of(f"preset of {strategy}", preset, known)
+    name = preset or benchmark.partition(":")[0]
+    plain = known[name].read() if name in known else {}
     chosen = {"name": backbone or plain.get("backbone", {}).get("name", DEFAULT_BACKBONE)}
     if backbone is None or backbone == plain.get("backbone", {}).get("name"):
         chosen = plain.get("backbone", {}) | chosen
@@ -133,18 +180,6 @@ def resolve(
             section = "backbone" if key in backbone_keys else "strategy"
         _put(plain[section], path, value, key)
     return Experiment.from_plain(plain)
-
-
-def preset(strategy: str, benchmark: str) -> dict[str, Any]:
-    """The preset ``configs/STRATEGY-BENCHMARK.yaml``, or an empty one."""
-    path = CONFIGS / f"{strategy}-{benchmark}.yaml"
-    if not path.is_file():
-        return {}
-    content = yaml.safe_load(path.read_text(encoding="utf-8")) or {}
-    unknown = set(content) - {"strategy", "benchmark", "backbone"}
-    if unknown:
-        raise ConfigError(f"{path}: unknown sections {sorted(unknown)}; known: strategy, benchmark, backbone")
-    return dict(content)
 
 
 def data_fingerprint(data: BenchmarkData) -> str:

@@ -17,6 +17,7 @@ from safetensors.torch import save_file
 from typer.testing import CliRunner
 
 from cl_adapters.benchmarks.cli import app
+from cl_adapters.benchmarks.experiment import presets
 from cl_adapters.errors import ClAdaptersError
 
 
@@ -108,6 +109,31 @@ def test_unknown_benchmark_and_kind() -> None:
     assert "did you mean 'strategies'" in failure("list", "strategy")
 
 
+def test_a_preset_gives_the_settings_and_the_folders_name(place: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(place)
+    settings = ["--preset", "glyphs", "--set", "benchmark.augmentation.flip=false"]
+    result = CliRunner().invoke(app, arguments(place, *settings))
+    assert result.exit_code == 0, (result.output, result.exception)
+    recorded = json.loads((place / "runs" / "mos-glyphs-s0" / "config.json").read_text(encoding="utf-8"))["experiment"]
+    assert recorded["benchmark"]["name"] == "folder"
+    assert (recorded["strategy"]["train_mb_size"], recorded["strategy"]["lr"]) == (16, 0.1)  # of the preset
+    assert (recorded["strategy"]["train_epochs"], recorded["strategy"]["reg"]) == (1, 0.1)  # --set; default
+    assert recorded["backbone"]["name"] == "timm:test_vit"
+    message = failure(*arguments(place, "--preset", "glyph"))
+    assert message.startswith("unknown preset of mos 'glyph'; did you mean 'glyphs'? Known: ")
+
+
+def test_presets_are_listed_with_a_line() -> None:
+    result = CliRunner(env={"COLUMNS": "250"}).invoke(app, ["list", "presets"])
+    assert result.exit_code == 0
+    rows = [
+        [cell.strip() for cell in line.strip("│ ").split("│")] for line in result.output.splitlines() if "│" in line
+    ]
+    assert len(rows) == len(presets())
+    assert ["sema", "vtab"] in [row[:2] for row in rows]
+    assert all(strategy and name and len(line) > 20 for strategy, name, line in rows)
+
+
 def test_predict_with_a_file_that_is_no_image(place: Path, tmp_path: Path) -> None:
     out = tmp_path / "run"
     assert CliRunner().invoke(app, arguments(place, "--out", str(out))).exit_code == 0
@@ -117,7 +143,7 @@ def test_predict_with_a_file_that_is_no_image(place: Path, tmp_path: Path) -> No
     assert "config.json is missing" in failure("predict", "--run", str(tmp_path), str(tmp_path / "x.png"))
 
 
-@pytest.mark.parametrize("kind", ["strategies", "benchmarks", "adapters", "merges", "predictors"])
+@pytest.mark.parametrize("kind", ["strategies", "benchmarks", "adapters", "merges", "parts", "predictors"])
 def test_every_plugin_is_listed_with_a_line(kind: str) -> None:
     result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["list", kind])
     assert result.exit_code == 0

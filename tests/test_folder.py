@@ -104,6 +104,14 @@ def test_fixed_order(pets: Path) -> None:
     assert load(pets, order_seed=1993).class_order == arrival_order(3, 1993)
 
 
+def test_order_of_the_folders_names(pets: Path) -> None:
+    shuffled = next(seed for seed in range(9) if arrival_order(3, seed) != (0, 1, 2))
+    data = Folder(path=str(pets), tasks=3, shuffle=False).load(shuffled)
+    assert [data.classes[label] for label in data.class_order] == ["ant", "bee", "cat"]
+    with pytest.raises(ConfigError, match="order_seed=1993 is of no use with shuffle=false"):
+        Folder(path=str(pets), shuffle=False, order_seed=1993)
+
+
 def test_several_sizes_and_modes(pets: Path) -> None:
     Image.new("L", (9, 2), 7).save(pets / "ant" / "000.png")
     Image.new("RGBA", (3, 3), (1, 2, 3, 0)).save(pets / "bee" / "000.png")

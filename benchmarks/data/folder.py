@@ -59,6 +59,7 @@ class Folder(BenchmarkConfig):
             at least one image, so a class then needs two. With train/ and test/ one training image is enough.
         max_train_per_class: keep only the first so many training files of each class, by file name.
         max_test_per_class: the same for test.
+        shuffle: false lets the classes arrive in the order of their folders' names.
         order_seed: seed of the class order (1993: that of the literature); None takes the seed of the run.
         skip_unreadable: leave out files that cannot be read, with one warning that names them.
         augmentation: training-time augmentation. Set flip to false for characters.
@@ -72,6 +73,7 @@ class Folder(BenchmarkConfig):
     test_fraction: float = 0.2
     max_train_per_class: int | None = None
     max_test_per_class: int | None = None
+    shuffle: bool = True
     order_seed: int | None = None
     skip_unreadable: bool = False
     augmentation: Augmentation = field(default_factory=Augmentation)
@@ -85,12 +87,17 @@ class Folder(BenchmarkConfig):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ConfigError(f"{name} must be at least 1 (or null for all), got {value}")
+        if not self.shuffle and self.order_seed is not None:
+            raise ConfigError(
+                f"order_seed={self.order_seed} is of no use with shuffle=false, which takes the order of the folders' "
+                "names; leave one of them out"
+            )
 
     def load(self, seed: int) -> BenchmarkData:
         """Read and decode every image once.
 
         Args:
-            seed: of the class order where ``order_seed`` is None; the split never follows it.
+            seed: of the class order where it is shuffled and ``order_seed`` is None; the split never follows it.
 
         Raises:
             ConfigError: more tasks than classes.
@@ -101,10 +108,11 @@ class Folder(BenchmarkConfig):
         train_files, test_files = _find_files(root, self.test_fraction)
         classes = tuple(sorted(train_files))
         task_sizes = split_evenly(len(classes), self.tasks)
+        drawn = seed if self.order_seed is None else self.order_seed
         return BenchmarkData(
             name="folder",
             classes=classes,
-            class_order=arrival_order(len(classes), seed if self.order_seed is None else self.order_seed),
+            class_order=arrival_order(len(classes), drawn if self.shuffle else None),
             task_sizes=task_sizes,
             licence=f"own images (folder {root.resolve().name!r}); their licence is not known here",
             train=_decode(root, train_files, self.max_train_per_class, self.skip_unreadable, "train"),
