@@ -11,6 +11,7 @@ from pydantic import BeforeValidator, PlainSerializer
 from torch import Tensor
 
 from cl_adapters.config import build, to_plain
+from cl_adapters.errors import ConfigError
 from cl_adapters.registry import Registry
 from cl_adapters.sites import Layout, Site
 
@@ -66,6 +67,25 @@ class AdapterType(ABC):
     def starts_as_identity(self) -> bool:
         """Whether a fresh adapter adds exactly nothing."""
         return True
+
+    def delta_factors(self, params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor] | None:
+        """The adapter at one site as a low-rank change of a weight matrix, dW = B A, all scales folded in.
+
+        Args:
+            params: tensors of :meth:`shapes`, of any rank.
+
+        Returns:
+            A [r, D] and B [O, r]; None: the type is no linear map, so it cannot be merged as one.
+        """
+        return None
+
+    def from_factors(self, a_RD: Tensor, b_OR: Tensor) -> tuple[AdapterType, dict[str, Tensor]]:
+        """The inverse of :meth:`delta_factors`: this type at the rank of A [r, D] and B [O, r], and its tensors.
+
+        Raises:
+            ConfigError: the type has no delta, or its options cannot express this one.
+        """
+        raise ConfigError(f"adapters of type {type(self).__name__} are no linear maps and have no low-rank factors")
 
     def num_parameters(self, site: Site) -> int:
         """Numbers in one adapter at one site."""

@@ -9,7 +9,7 @@ so that what is not a target gets exactly nothing.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cl_adapters.adapters.base import AdapterType, adapters
 from cl_adapters.adapters.bottleneck import affine, check_rate, dropped, kaiming_uniform, lifted
+from cl_adapters.errors import ConfigError
 from cl_adapters.sites import Site
 
 Target = Literal["query", "key", "value"]
@@ -82,3 +83,21 @@ class LoRA(AdapterType):
         scale = params["scale"] if self.learn_scale else self.scale
         hidden_BNR = affine(dropped(x_BND, self.dropout, noise), params["A"])
         return affine(hidden_BNR, params["B"] * lifted(scale, 2))
+
+    def delta_factors(self, params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:
+        """A and s B."""
+        return params["A"], params["B"] * (params["scale"] if self.learn_scale else self.scale)
+
+    def from_factors(self, a_RD: Tensor, b_OR: Tensor) -> tuple[LoRA, dict[str, Tensor]]:
+        """LoRA of that rank; a learned scale is 1, another is divided out of B.
+
+        Raises:
+            ConfigError: the type's scale is 0, which no B can undo.
+        """
+        if self.learn_scale:
+            params = {"A": a_RD, "B": b_OR, "scale": a_RD.new_ones(1)}
+        elif self.scale:
+            params = {"A": a_RD, "B": b_OR / self.scale}
+        else:
+            raise ConfigError("LoRA with scale 0 adds nothing, whatever its tensors are; give it another scale")
+        return replace(self, rank=len(a_RD)), params

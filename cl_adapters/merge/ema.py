@@ -4,10 +4,11 @@ from __future__ import annotations
 
 from torch import Tensor
 
-from cl_adapters.merge.base import merges
+from cl_adapters.merge.base import linear, merges
 
 
 @merges.register("ema")
+@linear
 def ema(tensors: list[Tensor], momentum: float = 0.1, steps: int = 1) -> Tensor:
     """Apply ``w <- (1 - m) w + m anchor`` ``steps`` times, in closed form.
 
