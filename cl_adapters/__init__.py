@@ -16,11 +16,13 @@ if TYPE_CHECKING:
     from cl_adapters.bank import AdapterBank, Route
     from cl_adapters.errors import ClAdaptersError
     from cl_adapters.model import AdapterModel
+    from cl_adapters.pool.pool import AdapterPool
     from cl_adapters.predictors.base import Prediction
 
 __all__ = [
     "AdapterBank",
     "AdapterModel",
+    "AdapterPool",
     "Bottleneck",
     "ClAdaptersError",
     "FrozenBackbone",
@@ -35,6 +37,7 @@ if not TYPE_CHECKING:
         {
             "AdapterBank": "bank",
             "AdapterModel": "model",
+            "AdapterPool": "pool.pool",
             "Bottleneck": "adapters.bottleneck",
             "ClAdaptersError": "errors",
             "FrozenBackbone": "backbone",

@@ -44,6 +44,10 @@ class StorageError(ClAdaptersError, OSError):
     """A saved model or run that is missing, altered, of a newer schema, or cannot be written."""
 
 
+class PoolError(StorageError, ValueError):
+    """A pool, or one adapter in it, that is damaged or not what it says, or that cannot be changed as asked."""
+
+
 def suggestion(name: str, known: Iterable[str]) -> str:
     """Return "; did you mean 'x'?" for the nearest known name, else a full stop."""
     near = difflib.get_close_matches(name, list(known), n=1, cutoff=0.6)

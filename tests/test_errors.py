@@ -28,6 +28,8 @@ def test_one_family(cls: type[Exception]) -> None:
         (errors.IncompatibleBackbone, ValueError),
         (errors.BackboneUnavailable, OSError),
         (errors.StorageError, OSError),
+        (errors.PoolError, errors.StorageError),
+        (errors.PoolError, ValueError),
         (errors.TrainingDiverged, ArithmeticError),
     ],
 )

@@ -1,0 +1,144 @@
+"""The changes of a pool: each stores its new files and gives the new manifest, as the pool's only writer."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Iterable
+from itertools import count
+from pathlib import Path
+
+from cl_adapters.errors import PoolError
+from cl_adapters.pool.blobs import write_blob
+from cl_adapters.pool.disk import Disk
+from cl_adapters.pool.manifest import Broken, Manifest
+from cl_adapters.pool.record import Record, adapter_file, check_id, knowledge_file, shown
+
+Files = tuple[tuple[Callable[[str], str], bytes | None], ...]
+
+
+def files(adapter: bytes | None, knowledge: bytes | None) -> Files:
+    """New files of a record, with their places below the pool."""
+    return ((adapter_file, adapter), (knowledge_file, knowledge))
+
+
+def write(pool: Path, new: Files) -> None:
+    """Store new files; to be called inside a change."""
+    for place, content in new:
+        if content is not None:
+            write_blob(pool, place, content)
+
+
+def add(disk: Disk, record: Record, new: Files, *, named: bool) -> Record:
+    """Add a record with its files.
+
+    Args:
+        disk: the pool.
+        record: complete but for the id where it is not ``named``.
+        new: its files.
+        named: False: the record gets the first free of "task-000", "task-001", ...
+
+    Raises:
+        PoolError: the id is taken.
+    """
+    added: list[Record] = []
+
+    def edit(manifest: Manifest) -> Manifest:
+        final = record if named else dataclasses.replace(record, id=_free(manifest))
+        manifest.check_free(final.id)
+        write(disk.path, new)
+        added.append(final)
+        return manifest.plus([final])
+
+    disk.change(edit)
+    return added[0]
+
+
+def replace(disk: Disk, record: Record, new: Files) -> Record:
+    """Put ``record`` in the place of the one of its id; see ``AdapterPool.replace``."""
+    fresh_adapter, fresh_knowledge = (content is not None for _, content in new)
+
+    def edit(manifest: Manifest) -> Manifest:
+        present = manifest.get(record.id)
+        if not fresh_adapter:
+            _check_kept("tensors", present.adapter_sha, record.adapter_sha, record.id)
+            for key in ("compression", "num_parameters", "blocks"):
+                if record.adapter_sha is not None and getattr(record, key) != getattr(present, key):
+                    raise PoolError(f"{key} of adapter {record.id!r} follows from its tensors: give those to replace")
+        if not fresh_knowledge:
+            _check_kept("knowledge", present.knowledge_sha, record.knowledge_sha, record.id)
+            if record.knowledge_sha is not None and len(record.classes) != len(present.classes):
+                raise PoolError(
+                    f"adapter {record.id!r} would have {len(record.classes)} classes, but its knowledge has rows for "
+                    f"{len(present.classes)}: give the new knowledge to replace"
+                )
+        write(disk.path, new)
+        return manifest.mapped(lambda entry: record if entry.id == record.id else entry)
+
+    disk.change(edit)
+    return record
+
+
+def remove(disk: Disk, id: str) -> None:
+    """Take a record out, also a broken one."""
+
+    def edit(manifest: Manifest) -> Manifest:
+        if not isinstance(manifest.by_id.get(id), Broken):
+            manifest.get(id)
+        return Manifest(manifest.backbone, tuple(entry for entry in manifest.entries if entry.id != id))
+
+    disk.change(edit)
+
+
+def rename(disk: Disk, old: str, new: str) -> Record:
+    """Give a record another id, also where it is a parent."""
+    check_id(new)
+
+    def edit(manifest: Manifest) -> Manifest:
+        manifest.get(old)
+        manifest.check_free(new)
+
+        def renamed(record: Record) -> Record:
+            if record.id != old and old not in record.parents:
+                return record
+            parents = tuple(new if parent == old else parent for parent in record.parents)
+            return dataclasses.replace(record, id=new if record.id == old else record.id, parents=parents)
+
+        return manifest.mapped(renamed)
+
+    return disk.change(edit).get(new)
+
+
+def tag(disk: Disk, id: str, add: Iterable[str], remove: Iterable[str]) -> Record:
+    """Add and remove tags."""
+
+    def edit(manifest: Manifest) -> Manifest:
+        present = manifest.get(id)
+        tags = [tag for tag in dict.fromkeys([*present.tags, *add]) if tag not in set(remove)]
+        tagged = dataclasses.replace(present, tags=tuple(tags))
+        return manifest.mapped(lambda entry: tagged if entry.id == id else entry)
+
+    return disk.change(edit).get(id)
+
+
+def migrate(disk: Disk) -> int:
+    """Write the manifest in the current schema; returns the one that it had."""
+    found: list[int] = []
+
+    def edit(manifest: Manifest) -> Manifest:
+        found.append(manifest.schema_version)
+        return manifest
+
+    disk.change(edit)
+    return found[0]
+
+
+def _free(manifest: Manifest) -> str:
+    return next(id for id in (f"task-{number:03d}" for number in count()) if id not in manifest.by_id)
+
+
+def _check_kept(what: str, present: str | None, given: str | None, id: str) -> None:
+    if given not in (present, None):
+        raise PoolError(
+            f"{what} of adapter {shown(id)} have changed since this record was read, or never were in the pool: get "
+            "the record again, or give the new ones to replace"
+        )

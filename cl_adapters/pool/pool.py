@@ -1,0 +1,292 @@
+"""AdapterPool: adapters on disk, with what belongs to their classes.
+
+    manifest.json                  schema, backbone, one record per adapter
+    adapters/<sha256>.safetensors  tensors keyed "blocks.3.ffn/down"; the same adapter twice is one file
+    knowledge/<sha256>.safetensors rows of the record's classes: keys, heads, prototypes
+    index/                         derived from the rest, and not looked at here
+
+A change writes new files first, then the manifest in one step, then deletes what nothing names any more: a crash
+leaves the old state or the new one, and perhaps files without a record, which ``gc`` removes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterable, Mapping
+from datetime import datetime, timezone
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from cl_adapters._version import __version__
+from cl_adapters.errors import PoolError
+from cl_adapters.pool import changes, interchange
+from cl_adapters.pool.blobs import FOLDERS, delete, orphans, sha_of
+from cl_adapters.pool.checks import adapter_of, card_of
+from cl_adapters.pool.disk import LOCK, locked
+from cl_adapters.pool.manifest import MANIFEST, Manifest, write_manifest
+from cl_adapters.pool.reader import PoolReader
+from cl_adapters.pool.record import PoolClass, Record, shown
+from cl_adapters.pool.store import PackedAdapter, named_codec, pack_adapter, pack_knowledge
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cl_adapters.adapters.base import AdapterType
+    from cl_adapters.backbone import FrozenBackbone
+    from cl_adapters.codecs import Codec
+
+
+class AdapterPool(PoolReader):
+    """Adapters of one backbone on disk: many readers, one writer at a time.
+
+    Opening reads the manifest only. Every read sees the newest state that a writer finished, also those of other
+    processes. Methods may be called from several threads.
+
+    Args:
+        path: folder of the pool; see also :meth:`create`.
+        backbone: the backbone, where it is at hand; default loaded on first use from its recorded source.
+        limit: adapters that are kept in memory after use, the least recently used go first; 0 keeps none.
+        timeout: seconds that a change waits while another process writes.
+
+    Raises:
+        PoolError: no pool there, or its manifest is damaged or of a newer schema.
+        IncompatibleBackbone: ``backbone`` is not the one that the adapters were trained on.
+    """
+
+    @classmethod
+    def create(
+        cls, path: str | Path, backbone: FrozenBackbone, *, limit: int = 64, timeout: float = 30.0
+    ) -> AdapterPool:
+        """Make an empty pool.
+
+        Args:
+            path: a folder that does not exist, or is empty.
+            backbone: the one that all its adapters belong to.
+            limit: as for the class.
+            timeout: as for the class.
+
+        Raises:
+            PoolError: something is there already, or the place cannot be written.
+        """
+        pool = Path(path)
+        try:
+            pool.mkdir(parents=True, exist_ok=True)
+            with locked(pool, timeout):
+                present = {entry.name for entry in pool.iterdir()} - {LOCK, *FOLDERS}
+                if any(not name.startswith(f".{MANIFEST}.") for name in present):  # those: a killed create
+                    what = "a pool already; open it" if MANIFEST in present else "not empty; choose another place"
+                    raise PoolError(f"{pool} is {what}")
+                for folder in FOLDERS:
+                    (pool / folder).mkdir(exist_ok=True)
+                write_manifest(pool, Manifest(card_of(backbone)))
+        except PoolError:
+            raise
+        except OSError as error:
+            raise PoolError(f"cannot make a pool at {pool}: {error.strerror or error}") from error
+        return cls(pool, backbone=backbone, limit=limit, timeout=timeout)
+
+    def add(
+        self,
+        tensors: Mapping[str, Tensor],
+        adapter: AdapterType | None,
+        classes: Iterable[PoolClass],
+        *,
+        id: str | None = None,
+        knowledge: Mapping[str, Tensor] | None = None,
+        tags: Iterable[str] = (),
+        parents: Iterable[str] = (),
+        merge: Mapping[str, Any] | None = None,
+        compression: str | Codec | None = None,
+        benchmark: str | None = None,
+        metrics: Mapping[str, float] | None = None,
+        task: int | None = None,
+    ) -> Record:
+        """Add one adapter.
+
+        Args:
+            tensors: as from ``AdapterBank.export``; float32, or half precision (stored as float32).
+            adapter: its type with options; None, with no tensors: the bare backbone answers for these classes.
+            classes: what it was trained on.
+            id: default the first free of "task-000", "task-001", ...
+            knowledge: rows of the classes; see :data:`cl_adapters.pool.checks.KNOWLEDGE`.
+            tags: see :class:`Record`, as for the rest.
+            parents: ids that it was made of.
+            merge: how it was merged.
+            compression: codec that the stored tensors go through, by name or with options; None stores float32.
+            benchmark: where the training data came from.
+            metrics: measured now.
+            task: number of its task.
+
+        Returns:
+            Its record.
+
+        Raises:
+            PoolError: tensors that are not the type's at the backbone's sites, an id that is taken, bad values.
+        """
+        from cl_adapters.adapters.base import adapter_to_plain
+
+        known = tuple(classes)
+        codec, compressed = named_codec(compression)
+        packed = self._pack(tensors, adapter, codec)
+        rows = pack_knowledge(knowledge, len(known), self.backbone_card) if knowledge else None
+        record = Record(
+            id="unnamed" if id is None else id,
+            adapter=None if adapter is None else adapter_to_plain(adapter),
+            blocks=() if packed is None else packed.blocks,
+            classes=known,
+            task=task,
+            adapter_sha=None if packed is None else packed.sha,
+            knowledge_sha=None if rows is None else sha_of(rows),
+            num_parameters=0 if packed is None else packed.num_parameters,
+            tags=tuple(tags),
+            parents=tuple(parents),
+            merge=None if merge is None else dict(merge),
+            compression=compressed,
+            benchmark=benchmark,
+            metrics=dict(metrics or {}),
+            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
+            library_version=__version__,
+        )
+        new = changes.files(None if packed is None else packed.content, rows)
+        return changes.add(self._disk, record, new, named=id is not None)
+
+    def replace(
+        self,
+        record: Record,
+        tensors: Mapping[str, Tensor] | None = None,
+        knowledge: Mapping[str, Tensor] | None = None,
+        *,
+        codec: Codec | None = None,
+    ) -> Record:
+        """Change one adapter in one step: its record, its tensors, its knowledge, or all of them.
+
+        Args:
+            record: the new record, made from the present one with ``dataclasses.replace``; its id says which.
+                ``knowledge_sha=None`` drops the knowledge.
+            tensors: new tensors, not compressed (``record.compression`` says how they are stored); default as they are.
+            knowledge: new rows; needed when the number of classes changes.
+            codec: for the new tensors, where its options are not the defaults; the record then names it.
+
+        Returns:
+            The record as it stands now.
+
+        Raises:
+            UnknownName: no such adapter.
+            PoolError: values that do not fit together; or another writer has replaced its files meanwhile.
+        """
+        adapter = rows = None
+        if tensors is not None:
+            codec, compressed = named_codec(codec or record.compression)
+            packed = self._pack(tensors, adapter_of(record), codec)
+            if packed is not None:
+                adapter = packed.content
+                record = dataclasses.replace(
+                    record,
+                    adapter_sha=packed.sha,
+                    blocks=packed.blocks,
+                    num_parameters=packed.num_parameters,
+                    compression=compressed,
+                )
+        if knowledge is not None:
+            rows = pack_knowledge(knowledge, len(record.classes), self.backbone_card)
+            record = dataclasses.replace(record, knowledge_sha=sha_of(rows))
+        return changes.replace(self._disk, record, changes.files(adapter, rows))
+
+    def remove(self, id: str) -> None:
+        """Take one adapter out and delete its files, unless another record has the same.
+
+        Raises:
+            UnknownName: no such adapter.
+        """
+        changes.remove(self._disk, id)
+
+    def rename(self, old: str, new: str) -> Record:
+        """Give an adapter another id, also where others name it as a parent.
+
+        Raises:
+            UnknownName: no such adapter.
+            PoolError: the new id is taken, or is none.
+        """
+        return changes.rename(self._disk, old, new)
+
+    def tag(self, id: str, add: Iterable[str] = (), remove: Iterable[str] = ()) -> Record:
+        """Add tags to an adapter and remove others; those that are (not) there already are no error.
+
+        Raises:
+            UnknownName: no such adapter.
+            PoolError: not a tag.
+        """
+        return changes.tag(self._disk, id, tuple(add), tuple(remove))
+
+    def migrate(self) -> int:
+        """Write the manifest in the current schema, which every other change does too; returns the schema it had."""
+        return changes.migrate(self._disk)
+
+    def copy_to(self, other: AdapterPool, ids: Iterable[str] | None = None) -> tuple[Record, ...]:
+        """Copy adapters into another pool of the same backbone: all of them, or none where one cannot be.
+
+        Args:
+            other: takes them under the same ids; what it has already, exactly so, is left out.
+            ids: default all.
+
+        Returns:
+            The records that were added there.
+
+        Raises:
+            IncompatibleBackbone: the other pool belongs to another backbone.
+            UnknownName: no such adapter.
+            PoolError: an id is taken there by another adapter, or a file is damaged.
+        """
+        return interchange.copy(self._disk, other._disk, self.ids if ids is None else tuple(ids))
+
+    def export_to(self, folder: str | Path, id: str) -> Path:
+        """Write one adapter as a new folder of its own: record.json and its files.
+
+        Raises:
+            UnknownName: no such adapter.
+            StorageError: the folder exists, or a file is damaged.
+        """
+        return interchange.export(self._disk, Path(folder), id)
+
+    def import_from(self, folder: str | Path, *, id: str | None = None) -> Record:
+        """Add an adapter from a folder of :meth:`export_to`.
+
+        Args:
+            folder: nothing in it is trusted: everything is checked first.
+            id: another id than the folder's.
+
+        Raises:
+            IncompatibleBackbone: it belongs to another backbone.
+            PoolError: damaged, not an adapter, or its id is taken.
+        """
+        return interchange.import_folder(self._disk, Path(folder), id, self._backbone)
+
+    def gc(self) -> tuple[str, ...]:
+        """Delete the files that no record names.
+
+        Returns:
+            What was deleted: paths below the pool.
+
+        Raises:
+            PoolError: a record is broken: its files cannot be told from orphans. Repair or remove it first.
+        """
+        with locked(self.path, self._disk.timeout):
+            manifest = self._disk.manifest()
+            if manifest.broken:
+                raise PoolError(
+                    f"the record of {shown(manifest.broken[0].id)} is broken, so its files could be taken for orphans: "
+                    "repair or remove it first"
+                )
+            found = orphans(self.path, manifest.files)
+            for name in found:
+                delete(self.path, name)
+        return found
+
+    def _pack(
+        self, tensors: Mapping[str, Tensor], adapter: AdapterType | None, codec: Codec | None
+    ) -> PackedAdapter | None:
+        if adapter is not None:
+            return pack_adapter(tensors, adapter, self.backbone, codec)
+        if tensors:
+            raise PoolError("tensors without an adapter type; pass adapter=..., or no tensors")
+        return None

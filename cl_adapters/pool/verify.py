@@ -1,0 +1,57 @@
+"""Verification: does every record have its files, unaltered, and of the right shapes?"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from cl_adapters.errors import ClAdaptersError
+from cl_adapters.pool.blobs import orphans
+from cl_adapters.pool.manifest import Manifest
+from cl_adapters.pool.store import load_adapter, load_knowledge
+
+if TYPE_CHECKING:
+    from cl_adapters.backbone import FrozenBackbone
+
+
+@dataclass(frozen=True)
+class Verification:
+    """What :meth:`AdapterPool.verify` found.
+
+    Attributes:
+        ok: nothing is wrong; orphans are allowed.
+        problems: one line for each thing that is wrong, naming adapter and file.
+        orphans: files that no record names, left by a writer that was killed; ``gc`` removes them.
+    """
+
+    ok: bool
+    problems: tuple[str, ...]
+    orphans: tuple[str, ...]
+
+
+def verify_files(pool: Path, manifest: Manifest, backbone: FrozenBackbone | None) -> Verification:
+    """Check every record and file of a pool against one state of its manifest.
+
+    Args:
+        pool: the pool.
+        manifest: that state.
+        backbone: where it is at hand, tensors are checked against its sites.
+    """
+    problems = [f"{entry.id}: its record is broken: {entry.reason}" for entry in manifest.broken]
+    for record in manifest.records:
+        checks = (
+            partial(load_adapter, pool, record, backbone),
+            partial(load_knowledge, pool, manifest.backbone, record),
+        )
+        problems += [f"{record.id}: {problem}" for check in checks for problem in _failures(check)]
+    return Verification(not problems, tuple(problems), orphans(pool, manifest.files))
+
+
+def _failures(check: Callable[[], object]) -> Iterator[str]:
+    try:
+        check()
+    except ClAdaptersError as error:
+        yield str(error)
