@@ -8,17 +8,20 @@ import sys
 from pathlib import Path
 
 CHECK = """
+import sys
+
 import torch
 from cl_adapters import AdapterBank, AdapterModel, FrozenBackbone, Route
 from cl_adapters.adapters import adapters
 from cl_adapters.benchmarks.base import benchmarks
 from cl_adapters.merge import merges
+from cl_adapters.parts import parts
 from cl_adapters.predictors import predictors
 from cl_adapters.strategies.base import strategies
 from timm.models.vision_transformer import VisionTransformer
 
 kinds = [(adapters, "shift"), (merges, "median"), (predictors, "first"), (strategies, "first_images"),
-         (benchmarks, "greys")]
+         (benchmarks, "greys"), (parts, "tally")]
 for registry, name in kinds:
     assert name in registry.names(), name
 data = benchmarks.get("greys")().load(seed=0)
@@ -41,15 +44,24 @@ with torch.no_grad():
         parameter.copy_(torch.arange(8.0))
 assert not torch.allclose(model.features(x, Route.single(1)), plain)
 
+kind = parts.get("tally")
+model.parts["tally"] = kind("pictures")
+model.part("tally", kind).add(torch.tensor([0, 1, 1]), classes=2)
+model.part("tally", kind).add(torch.tensor([2, 1]), classes=4)
+model.add_task([0, 1, 2, 3])
+model.save(sys.argv[1])
+found = AdapterModel.load(sys.argv[1], backbone).part("tally", kind)
+assert found.unit == "pictures"
+assert torch.equal(found.counts_C, torch.tensor([1, 3, 1, 0]))
+
 strategy = strategies.get("first_images")(model=backbone, evaluator=None)
 assert strategy.config.train_mb_size > 0
 """
 
 
-def test_printed_plugins_register_and_work(repo_root: Path) -> None:
+def test_printed_plugins_register_and_work(repo_root: Path, tmp_path: Path) -> None:
     blocks = re.findall(r"```python\n(.*?)```", (repo_root / "CONTRIBUTING.md").read_text(encoding="utf-8"), re.S)
-    assert len(blocks) == 5
-    done = subprocess.run(
-        [sys.executable, "-c", "\n".join((*blocks, CHECK))], cwd=repo_root, capture_output=True, text=True, check=False
-    )
+    assert len(blocks) == 6
+    command = [sys.executable, "-c", "\n".join((*blocks, CHECK)), str(tmp_path / "model")]
+    done = subprocess.run(command, cwd=repo_root, capture_output=True, text=True, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
