@@ -241,8 +241,8 @@ def test_what_does_not_fit_together() -> None:
         merge_adapters([drawn(0), drawn(0) | {"blocks.0.key/A": torch.ones(3, 13)}], lora, "mean")
     with pytest.raises(ClAdaptersError, match=r"differ at 1; first 'blocks.0.x/a': \(2,\) and \(3,\)"):
         merge_adapters([plain, {"blocks.0.x/a": torch.ones(3)}], adapter_from("bottleneck"), "mean", lineage=True)
+    types = [adapter_from("bottleneck"), adapter_from("prefix")]
     with pytest.raises(ClAdaptersError, match="different types"):
-        types = [adapter_from("bottleneck"), adapter_from("prefix")]
         merge_adapters([plain, plain], types, "mean", lineage=True)
     with pytest.raises(ClAdaptersError, match="got 0 and 0 types"):
         merge_adapters([], lora, "mean")
