@@ -10,6 +10,7 @@ Each record is read by itself: one that is broken is kept as it is, and is an er
 from __future__ import annotations
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -243,7 +244,8 @@ def manifest_to_plain(manifest: Manifest) -> dict[str, Any]:
 
 def _strict_json(content: bytes, where: Path) -> dict[str, Any]:
     try:
-        plain = json.loads(content.decode("utf-8"), parse_constant=_refuse)
+        # numbers that JSON does not know stay texts: they break the record that has them, not the pool
+        plain = json.loads(content.decode("utf-8"), parse_constant=str, parse_float=_finite, parse_int=_short)
     except (ValueError, RecursionError) as error:
         raise PoolError(f"{where} cannot be read as JSON: {clipped(str(error), 200)}; restore a copy") from error
     version = plain.get("schema_version") if isinstance(plain, dict) else None
@@ -271,5 +273,10 @@ def _entry(plain: Any, place: int) -> Entry:
         return Broken(id, str(error), plain)
 
 
-def _refuse(constant: str) -> None:
-    raise ValueError(f"{constant} is not JSON")
+def _finite(text: str) -> float | str:
+    value = float(text)
+    return value if math.isfinite(value) else text
+
+
+def _short(text: str) -> int | str:
+    return int(text) if len(text) < 100 else text

@@ -95,8 +95,8 @@ class Record:
             raise PoolError(f'adapter names its type, such as {{"type": "bottleneck"}}; got {shown(self.adapter)}')
         if self.adapter is None and (self.compression is not None or self.num_parameters or self.blocks):
             raise PoolError("a record without an adapter has no blocks, parameters or compression")
-        if self.num_parameters < 0 or any(block < 0 for block in self.blocks):
-            raise PoolError("num_parameters and blocks cannot be negative")
+        if not all(0 <= number < 2**63 for number in (self.num_parameters, self.task or 0, *self.blocks)):
+            raise PoolError("num_parameters, task and blocks cannot be negative, or longer than 64 bits")
         _check_unique("class label", [str(known.label) for known in self.classes])
         _check_unique("tag", self.tags)
         for tag in self.tags:
