@@ -20,8 +20,8 @@ def build(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
 
     Args:
         cls: a dataclass type; its ``__post_init__`` may check ranges and raise ``ValueError``.
-        values: field names to plain values (numbers, strings, lists, mappings for nested dataclasses). A mapping changes
-            the field's own default, unless it names another "type".
+        values: field names to plain values (numbers, strings, lists, mappings for nested dataclasses). A mapping
+            changes the field's own default, unless it names another "type".
         where: prefix of the field names in messages ("benchmark", "strategy").
 
     Raises:

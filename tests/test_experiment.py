@@ -166,9 +166,8 @@ def test_settings_of_the_papers(name: str, pictures: Path) -> None:
     scale = 0.08 if preset.strategy == "lae" else 0.05
     assert benchmark["augmentation"].items() >= {"kind": "crop", "scale": [scale, 1.0], "flip": True}.items()
     assert experiment.backbone.name == f"timm:vit_base_patch16_224.{TAGS[preset.strategy]}"
-    if name != "lae-cifar100":
-        assert experiment.backbone.name.removeprefix("timm:") in header_of(preset)
-        assert experiment.backbone.crop_pct == 224 / 256
+    assert experiment.backbone.name.removeprefix("timm:") in header_of(preset)
+    assert experiment.backbone.crop_pct == 224 / 256
 
 
 def test_a_preset_for_a_folder(pictures: Path) -> None:
