@@ -1,0 +1,136 @@
+"""Forgetting an adapter or a class on request: what belongs to it is gone, the rest stays as it was, bit for bit."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from cl_adapters.errors import ClAdaptersError, UnknownName
+from cl_adapters.index.index import AdapterIndex
+from cl_adapters.pool.models import read_card
+from cl_adapters.pool.pool import AdapterPool
+from cl_adapters.pool.record import Record
+
+ROWS_OF_CLASSES = ("head.weight", "head.bias", "prototypes")
+ROWS_WITH_CLASSES = (("keys", "key_class"), ("held_out", "held_out_class"))
+
+
+@dataclass(frozen=True)
+class Forgotten:
+    """What :func:`forget` did.
+
+    Attributes:
+        removed: what is gone, a line each.
+        cannot_undo: where traces of it remain in other numbers, a line each; empty: nowhere in the pool.
+    """
+
+    removed: tuple[str, ...]
+    cannot_undo: tuple[str, ...]
+
+
+def forget(pool: AdapterPool, target: str | int) -> Forgotten:
+    """Remove an adapter, or one class, from a pool.
+
+    Tensors, keys, prototypes, rows of the linear head and held-back features go, their files are deleted, and every
+    index in the pool's folder is made anew, since its structure was shaped by the keys that go. What no other record
+    names is not kept anywhere in the pool. Exports, copies and runs elsewhere are not reached.
+
+    Args:
+        pool: changed in place.
+        target: id of a record, or the label of a class. Where a class is the last of its record, the record goes.
+
+    Raises:
+        UnknownName: no such adapter or class.
+    """
+    owners = [pool.get(target)] if isinstance(target, str) else list(pool.list(classes=[target]))
+    if not owners:
+        known = (str(label) for record in pool.records for label in record.labels)
+        raise UnknownName.of("class label", str(target), known)
+    removed, traces = [], []
+    for owner in owners:
+        whole = isinstance(target, str) or owner.labels == (target,)
+        traces += list(_traces(pool, owner, None if whole else int(target)))
+        if whole:
+            pool.remove(owner.id)
+            classes = ", ".join(map(_named, owner.labels))
+            removed.append(f"adapter {owner.id!r} ({owner.num_parameters:,} parameters) with {classes or 'no class'}")
+        else:
+            _without(pool, owner, int(target))
+            removed.append(
+                f"{_named(int(target))} of adapter {owner.id!r}: keys, prototype, head row, held-back features"
+            )
+    if not pool.broken:  # what a broken record owns cannot be told from orphans
+        removed += [f"file {name}, left by a writer that was killed" for name in pool.gc()]
+    removed += list(_indexes(pool))
+    return Forgotten(tuple(removed), tuple(dict.fromkeys(traces)))
+
+
+def _without(pool: AdapterPool, record: Record, label: int) -> None:
+    """Take one class out of a record; the other rows keep their bytes."""
+    gone = record.labels.index(label)
+    kept = [place for place in range(len(record.classes)) if place != gone]
+    knowledge = pool.knowledge(record.id)
+    for key in ROWS_OF_CLASSES:
+        if key in knowledge:
+            knowledge[key] = knowledge[key][kept]
+    for rows, places in ROWS_WITH_CLASSES:
+        if rows in knowledge:
+            place_M = knowledge[places]
+            knowledge[rows] = knowledge[rows][place_M != gone]
+            place_M = place_M[place_M != gone]
+            knowledge[places] = place_M - (place_M > gone).long()
+    smaller = dataclasses.replace(record, classes=tuple(record.classes[place] for place in kept))
+    pool.replace(smaller, knowledge=knowledge or None)
+
+
+def _traces(pool: AdapterPool, owner: Record, label: int | None) -> Iterator[str]:
+    """What of an adapter, or of one of its classes, lives on in other numbers."""
+    what = f"adapter {owner.id!r}" if label is None else _named(label)
+    if label is not None:
+        yield f"adapter {owner.id!r} was trained on images of {what} together with its other classes; remove it whole"
+    heirs = [record for record in pool.records if record.id in _descendants(pool, owner.id)]
+    for heir in heirs:
+        how = "" if heir.merge is None else f" ({', '.join(f'{key} {value}' for key, value in heir.merge.items())})"
+        yield f"adapter {heir.id!r} started from or was merged with {owner.id!r}{how}, and keeps a share of it"
+    if any(record.merge is not None and record.merge.get("head") == "aligned" for record in [owner, *heirs]):
+        yield f"the linear head's rows of all other classes were aligned together with samples of {what}"
+    card = read_card(pool.path)
+    if label is None and card.get("anchor") and owner.id == card["anchor"][0]:
+        yield (
+            f"the other classes' prototypes were taken under {owner.id!r}; without it this pool's predictor "
+            f"{card['predictor']['type']!r} cannot run: pass another to AdapterModel.from_pool"
+        )
+    if card.get("abstention"):
+        yield f"the threshold of abstention was calibrated when {what} was known; calibrate it again"
+
+
+def _descendants(pool: AdapterPool, id: str) -> set[str]:
+    """Ids of all records that have this one among their parents, or parents' parents."""
+    found, before = {id}, 0
+    while len(found) > before:
+        before = len(found)
+        found |= {record.id for record in pool.records if found & set(record.parents)}
+    return found - {id}
+
+
+def _indexes(pool: AdapterPool) -> Iterator[str]:
+    """Make every index in the pool's folder anew; one that cannot be is deleted."""
+    folder = Path(pool.path) / "index"
+    for place in sorted(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else ():
+        if place.is_symlink() or not place.is_dir():
+            continue
+        try:
+            index = AdapterIndex.open(place, pool, mmap=False, stale="refresh")
+            index.rebuild()
+            index.save(place)
+            yield f"entries of index {place.name!r}, which was made anew"
+        except ClAdaptersError:
+            shutil.rmtree(place)
+            yield f"index {place.name!r}, which could not be made anew: build it again"
+
+
+def _named(label: int) -> str:
+    return f"class {label}"

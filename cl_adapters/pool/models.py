@@ -1,0 +1,353 @@
+"""A model as a pool, one record per adapter, and a model of a pool's records.
+
+    model.json   in the pool's folder: predictor, thresholds, kind of keys. Derived; without it a default serves.
+
+A class belongs to the newest adapter that was made up to its task. In a model of a pool, record i is slot i and task i.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cl_adapters.backbone import FrozenBackbone
+from cl_adapters.bank import BARE, AdapterBank, Loader
+from cl_adapters.config import build, to_plain
+from cl_adapters.errors import ClAdaptersError, PoolError
+from cl_adapters.model import AdapterModel
+from cl_adapters.origins import Origin
+from cl_adapters.parts.abstention import Abstention
+from cl_adapters.parts.keys import Keys, KeysConfig
+from cl_adapters.pool.blobs import read_file
+from cl_adapters.pool.checks import adapter_of, check_fingerprint
+from cl_adapters.pool.pool import AdapterPool
+from cl_adapters.pool.record import PoolClass, Record
+from cl_adapters.predictors.base import Predictor, predictors
+from cl_adapters.predictors.nearest_key import NearestKey
+from cl_adapters.storage import new_folder, write_json
+
+CARD = "model.json"
+SCHEMA = 1
+
+
+def save_pool(
+    model: AdapterModel,
+    path: Path,
+    *,
+    tags: Sequence[str] = (),
+    benchmark: str | None = None,
+    metrics: Mapping[int, Mapping[str, float]] | None = None,
+    compression: str | None = None,
+) -> AdapterPool:
+    """Write a model as a new pool with one record per adapter, or none of it.
+
+    Each record has the classes of its adapter with their keys, rows of both heads and held-back features. To add them
+    to another pool: ``AdapterPool.copy_to``.
+
+    Args:
+        model: whose predictor answers a class by the adapter of its task.
+        path: a folder that does not exist.
+        tags: of every record.
+        benchmark: where the data came from.
+        metrics: of the record of a task, by the task's number.
+        compression: codec of the stored adapters; see :class:`AdapterPool`.
+
+    Raises:
+        PoolError: a model that is more than its adapters: its answers need all of them together.
+        StorageError: the place exists or cannot be written.
+    """
+    _check_by_class(model)
+    with new_folder(path) as scratch:
+        pool = AdapterPool.create(scratch, model.backbone)
+        names: dict[int, str] = {}
+        for slot, columns in _groups(model):
+            task = _task_of(model, slot, columns)
+            origin = model.origins.get(slot, Origin())
+            record = pool.add(
+                {} if model.bank is None or slot == BARE else model.bank.export(slot),
+                None if model.bank is None or slot == BARE else model.bank.adapter,
+                [PoolClass(label=model.classes[c], name=model.class_names.get(model.classes[c])) for c in columns],
+                id=_name(model, slot),
+                knowledge=_knowledge(model, columns),
+                tags=tags,
+                parents=[names[parent] for parent in origin.parents if parent in names],
+                merge=origin.merge,
+                compression=None if slot == BARE else compression,
+                benchmark=benchmark,
+                metrics=None if task is None else (metrics or {}).get(task),
+                task=task,
+            )
+            if slot != BARE:
+                names[slot] = record.id
+        write_json(scratch / CARD, _card(model, pool, names))
+    return AdapterPool.open(path, backbone=model.backbone)
+
+
+def from_pool(
+    pool: AdapterPool | str | Path,
+    ids: Sequence[str] | None = None,
+    *,
+    backbone: FrozenBackbone | None = None,
+    predictor: Predictor | None = None,
+    limit: int = 64,
+) -> AdapterModel:
+    """A model of a pool's records, in the order of the pool; adapters are loaded when they are used.
+
+    Without a record its classes are gone, and every other number that the model reads is the same. Whether answers are
+    the same too is up to the predictor: what looks classes up by keys, or stays with one adapter, answers as before
+    wherever it chose another record. Self-refined retrieval adds probabilities over all classes, so its numbers change
+    with the classes, and it can visit fewer adapters.
+
+    Args:
+        pool: a pool, or its folder.
+        ids: the records; default all.
+        backbone: where it is at hand; default the pool's.
+        predictor: another inference rule than the one that was saved. A pool without a saved one gets
+            :class:`NearestKey`.
+        limit: adapters in memory at a time; see :meth:`AdapterBank.load_on_use`.
+
+    Raises:
+        UnknownName: an id that the pool does not have.
+        PoolError: records that make no model: of several adapter types, with a class twice, with and without rows of
+            a head; or the predictor needs a record that is not among them.
+        IncompatibleBackbone: another backbone.
+    """
+    if not isinstance(pool, AdapterPool):
+        pool = AdapterPool.open(pool, backbone=backbone, limit=0)  # the bank keeps what is loaded
+    elif backbone is not None:
+        check_fingerprint(pool.backbone_card, backbone, "backbone")
+    records = _chosen(pool, ids)
+    model = AdapterModel(backbone or pool.backbone, _bank(pool, records, backbone or pool.backbone, limit))
+    for task, record in enumerate(records):
+        if record.classes:
+            model.classes += record.labels
+            rows = torch.full((len(record.classes),), task)
+            model.task_of_column = torch.cat([model.task_of_column, rows])
+        model.class_names |= {known.label: known.name for known in record.classes if known.name is not None}
+    places = {record.id: slot for slot, record in enumerate(records)}
+    if model.bank is not None:
+        model.task_of_slot = list(range(len(records)))
+        model.record_of_slot = tuple(record.id for record in records)
+        for slot, record in enumerate(records):
+            parents = tuple(places[parent] for parent in record.parents if parent in places)
+            model.origins[slot] = Origin(parents=parents, merge=record.merge)
+    card = read_card(pool.path)
+    _fill(model, [(record, pool.knowledge(record.id)) for record in records if record.classes], card)
+    model.predictor = predictor or _predictor(model, records, card)
+    return model.to(model.device)
+
+
+def read_card(pool: Path) -> dict[str, Any]:
+    """What ``model.json`` says; empty where there is none.
+
+    Raises:
+        PoolError: it cannot be read, or is of a newer schema.
+    """
+    if not (pool / CARD).exists():
+        return {}
+    try:
+        plain = json.loads(read_file(pool, CARD))
+    except (ValueError, RecursionError) as error:
+        raise PoolError(f"{pool / CARD} cannot be read as JSON; delete it to use the default predictor") from error
+    if not isinstance(plain, dict) or plain.get("schema_version") != SCHEMA:
+        raise PoolError(f"{pool / CARD} is not of schema {SCHEMA}: upgrade cl-adapters, or delete it")
+    return plain
+
+
+# --- saving ----------------------------------------------------------------------------------------------------------
+
+
+def _check_by_class(model: AdapterModel) -> None:
+    if not model.predictor.by_class:
+        raise PoolError(
+            f"a model that predicts by {predictors.name_of(model.predictor)!r} is no set of adapters with classes of "
+            "their own, so it cannot be a pool: its answers need all its parts. Keep it with model.save(folder)"
+        )
+    if not model.classes:
+        raise PoolError("this model knows no class yet: train it on a task first")
+
+
+def _groups(model: AdapterModel) -> Iterator[tuple[int, list[int]]]:
+    """Each adapter with its columns; before them the tasks that the bare backbone answers for, one by one."""
+    slots, tasks = model.slot_of_column.tolist(), model.task_of_column.tolist()
+    bare = {task: [c for c, slot in enumerate(slots) if slot == BARE and tasks[c] == task] for task in sorted({*tasks})}
+    yield from ((BARE, columns) for columns in bare.values() if columns)
+    for slot in range(model.num_slots):
+        yield slot, [column for column, own in enumerate(slots) if own == slot]
+
+
+def _task_of(model: AdapterModel, slot: int, columns: list[int]) -> int | None:
+    if columns:
+        return int(model.task_of_column[columns[0]])
+    return model.task_of_slot[slot] if slot < len(model.task_of_slot) else None
+
+
+def _name(model: AdapterModel, slot: int) -> str | None:
+    """The id that it had in the pool that it came from; None: the next free one."""
+    return model.record_of_slot[slot] if 0 <= slot < len(model.record_of_slot) else None
+
+
+def _knowledge(model: AdapterModel, columns: list[int]) -> dict[str, Tensor]:
+    """The rows of these classes."""
+    found: dict[str, Tensor] = {}
+    if not columns:
+        return found
+    if model.head.num_classes == len(model.classes):
+        found |= {"head.weight": model.head.weight[columns], "head.bias": model.head.bias[columns]}
+    if model.prototypes.num_classes == len(model.classes):
+        found["prototypes"] = model.prototypes.prototypes[columns]
+    if "class_keys" in model.parts:
+        keys = model.part("class_keys", Keys)
+        found["keys"], found["key_class"] = _rows(keys.keys_MD, keys.column_M, columns)
+        found["held_out"], found["held_out_class"] = _rows(keys.held_out_HD, keys.held_out_column_H, columns)
+    elif "prototypes" in found and getattr(model.predictor, "slot", None) == BARE:
+        found |= {"keys": found["prototypes"], "key_class": torch.arange(len(columns))}  # taken under the bare backbone
+    return {key: value.detach().cpu().clone() for key, value in found.items()}
+
+
+def _rows(rows_MD: Tensor, column_M: Tensor, columns: list[int]) -> tuple[Tensor, Tensor]:
+    """The rows of these columns, and the position of each one's column among them."""
+    position = torch.full((max([*columns, *column_M.tolist()]) + 1,), -1)
+    position[columns] = torch.arange(len(columns))
+    place_M = position[column_M.cpu()]
+    return rows_MD.cpu()[place_M >= 0], place_M[place_M >= 0]
+
+
+def _card(model: AdapterModel, pool: AdapterPool, names: Mapping[int, str]) -> dict[str, Any]:
+    """What the records do not say. The predictor's own adapter is named by id and, should that change, by content."""
+    anchor = model.predictor.anchor
+    parts = dict(model.parts.items())
+    threshold, keys = parts.get("abstention"), parts.get("class_keys")
+    return {
+        "schema_version": SCHEMA,
+        "predictor": {"type": predictors.name_of(model.predictor), "config": to_plain(model.predictor)},
+        "anchor": None if anchor == BARE else [names[anchor], pool.get(names[anchor]).adapter_sha],
+        "abstention": threshold.description() if isinstance(threshold, Abstention) else None,
+        "keys": to_plain(keys.config) if isinstance(keys, Keys) else None,
+    }
+
+
+# --- loading ---------------------------------------------------------------------------------------------------------
+
+
+def _chosen(pool: AdapterPool, ids: Sequence[str] | None) -> list[Record]:
+    if ids is None and pool.broken:
+        broken = pool.broken[0]
+        raise PoolError(f"adapter {broken.id!r} cannot be used: {broken.reason}; remove it, or choose others by ids=")
+    wanted = set(pool.ids if ids is None else [pool.get(id).id for id in ids])
+    records = [record for record in pool.records if record.id in wanted]
+    if not any(record.classes for record in records):
+        raise PoolError(f"{pool.path} has no adapter with classes: nothing could be predicted")
+    owner: dict[int, str] = {}
+    for record in records:
+        for label in record.labels:
+            if label in owner:
+                raise PoolError(
+                    f"class {label} belongs to {owner[label]!r} and to {record.id!r}: choose one of them by ids="
+                )
+            owner[label] = record.id
+    return records
+
+
+def _bank(pool: AdapterPool, records: list[Record], backbone: FrozenBackbone, limit: int) -> AdapterBank | None:
+    adapted = [record for record in records if record.adapter is not None]
+    if not adapted:
+        return None
+    for record in adapted:
+        if record.adapter != adapted[0].adapter:
+            raise PoolError(
+                f"{adapted[0].id!r} is {adapted[0].adapter}, but {record.id!r} is {record.adapter}: one model has "
+                "adapters of one type with the same options; choose by ids="
+            )
+    adapter = adapter_of(adapted[0])
+    assert adapter is not None
+    bank = AdapterBank(backbone, adapter, blocks=sorted({block for record in adapted for block in record.blocks}))
+    bank.load_on_use(len(records), _loader(pool, records), limit)
+    return bank
+
+
+def _loader(pool: AdapterPool, records: list[Record]) -> Loader:
+    """Loads a record's adapter, as long as it is the one that the rest of the model was read with."""
+
+    def load(slot: int) -> dict[str, Tensor]:
+        then = records[slot]
+        if then.id not in pool or pool.get(then.id).adapter_sha != then.adapter_sha:
+            raise PoolError(f"adapter {then.id!r} was changed in the pool meanwhile: make the model again")
+        return pool.tensors(then.id)
+
+    return load
+
+
+def _fill(model: AdapterModel, known: list[tuple[Record, dict[str, Tensor]]], card: Mapping[str, Any]) -> None:
+    """Heads, keys and thresholds."""
+    weight, bias, prototypes = (_column(known, key) for key in ("head.weight", "head.bias", "prototypes"))
+    if weight is not None and bias is not None:
+        model.head.weight, model.head.bias = nn.Parameter(weight), nn.Parameter(bias)
+    if prototypes is not None:
+        model.prototypes.prototypes = prototypes
+    rows = _column(known, "keys")
+    if rows is None:
+        return
+    kept = card.get("keys") or {"kind": "features"}
+    model.parts["class_keys"] = keys = Keys(build(KeysConfig, kept, "keys"), rows.shape[1])
+    keys.keys_MD, keys.column_M = rows, _columns(known, "key_class")
+    if any("held_out" in knowledge for _, knowledge in known):
+        keys.held_out_HD = torch.cat([knowledge["held_out"] for _, knowledge in known if "held_out" in knowledge])
+        keys.held_out_column_H = _columns(known, "held_out_class")
+    if card.get("abstention"):
+        model.parts["abstention"] = Abstention.restore(card["abstention"], {})
+
+
+def _column(known: list[tuple[Record, dict[str, Tensor]]], key: str) -> Tensor | None:
+    """These rows of all classes; None where no record has them."""
+    without = [record.id for record, knowledge in known if key not in knowledge]
+    if len(without) == len(known):
+        return None
+    if without:
+        raise PoolError(
+            f"adapter {without[0]!r} has no {key!r}, others have: one model cannot be made of them; choose by ids="
+        )
+    return torch.cat([knowledge[key] for _, knowledge in known])
+
+
+def _columns(known: list[tuple[Record, dict[str, Tensor]]], key: str) -> Tensor:
+    """Positions in the records' classes as columns of the model."""
+    found, first = [torch.empty(0, dtype=torch.long)], 0
+    for record, knowledge in known:
+        if key in knowledge:
+            found.append(knowledge[key] + first)
+        first += len(record.classes)
+    return torch.cat(found)
+
+
+def _predictor(model: AdapterModel, records: list[Record], card: Mapping[str, Any]) -> Predictor:
+    """The saved inference rule, its own adapter by the slot that it has now."""
+    if not card:
+        if "class_keys" not in model.parts:
+            raise PoolError("neither a predictor nor keys were saved with this pool: pass predictor=...")
+        return NearestKey()
+    try:
+        made = build(predictors.get(card["predictor"]["type"]), card["predictor"]["config"], "predictor")
+        anchor = card["anchor"]
+    except (KeyError, TypeError, ClAdaptersError) as error:
+        raise PoolError(
+            f"the predictor in {CARD} cannot be used ({error}): pass predictor=..., or delete it"
+        ) from error
+    if anchor is None:
+        return made
+    places = [slot for slot, record in enumerate(records) if record.id == anchor[0]]
+    places += [slot for slot, record in enumerate(records) if record.adapter_sha == anchor[1]]
+    if not places:
+        hint = "predictor=NearestKey()" if "class_keys" in model.parts else "another predictor="
+        raise PoolError(
+            f"{card['predictor']['type']!r} needs adapter {anchor[0]!r} for every input, which is not among these "
+            f"records: pass {hint}, or SelfRefine(start='keys')"
+        )
+    changed: Any = made
+    return dataclasses.replace(changed, slot=places[0])  # type: ignore[no-any-return]
