@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor, nn
@@ -16,6 +18,22 @@ from cl_adapters.site_adapters import Active, SiteAdapters, Watch
 from cl_adapters.sites import Site
 
 __all__ = ["BARE", "AdapterBank", "Route", "Routes"]
+
+Loader = Callable[[int], Mapping[str, Tensor]]
+"""Tensors of the n-th adapter of a shelf, keyed as by :meth:`AdapterBank.export`; none: it adds nothing."""
+
+
+@dataclass
+class _Shelf:
+    """Slots whose tensors are loaded when they are used, at most ``limit`` of them at a time, newest use last."""
+
+    slots: range
+    loader: Loader
+    limit: int
+    loaded: OrderedDict[int, None] = field(default_factory=OrderedDict)
+
+    def __deepcopy__(self, memo: dict[int, object]) -> _Shelf:
+        return _Shelf(self.slots, self.loader, self.limit, self.loaded.copy())  # what loads is no part of the copy
 
 
 class AdapterBank(nn.Module):
@@ -38,6 +56,7 @@ class AdapterBank(nn.Module):
         self.adapter = adapter
         self.sites = sites
         self._num_slots = 0
+        self._shelf: _Shelf | None = None
         self._active = Active()
         self.at = nn.ModuleList(SiteAdapters(site, adapter, self._active) for site in sites)
         for place in self._places():
@@ -46,8 +65,16 @@ class AdapterBank(nn.Module):
 
     @property
     def num_slots(self) -> int:
-        """T, adapters so far."""
+        """T, adapters so far, loaded or not."""
         return self._num_slots
+
+    @property
+    def loaded(self) -> tuple[int, ...]:
+        """The slots that are in memory; all of them, but for those of :meth:`load_on_use`."""
+        shelf = self._shelf
+        return tuple(
+            slot for slot in range(self.num_slots) if shelf is None or slot not in shelf.slots or slot in shelf.loaded
+        )
 
     @property
     def blocks(self) -> tuple[int, ...]:
@@ -63,26 +90,26 @@ class AdapterBank(nn.Module):
         Raises:
             ClAdaptersError: names or shapes that are not this bank's.
         """
-        named = {key.rpartition("/")[0] for key in tensors}
-        expected = self._expected(named) if named & {site.name for site in self.sites} else self._expected()
-        found = {key: tuple(value.shape) for key, value in tensors.items()}
-        if found != expected:
-            wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
-            key = wrong[0]
-            raise ClAdaptersError(
-                f"adapter tensors do not fit this bank at {len(wrong)} places; first {key!r}: "
-                f"expected {expected.get(key)}, got {found.get(key)}"
-            )
-        reference = next(self._anchor[0].parameters())
-        for place in self._places():
-            if place.site.name in named:
-                fitting = {
-                    name: nn.Parameter(tensors[f"{place.site.name}/{name}"].detach().clone().to(reference))
-                    for name in place.adapter.shapes(place.site)
-                }
-                place.slots[str(self._num_slots)] = nn.ParameterDict(fitting)
+        self._put(self._num_slots, tensors)
         self._num_slots += 1
         return self._num_slots - 1
+
+    def load_on_use(self, slots: int, loader: Loader, limit: int = 64) -> None:
+        """Append adapters, frozen, that are loaded when a route names them (or when they are exported).
+
+        Args:
+            slots: how many.
+            loader: gives the tensors of the n-th of them; called again when they were dropped meanwhile.
+            limit: adapters kept in memory. The least recently used go first; a batch over more than that is still
+                served, and the rest dropped with the next one.
+
+        Raises:
+            ClAdaptersError: the bank has such slots already, or a limit below 1.
+        """
+        if self._shelf is not None or limit < 1:
+            raise ClAdaptersError("a bank loads one set of adapters on use, with a limit of at least 1")
+        self._shelf = _Shelf(range(self._num_slots, self._num_slots + slots), loader, limit)
+        self._num_slots += slots
 
     def fresh(self, generator: torch.Generator, blocks: Sequence[int] | None = None) -> dict[str, Tensor]:
         """Newly initialised tensors for one adapter, keyed "site/name"; ``blocks``: only there."""
@@ -99,6 +126,7 @@ class AdapterBank(nn.Module):
 
     def named_slot(self, slot: int) -> Iterator[tuple[str, nn.Parameter]]:
         """The live parameters of one slot with their keys, sites in order."""
+        self._bring([slot])
         for place in self._places():
             if place.has(slot):
                 for name, value in place.slots[str(slot)].named_parameters():
@@ -129,6 +157,7 @@ class AdapterBank(nn.Module):
             ClAdaptersError: a slot or site that does not exist.
         """
         self._check(routes)
+        self._bring([slot for route in _each(routes) for slot in route.slots])
         active = self._active
         before = (active.routes, active.noise, active.watch)
         active.routes, active.noise, active.watch = routes, noise, watch
@@ -143,11 +172,51 @@ class AdapterBank(nn.Module):
             absent = sorted(set(routes) - set(names))
             if absent:
                 raise ClAdaptersError(f"no site {absent[0]!r}; the bank has {', '.join(names)}")
-        for route in routes.values() if isinstance(routes, Mapping) else [routes] if routes is not None else []:
+        for route in _each(routes):
             wrong = [slot for slot in route.slots if not BARE <= slot < self.num_slots]
             if wrong:
                 known = f"slots 0..{self.num_slots - 1}" if self.num_slots else "no slot yet"
                 raise ClAdaptersError(f"the route names slot {wrong[0]}, but the bank has {known}")
+
+    def _put(self, slot: int, tensors: Mapping[str, Tensor], *, trainable: bool = True) -> None:
+        """Make tensors the parameters of a slot."""
+        named = {key.rpartition("/")[0] for key in tensors}
+        expected = self._expected(named) if named & {site.name for site in self.sites} else self._expected()
+        found = {key: tuple(value.shape) for key, value in tensors.items()}
+        if found != expected:
+            wrong = sorted(key for key in expected.keys() | found.keys() if expected.get(key) != found.get(key))
+            key = wrong[0]
+            raise ClAdaptersError(
+                f"adapter tensors do not fit this bank at {len(wrong)} places; first {key!r}: "
+                f"expected {expected.get(key)}, got {found.get(key)}"
+            )
+        reference = next(self._anchor[0].parameters())
+        for place in self._places():
+            if place.site.name in named:
+                fitting = {
+                    name: nn.Parameter(tensors[f"{place.site.name}/{name}"].detach().clone().to(reference), trainable)
+                    for name in place.adapter.shapes(place.site)
+                }
+                place.slots[str(slot)] = nn.ParameterDict(fitting)
+
+    def _bring(self, slots: Iterable[int]) -> None:
+        """Load the slots of the shelf among these; drop what was not used for longest."""
+        shelf = self._shelf
+        if shelf is None:
+            return
+        wanted = [slot for slot in dict.fromkeys(slots) if slot in shelf.slots]
+        for slot in wanted:
+            if slot not in shelf.loaded:
+                tensors = shelf.loader(slot - shelf.slots.start)
+                with torch.inference_mode(False):  # parameters that can be trained, and whose changes are noticed
+                    if tensors:
+                        self._put(slot, tensors, trainable=False)
+                shelf.loaded[slot] = None
+            shelf.loaded.move_to_end(slot)
+        for slot in list(shelf.loaded)[: -max(shelf.limit, len(wanted))]:
+            del shelf.loaded[slot]
+            for place in self._places():
+                place.drop(slot)
 
     def _places(self) -> list[SiteAdapters]:
         return [place for place in self.at if isinstance(place, SiteAdapters)]
@@ -159,6 +228,13 @@ class AdapterBank(nn.Module):
             if at is None or site.name in at
             for name, shape in self.adapter.shapes(site).items()
         }
+
+
+def _each(routes: Routes | None) -> Iterable[Route]:
+    """The single routes."""
+    if routes is None:
+        return ()
+    return routes.values() if isinstance(routes, Mapping) else (routes,)
 
 
 def sites_of(backbone: FrozenBackbone, adapter: AdapterType, blocks: Sequence[int] | None = None) -> tuple[Site, ...]:

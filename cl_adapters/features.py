@@ -1,4 +1,7 @@
-"""Features on demand: each (sample, adapter) pair goes through the backbone at most once."""
+"""Features on demand: each (sample, adapter) pair goes through the backbone at most once.
+
+Where all adapters sit in late blocks, the blocks before them give the same for every adapter, and run once per sample.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +13,7 @@ from torch import Tensor
 
 from cl_adapters.bank import BARE, Route, Routes
 from cl_adapters.batches import Inputs, batch_size, take
+from cl_adapters.errors import ClAdaptersError, IncompatibleBackbone
 
 if TYPE_CHECKING:
     from cl_adapters.model import AdapterModel
@@ -31,6 +35,18 @@ class FeatureMemory:
 
     def __len__(self) -> int:
         return len(self._kept)
+
+    def check(self, model: AdapterModel, batch: int, samples: Sequence[int] | None) -> None:
+        """Check that this memory is the model's, and that a batch has numbers.
+
+        Raises:
+            ClAdaptersError: one of them is not so.
+        """
+        if self.model is not model:
+            raise ClAdaptersError("this memory holds features of another model: make a FeatureMemory of this one")
+        if samples is None or len(samples) != batch:
+            given = "no sample numbers" if samples is None else f"{len(samples)} sample numbers"
+            raise ClAdaptersError(f"a memory needs the number of every sample: {batch} inputs, but {given}")
 
     def forget(self, slot: int) -> None:
         """Drop the features under one adapter; needed after that adapter was changed."""
@@ -55,7 +71,8 @@ class LazyFeatures:
         samples: the B sample numbers under which the memory knows this batch.
 
     Attributes:
-        passes_B: int64 [B], distinct adapters asked for per sample: what a call without memory costs.
+        passes_B: float32 [B], backbone passes that a call without memory costs: 1 for the first adapter asked for, and
+            for every further one the share of the blocks from the first that has adapters on.
         computed: passes that were really run for this batch.
     """
 
@@ -69,14 +86,18 @@ class LazyFeatures:
         self.model = model
         self.x = x
         self.batch = batch_size(x)
-        self.passes_B = torch.zeros(self.batch, dtype=torch.long)
-        self.computed = 0
+        self.passes_B = torch.zeros(self.batch)
+        self.computed = 0.0
         self._memory = memory
         self._samples = samples
         self._slots = max(model.num_slots, 1) + 1  # BARE takes the first place
         self._place = torch.full((self.batch * self._slots,), -1, dtype=torch.long)
         self._store: list[Tensor] = []
         self._stored = 0
+        self._asked_B = torch.zeros(self.batch, dtype=torch.bool)
+        self._block, self._share = _late_blocks(model)
+        self._entry_B = torch.full((self.batch,), -1, dtype=torch.long)
+        self._entered: list[Tensor] = []
 
     @property
     def rows(self) -> Tensor:
@@ -88,31 +109,47 @@ class LazyFeatures:
         return self(self.rows, torch.full((self.batch,), slot))
 
     def mixed(self, routes: Routes) -> Tensor:
-        """Features [B, D] of every row under one mapping of routes; one pass, never remembered."""
-        self.passes_B += 1
-        self.computed += self.batch
-        return self.model.features(self.x, routes)
+        """Features [B, D] of every row under one mapping of routes; at most one pass, never remembered."""
+        self._charge(self.rows)
+        return self._run(self.rows, routes)
 
     def __call__(self, rows_M: Tensor, slots_M: Tensor) -> Tensor:
         """Features [M, D] of the given rows, each under its own adapter; one mixed backbone call at most."""
         keys_M = rows_M * self._slots + slots_M + 1
-        fresh = keys_M[self._place[keys_M] < 0].unique() // self._slots
-        self.passes_B.index_add_(0, fresh, torch.ones_like(fresh))
+        self._charge(keys_M[self._place[keys_M] < 0].unique() // self._slots)
         if self._memory is not None:
             self._recall(keys_M)
         absent = keys_M[self._place[keys_M] < 0].unique()
         if len(absent):
             rows, slots = absent // self._slots, absent % self._slots - 1
-            self._keep(absent, self._compute(rows, slots))
-            self.computed += len(rows)
+            bare = bool((slots == BARE).all())
+            self._keep(absent, self._run(rows, None if bare else Route.hard(slots.to(self.model.device))))
         return torch.cat(self._store)[self._place[keys_M].to(self.model.device)]
 
-    def _compute(self, rows: Tensor, slots: Tensor) -> Tensor:
-        device = self.model.device
-        x = self.x if len(rows) == self.batch else take(self.x, rows.to(device))
-        if bool((slots == BARE).all()):
-            return self.model.features(x, None)
-        return self.model.features(x, Route.hard(slots.to(device)))
+    def _charge(self, rows: Tensor) -> None:
+        """Count what one more feature of each of these rows costs (rows may repeat)."""
+        self.passes_B.index_add_(0, rows, torch.full((len(rows),), self._share))
+        first = rows[~self._asked_B[rows]].unique()
+        self.passes_B[first] += 1 - self._share
+        self._asked_B[first] = True
+
+    def _run(self, rows: Tensor, routes: Routes | None) -> Tensor:
+        """Features of these rows: from the beginning, or where all adapters sit later from the first that has some."""
+        self.computed += self._share * len(rows)
+        if not self._block:
+            return self.model.features(self._inputs(rows), routes)
+        new = rows[self._entry_B[rows] < 0].unique()
+        if len(new):
+            known = sum(len(h) for h in self._entered)
+            self._entered.append(self.model.features(self._inputs(new), None, stop=self._block))
+            self._entry_B[new] = torch.arange(known, known + len(new))
+            self.computed += (1 - self._share) * len(new)
+        places = self._entry_B[rows].to(self.model.device)
+        return self.model.features(torch.cat(self._entered)[places], routes, start=self._block)
+
+    def _inputs(self, rows: Tensor) -> Inputs:
+        whole = len(rows) == self.batch and torch.equal(rows, self.rows)
+        return self.x if whole else take(self.x, rows.to(self.model.device))
 
     def _keep(self, keys: Tensor, f_MD: Tensor) -> None:
         self._place[keys] = torch.arange(self._stored, self._stored + len(keys))
@@ -133,3 +170,18 @@ class LazyFeatures:
             self._place[torch.tensor([key for key, _ in found])] = torch.arange(self._stored, self._stored + len(found))
             self._store.append(torch.stack([f_D for _, f_D in found]))
             self._stored += len(found)
+
+
+def _late_blocks(model: AdapterModel) -> tuple[int, float]:
+    """The first block that has adapters, and the share of the blocks from there on.
+
+    0 and 1.0 where that is the first one, or where the backbone cannot go on from a block.
+    """
+    first = 0 if model.bank is None else model.bank.blocks[0]
+    if not first:
+        return 0, 1.0
+    try:
+        model.backbone.check_resumable()
+    except IncompatibleBackbone:
+        return 0, 1.0
+    return first, 1 - first / model.backbone.depth

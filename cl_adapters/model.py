@@ -2,49 +2,34 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from cl_adapters.answers import Answer, answer_files
 from cl_adapters.backbone import FrozenBackbone
 from cl_adapters.bank import AdapterBank, Routes
 from cl_adapters.batches import Inputs, batch_size, take, to_device
 from cl_adapters.errors import ClAdaptersError, DataError
 from cl_adapters.features import FeatureMemory, LazyFeatures
 from cl_adapters.heads import LinearHead, PrototypeHead
-from cl_adapters.images import decode_image
+from cl_adapters.origins import Origin
+from cl_adapters.parts.abstention import Abstention
 from cl_adapters.parts.base import Part
 from cl_adapters.predictors.base import Prediction, Predictor
 from cl_adapters.predictors.fixed import Fixed
 from cl_adapters.site_adapters import Watch
 from cl_adapters.statistics import ClassStatistics
 
+if TYPE_CHECKING:
+    from cl_adapters.pool import AdapterPool
+
+__all__ = ["AdapterModel", "Answer"]
+
 P = TypeVar("P", bound=Part)
-
-
-@dataclass(frozen=True)
-class Answer:
-    """What :meth:`AdapterModel.predict_files` says about one file.
-
-    Attributes:
-        file: as given.
-        label: class label of the best column.
-        name: its class name.
-        score: softmax of the logits at that column, in [0, 1].
-        adapter: slot that answered; -1 is the bare backbone.
-        ranking: (class name, score) of the best five.
-    """
-
-    file: str
-    label: int
-    name: str
-    score: float
-    adapter: int
-    ranking: tuple[tuple[str, float], ...]
 
 
 class AdapterModel(nn.Module):
@@ -62,6 +47,8 @@ class AdapterModel(nn.Module):
         class_names: label to name, where known.
         task_of_column: int64 [C], the task (0-based) in which each column arrived.
         task_of_slot: the task in which each adapter was made.
+        origins: what each adapter was made of, by slot, where a strategy said so.
+        record_of_slot: id of each adapter in the pool that the model was made from; else empty.
     """
 
     parts: nn.ModuleDict
@@ -79,6 +66,8 @@ class AdapterModel(nn.Module):
         self.class_names: dict[int, str] = {}
         self.task_of_column = torch.empty(0, dtype=torch.long)
         self.task_of_slot: list[int] = []
+        self.origins: dict[int, Origin] = {}
+        self.record_of_slot: tuple[str, ...] = ()
         self.to(backbone.device)
 
     # --- structure -----------------------------------------------------------------------------------------------
@@ -92,6 +81,12 @@ class AdapterModel(nn.Module):
     def num_tasks(self) -> int:
         """Tasks so far."""
         return int(self.task_of_column[-1]) + 1 if len(self.task_of_column) else 0
+
+    @property
+    def slot_of_column(self) -> Tensor:
+        """The adapter of each class, int64 [C]: the newest that was made up to its task; -1 where there was none."""
+        made = [*self.task_of_slot, *range(len(self.task_of_slot), self.num_slots)]
+        return torch.searchsorted(torch.tensor(made, dtype=torch.long), self.task_of_column, right=True) - 1
 
     @property
     def device(self) -> torch.device:
@@ -187,7 +182,12 @@ class AdapterModel(nn.Module):
         return self.backbone.features(x) if stop is None else self.backbone.enter(x, stop)
 
     def answer(
-        self, x: Inputs, memory: FeatureMemory | None = None, samples: Sequence[int] | None = None
+        self,
+        x: Inputs,
+        memory: FeatureMemory | None = None,
+        samples: Sequence[int] | None = None,
+        *,
+        predictor: Predictor | None = None,
     ) -> Prediction:
         """Predict one batch and say how; changes no state.
 
@@ -195,6 +195,7 @@ class AdapterModel(nn.Module):
             x: B inputs.
             memory: features known from earlier evaluations, and
             samples: the B numbers under which it knows them.
+            predictor: another inference rule than the model's own.
 
         Raises:
             ClAdaptersError: no task was learned yet, or the memory is of another model or another batch.
@@ -202,49 +203,33 @@ class AdapterModel(nn.Module):
         if not self.classes:
             raise ClAdaptersError("this model knows no class yet: train it on a task first")
         if memory is not None:
-            if memory.model is not self:
-                raise ClAdaptersError("this memory holds features of another model: make a FeatureMemory of this one")
-            if samples is None or len(samples) != batch_size(x):
-                given = "no sample numbers" if samples is None else f"{len(samples)} sample numbers"
-                raise ClAdaptersError(f"a memory needs the number of every sample: {batch_size(x)} inputs, but {given}")
+            memory.check(self, batch_size(x), samples)
         with torch.inference_mode():
             lazy = LazyFeatures(self, to_device(x, self.device), memory, samples)
-            return self.predictor.predict(self, lazy)
+            prediction = (predictor or self.predictor).predict(self, lazy)
+            if "abstention" not in self.parts:
+                return prediction
+            return self.part("abstention", Abstention).applied(self, lazy, prediction)
 
     def forward(self, x: Inputs) -> Tensor:
         """Logits float32 [B, C]; columns are ``classes``."""
         return self.answer(x).logits.float()
 
-    def predict(self, x: Inputs, batch: int = 64) -> Tensor:
+    def predict(self, x: Inputs, batch: int = 64, *, predictor: Predictor | None = None) -> Tensor:
         """Logits float32 [B, C] on the CPU, in batches of ``batch``; columns are ``classes``."""
         rows = torch.arange(batch_size(x)).split(batch)
-        return torch.cat([self.forward(take(x, part)).cpu() for part in rows])
+        return torch.cat([self.answer(take(x, part), predictor=predictor).logits.float().cpu() for part in rows])
 
-    def predict_files(self, files: Sequence[str | Path], batch: int = 64) -> list[Answer]:
-        """Classify image files.
+    def predict_files(
+        self, files: Sequence[str | Path], batch: int = 64, *, predictor: Predictor | None = None
+    ) -> list[Answer]:
+        """Classify image files, ``batch`` at a time, by the model's inference rule or another ``predictor``.
 
         Raises:
             DataError: a file that is no readable image, by name.
             ClAdaptersError: the backbone has no image preprocessing.
         """
-        preprocessing = self.backbone.preprocessing
-        if preprocessing is None:
-            raise ClAdaptersError("this backbone has no image preprocessing: call predict on prepared inputs")
-        transform = preprocessing.eval_transform()
-        answers: list[Answer] = []
-        for start in range(0, len(files), batch):
-            part = files[start : start + batch]
-            prediction = self.answer(torch.stack([transform(decode_image(Path(file))) for file in part]))
-            answers += [self._explain(file, prediction, i) for i, file in enumerate(part)]
-        return answers
-
-    def _explain(self, file: str | Path, prediction: Prediction, row: int) -> Answer:
-        scores_C = prediction.logits[row].float().softmax(0).cpu()
-        best = scores_C.topk(min(5, len(scores_C)))
-        names = [self.name_of(self.classes[column]) for column in best.indices.tolist()]
-        ranking = tuple(zip(names, best.values.tolist(), strict=True))
-        label = self.classes[int(best.indices[0])]
-        return Answer(str(file), label, *ranking[0], int(prediction.adapter[row]), ranking)
+        return answer_files(self, files, batch, predictor)
 
     # --- files ---------------------------------------------------------------------------------------------------
 
@@ -281,3 +266,33 @@ class AdapterModel(nn.Module):
         from cl_adapters.model_files import load_model
 
         return load_model(Path(path), backbone).to(device)
+
+    def save_pool(
+        self,
+        path: str | Path,
+        *,
+        tags: Sequence[str] = (),
+        benchmark: str | None = None,
+        metrics: Mapping[int, Mapping[str, float]] | None = None,
+        compression: str | None = None,
+    ) -> AdapterPool:
+        """Write the model as a pool with one record per adapter; see :func:`cl_adapters.pool.models.save_pool`."""
+        from cl_adapters.pool.models import save_pool
+
+        return save_pool(self, Path(path), tags=tags, benchmark=benchmark, metrics=metrics, compression=compression)
+
+    @classmethod
+    def from_pool(
+        cls,
+        pool: AdapterPool | str | Path,
+        ids: Sequence[str] | None = None,
+        *,
+        backbone: FrozenBackbone | None = None,
+        predictor: Predictor | None = None,
+        limit: int = 64,
+        device: str = "cpu",
+    ) -> AdapterModel:
+        """A model of a pool's adapters, which are loaded when used; see :func:`cl_adapters.pool.models.from_pool`."""
+        from cl_adapters.pool.models import from_pool
+
+        return from_pool(pool, ids, backbone=backbone, predictor=predictor, limit=limit).to(device)

@@ -24,6 +24,7 @@ from cl_adapters.bank import AdapterBank
 from cl_adapters.config import build, to_plain
 from cl_adapters.errors import IncompatibleBackbone, StorageError
 from cl_adapters.model import AdapterModel
+from cl_adapters.origins import Origin
 from cl_adapters.parts import Part, parts
 from cl_adapters.predictors import predictors
 from cl_adapters.statistics import ClassStatistics
@@ -72,6 +73,7 @@ def _describe(model: AdapterModel) -> dict[str, Any]:
             "blocks": list(bank.blocks),
             "slots": bank.num_slots,
             "tasks": model.task_of_slot,
+            "origins": {str(slot): to_plain(origin) for slot, origin in sorted(model.origins.items())},
         },
         "classes": [
             {"label": label, "name": model.class_names.get(label), "task": int(task)}
@@ -144,6 +146,8 @@ def _assemble(path: Path, card: Mapping[str, Any], backbone: FrozenBackbone) -> 
             raise StorageError(f"{path} names {len(model.classes)} classes, but its {head} head has {rows}")
     if card["adapter"] is not None:
         model.task_of_slot = [int(task) for task in card["adapter"].get("tasks", range(model.num_slots))]
+        origins = card["adapter"].get("origins", {})
+        model.origins = {int(slot): build(Origin, plain, "origin") for slot, plain in origins.items()}
     for name, described in card.get("parts", {}).items():
         model.parts[name] = parts.get(described["type"]).restore(described, read(f"parts/{name}.safetensors"))
     model.predictor = build(predictors.get(card["predictor"]["type"]), card["predictor"]["config"], "predictor")

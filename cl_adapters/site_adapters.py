@@ -7,7 +7,7 @@ is copied along.
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
@@ -38,6 +38,24 @@ class Active:
         return self.routes.get(site)
 
 
+@dataclass
+class _Stack:
+    """The tensors of several slots at one site, one after the other: a copy, good until any of them changes.
+
+    Attributes:
+        place: slot to its row.
+        tensors: name to the stacked tensors.
+        sources: slot to its parameters as they were: (parameter, version, address).
+    """
+
+    place: dict[int, int] = field(default_factory=dict)
+    tensors: dict[str, Tensor] = field(default_factory=dict)
+    sources: dict[int, tuple[tuple[Tensor, int, int], ...]] = field(default_factory=dict)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Stack:
+        return _Stack()
+
+
 class SiteAdapters(nn.Module):
     """The adapters at one site.
 
@@ -52,6 +70,7 @@ class SiteAdapters(nn.Module):
         self.slots = nn.ModuleDict()
         self._active = active
         self._source: Tensor | None = None
+        self._stack = _Stack()
 
     def attach(self, encoder: nn.Module) -> None:
         """Register the hooks on the encoder.
@@ -82,6 +101,12 @@ class SiteAdapters(nn.Module):
     def params(self, slot: int) -> dict[str, Tensor]:
         """The tensors of one slot."""
         return dict(self.slots[str(slot)].named_parameters())
+
+    def drop(self, slot: int) -> None:
+        """Forget the tensors of one slot."""
+        if self.has(slot):
+            del self.slots[str(slot)]
+            self._stack = _Stack()
 
     # --- hooks ---------------------------------------------------------------------------------------------------
 
@@ -183,17 +208,42 @@ class SiteAdapters(nn.Module):
     def _choice(self, x: Tensor, y: Tensor, slots: tuple[int, ...], index_B: Tensor) -> Tensor | None:
         """One slot per row; rows whose slot has no adapter here get zeros; None: that is all of them."""
         used = [slot for slot in slots if self.has(slot)]
-        params = [self.params(slot) for slot in used]
-        place = torch.tensor([used.index(slot) if slot in used else BARE for slot in slots], device=index_B.device)
+        stack = self._stacked(used)
+        place = torch.tensor([stack.place.get(slot, BARE) for slot in slots], device=index_B.device)
         index_B = place[index_B]
         rows = None if len(used) == len(slots) else (index_B >= 0).nonzero().flatten()
         if rows is not None:
             if not len(rows):
                 return None
             x, y, index_B, whole = x[rows], y[rows], index_B[rows], len(x)
-        gathered = {name: torch.stack([p[name] for p in params]).index_select(0, index_B) for name in params[0]}
+        gathered = {name: value.index_select(0, index_B) for name, value in stack.tensors.items()}
         delta = self._one(x, gathered, y)
         return delta if rows is None else delta.new_zeros(whole, *delta.shape[1:]).index_copy(0, rows, delta)
+
+    def _stacked(self, used: list[int]) -> _Stack:
+        """The tensors of these slots, stacked; without gradients kept for the next batch."""
+        if torch.is_grad_enabled():
+            return self._stack_of(used)
+        kept = self._stack.sources
+        if not all(slot in kept and self._unchanged(slot, kept[slot]) for slot in used):
+            self._stack = self._stack_of(used)
+            for slot in used:
+                found = [value for value in self.slots[str(slot)].parameters() if not value.is_inference()]
+                if len(found) == len(self._stack.tensors):  # writes into inference tensors go unnoticed: keep none
+                    self._stack.sources[slot] = tuple((value, value._version, value.data_ptr()) for value in found)
+        return self._stack
+
+    def _unchanged(self, slot: int, sources: tuple[tuple[Tensor, int, int], ...]) -> bool:
+        now = self.slots[str(slot)]._parameters.values()  # .parameters() would cost more than the check
+        return all(
+            value is kept and value._version == version and value.data_ptr() == address
+            for value, (kept, version, address) in zip(now, sources, strict=True)
+        )
+
+    def _stack_of(self, used: list[int]) -> _Stack:
+        params = [self.params(slot) for slot in used]
+        tensors = {name: torch.stack([own[name] for own in params]) for name in params[0]} if params else {}
+        return _Stack({slot: row for row, slot in enumerate(used)}, tensors)
 
     def _one(self, x: Tensor, params: Mapping[str, Tensor], y: Tensor) -> Tensor:
         return self.adapter.apply(x, params, self._active.noise, y)

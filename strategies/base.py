@@ -11,7 +11,8 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any, ClassVar
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from avalanche.core import BasePlugin
@@ -25,6 +26,8 @@ from cl_adapters.backbone import FrozenBackbone
 from cl_adapters.bank import AdapterBank, Routes
 from cl_adapters.errors import ClAdaptersError, DataError, TrainingDiverged
 from cl_adapters.model import AdapterModel
+from cl_adapters.origins import Origin
+from cl_adapters.parts.keys import Keys, KeysConfig, Kind
 from cl_adapters.predictors.base import Predictor
 from cl_adapters.randomness import derive, generator, isolated, seed_globals
 from cl_adapters.registry import Registry
@@ -34,6 +37,9 @@ from cl_adapters.strategies.experiences import check_experience, experience_clas
 from cl_adapters.strategies.phases import Batch, Phase
 from cl_adapters.strategies.views import ExplicitOrder, ViewLoader, Views
 from cl_adapters.timing import Stopwatch
+
+if TYPE_CHECKING:
+    from cl_adapters.pool import AdapterPool
 
 
 class AdapterStrategy(SupervisedTemplate):
@@ -49,6 +55,8 @@ class AdapterStrategy(SupervisedTemplate):
         plugins, evaluator, eval_every, peval_mode: as in Avalanche.
         class_names: class label to name, recorded with the model.
         progress: called as (phase name, steps done, steps in all) during long work.
+        keys: after every task keep keys of its classes, by which inputs can be looked up without training (the model's
+            part "class_keys"); costs one more pass over the images. A model that has keys goes on with them.
         options: single fields of ``config`` by name, for instance ``train_epochs=10``.
 
     Attributes:
@@ -91,6 +99,7 @@ class AdapterStrategy(SupervisedTemplate):
         peval_mode: str = "epoch",
         class_names: Mapping[int, str] | None = None,
         progress: Callable[[str, int, int], None] | None = None,
+        keys: KeysConfig | Kind | None = None,
         **options: Any,
     ) -> None:
         self.config = resolve(
@@ -100,6 +109,7 @@ class AdapterStrategy(SupervisedTemplate):
         if not isinstance(model, AdapterModel):
             model = self.new_model(FrozenBackbone.wrap(model).to(device))
         model.class_names.update(class_names or {})
+        _begin_keys(model, None if keys is None else KeysConfig.of(keys))
         super().__init__(
             model=model.to(device),
             optimizer=self._new_optimizer(),
@@ -166,6 +176,10 @@ class AdapterStrategy(SupervisedTemplate):
 
     def after_step(self) -> None:
         """Called after the optimizer's step."""
+
+    def origin(self, slot: int) -> Origin:
+        """What an adapter was made of besides its own images; default nothing."""
+        return Origin()
 
     def recall(self, experiences: Iterable[Any]) -> None:
         """On resume: given the experiences of finished tasks, for strategies that keep their data."""
@@ -239,11 +253,7 @@ class AdapterStrategy(SupervisedTemplate):
         Raises:
             ClAdaptersError: an error or interrupt stopped an earlier call in the middle of a task.
         """
-        if self._unfinished:
-            raise ClAdaptersError(
-                f"task {self.task} was left unfinished by an error, so this model is half trained: load the model that "
-                "was saved after the task before and make the strategy from it, or begin anew"
-            )
+        self._check_finished()
         self._loader_options = loader_options
         self.expansions = []
         try:
@@ -327,6 +337,9 @@ class AdapterStrategy(SupervisedTemplate):
     def _after_training_exp(self, **kwargs: Any) -> None:
         self.consolidate(self.task)
         self.model.date_slots(self.task)
+        new = [slot for slot, task in enumerate(self.model.task_of_slot) if task == self.task]
+        self.model.origins |= {slot: self.origin(slot) for slot in new}
+        self._take_keys()
         self.model.predictor = self.predictor(self.task, training=False)
         self._unfinished = False
         super()._after_training_exp(**kwargs)
@@ -384,7 +397,42 @@ class AdapterStrategy(SupervisedTemplate):
         super().optimizer_step()
         self.after_step()
 
+    def save_pool(
+        self,
+        path: str | Path,
+        *,
+        tags: Sequence[str] = (),
+        benchmark: str | None = None,
+        metrics: Mapping[int, Mapping[str, float]] | None = None,
+        compression: str | None = None,
+    ) -> AdapterPool:
+        """Write the model as a pool with one record per adapter; see :meth:`AdapterModel.save_pool`.
+
+        Raises:
+            ClAdaptersError: a task is half trained.
+        """
+        self._check_finished()
+        model: AdapterModel = self.model
+        return model.save_pool(path, tags=tags, benchmark=benchmark, metrics=metrics, compression=compression)
+
     # --- private -------------------------------------------------------------------------------------------------
+
+    def _check_finished(self) -> None:
+        if self._unfinished:
+            raise ClAdaptersError(
+                f"task {self.task} was left unfinished by an error, so this model is half trained: load the model that "
+                "was saved after the task before and make the strategy from it, or begin anew"
+            )
+
+    def _take_keys(self) -> None:
+        """Keys of the newest task's classes, where the model keeps some."""
+        if "class_keys" not in self.model.parts:
+            return
+        keys = self.model.part("class_keys", Keys)
+        with self.timings.part("statistics"):
+            draw = self.generator("keys", self.task)
+            for f_ND in self.per_class(*self.training_features(None)):
+                keys.add_class(f_ND, draw)
 
     def _loader_of(self, phase: Phase) -> Any:
         """The task's images, or what is cached of them at the first block that this phase trains."""
@@ -410,6 +458,23 @@ class AdapterStrategy(SupervisedTemplate):
         """An optimizer whose parameters each phase replaces; torch refuses an empty one."""
         placeholder = nn.Parameter(torch.zeros(1), requires_grad=False)
         return torch.optim.SGD([placeholder], lr=1.0, momentum=getattr(self.config, "momentum", 0.0))
+
+
+def _begin_keys(model: AdapterModel, config: KeysConfig | None) -> None:
+    """Give a model that has learned nothing its keys; check those of one that goes on.
+
+    Raises:
+        ConfigError: it has other keys.
+        ClAdaptersError: it has learned classes without keys.
+    """
+    if "class_keys" in model.parts:
+        model.part("class_keys", Keys).check_config(config)
+    elif config is not None:
+        if model.classes:
+            raise ClAdaptersError(
+                "this model learned classes without keys; keys have to be kept from the first task on"
+            )
+        model.parts["class_keys"] = Keys(config, model.backbone.num_features)
 
 
 def _without_metrics() -> EvaluationPlugin:

@@ -20,6 +20,7 @@ from cl_adapters.alignment import Alignment, align
 from cl_adapters.bank import Route
 from cl_adapters.merge.ema import ema
 from cl_adapters.merge.mean import mean
+from cl_adapters.origins import Origin
 from cl_adapters.predictors.base import Predictor
 from cl_adapters.predictors.fixed import Fixed
 from cl_adapters.predictors.self_refine import SelfRefine
@@ -166,6 +167,14 @@ class MOS(AdapterStrategy):
                     weight_decay=config.weight_decay,
                     generator=self.generator("alignment", task),
                 )
+
+    def origin(self, slot: int) -> Origin:
+        """All adapters before: it started from the newest, and was merged with their mean after every step."""
+        if not slot:
+            return Origin()
+        merge = {"method": "ema", "momentum": self.config.adapter_momentum, "schedule": self.config.merge}
+        aligned = {"head": "aligned"} if self.config.alignment.epochs else {}
+        return Origin(parents=tuple(range(slot)), merge=merge | aligned)
 
     # --- predict -------------------------------------------------------------------------------------------------
 

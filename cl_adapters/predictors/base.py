@@ -22,12 +22,16 @@ class Prediction:
     Attributes:
         logits: float32 [B, C]; columns are ``model.classes``.
         adapter: int64 [B], the slot whose features the answer comes from; -1 is the bare backbone.
-        passes: int64 [B], backbone passes that were run for each sample.
+        passes: float32 [B], backbone passes that were run for each sample; fractions where adapters sit in late blocks
+            and the blocks before them were shared.
+        abstained: bool [B], samples that are of no known class: their logits are cosines to the classes' means under
+            the bare backbone. None where no threshold was set (:mod:`cl_adapters.abstention`).
     """
 
     logits: Tensor
     adapter: Tensor
     passes: Tensor
+    abstained: Tensor | None = None
 
 
 class Predictor(ABC):
@@ -35,10 +39,18 @@ class Predictor(ABC):
 
     Attributes:
         remembers: whether its features are those of single adapters, which a memory can keep between evaluations.
+        by_class: whether a class is answered by the adapter of its own task, so that a pool can hold the model adapter
+            by adapter.
     """
 
     summary: ClassVar[str] = ""
     remembers: ClassVar[bool] = True
+    by_class: ClassVar[bool] = False
+
+    @property
+    def anchor(self) -> int:
+        """The adapter that is needed whatever the class: a field called ``slot``; -1: none."""
+        return int(getattr(self, "slot", -1))
 
     @abstractmethod
     def predict(self, model: AdapterModel, features: LazyFeatures) -> Prediction:

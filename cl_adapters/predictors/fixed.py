@@ -25,6 +25,7 @@ class Fixed(Predictor):
     """
 
     summary: ClassVar[str] = "one adapter (or none) for every input"
+    by_class: ClassVar[bool] = True
 
     slot: int = -1
     head: Literal["linear", "prototype"] = "linear"

@@ -22,11 +22,12 @@ class NearestPrototype(Predictor):
     """
 
     summary: ClassVar[str] = "the adapter of the nearest class prototype's task; at most two passes"
+    by_class: ClassVar[bool] = True
 
     slot: int = 0
 
     def predict(self, model: AdapterModel, features: LazyFeatures) -> Prediction:
         """Linear logits under the retrieved adapters."""
         nearest_B = model.prototypes(features.under(self.slot)).argmax(1).cpu()
-        adapter_B = model.task_of_column[nearest_B]
+        adapter_B = model.slot_of_column[nearest_B]
         return Prediction(model.head(features(features.rows, adapter_B)), adapter_B, features.passes_B)

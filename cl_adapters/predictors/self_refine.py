@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, ClassVar, Literal
 
 import torch
 
 from cl_adapters.predictors.base import Prediction, Predictor, predictors
+from cl_adapters.retrieval import keys_of
+from cl_adapters.routes import BARE
 
 if TYPE_CHECKING:
     from cl_adapters.features import LazyFeatures
@@ -19,8 +21,8 @@ if TYPE_CHECKING:
 class SelfRefine(Predictor):
     """Self-refined retrieval (MOS, Sun et al. 2025, section on self-refined adapter retrieval; released mos.py).
 
-    1. o = prototype logits under adapter 0; i = task of argmax o.
-    2. At most ``max_steps`` times: z = linear logits under adapter i; j = task of argmax z; stop if j = i, else
+    1. o = prototype logits under adapter 0; i = adapter of the class argmax o.
+    2. At most ``max_steps`` times: z = linear logits under adapter i; j = adapter of argmax z; stop if j = i, else
        i <- j. The last z always comes from the last adapter that was evaluated.
     3. The answer is ``softmax(z) + softmax(T o)`` with T tasks so far; without ensemble z alone.
 
@@ -29,34 +31,47 @@ class SelfRefine(Predictor):
 
     Attributes:
         max_steps: evaluations of z at most.
-        ensemble: add the prototype logits.
+        ensemble: add o.
+        start: where o comes from: the model's "prototypes" under adapter ``slot``, or its "keys".
+        slot: the adapter under which the prototypes were taken.
     """
 
     summary: ClassVar[str] = "MOS: follow the predicted task's adapter until the prediction stays"
+    by_class: ClassVar[bool] = True
 
     max_steps: int = 4
     ensemble: bool = True
+    start: Literal["prototypes", "keys"] = "prototypes"
+    slot: int = 0
 
     def __post_init__(self) -> None:
         if self.max_steps < 1:
             raise ValueError(f"max_steps must be at least 1, got {self.max_steps}")
 
+    @property
+    def anchor(self) -> int:
+        """The adapter under which the prototypes were taken, where they are used."""
+        return self.slot if self.start == "prototypes" else BARE
+
     def predict(self, model: AdapterModel, features: LazyFeatures) -> Prediction:
         """Lazy retrieval with the logits of the version that runs every adapter."""
-        tasks = model.task_of_column
-        o_BC = model.prototypes(features.under(0))
-        adapter_B = tasks[o_BC.argmax(1).cpu()]
+        slots = model.slot_of_column
+        if self.start == "keys":
+            o_BC = keys_of(model).class_scores(features.under(BARE), len(slots))
+        else:
+            o_BC = model.prototypes(features.under(self.slot))
+        adapter_B = slots[o_BC.argmax(1).cpu()]
         z_BC = torch.zeros_like(o_BC)
         active = features.rows
         for step in range(self.max_steps):
             z_MC = model.head(features(active, adapter_B[active]))
             z_BC[active.to(z_BC.device)] = z_MC
-            next_M = tasks[z_MC.argmax(1).cpu()]
+            next_M = slots[z_MC.argmax(1).cpu()]
             moved = next_M != adapter_B[active]
             if step == self.max_steps - 1 or not moved.any():
                 break
             active, next_M = active[moved], next_M[moved]
             adapter_B[active] = next_M
-        num_tasks = int(tasks.max()) + 1
+        num_tasks = int(model.task_of_column.max()) + 1
         logits_BC = z_BC.softmax(1) + (num_tasks * o_BC).softmax(1) if self.ensemble else z_BC
         return Prediction(logits_BC, adapter_B, features.passes_B)

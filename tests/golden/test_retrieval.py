@@ -26,10 +26,11 @@ class Scripted:
     """A model of T tasks with one class each: the feature under adapter i is e_i, its prediction is ``goes_to[i]``."""
 
     device = torch.device("cpu")
+    bank = None
 
     def __init__(self, start: int, goes_to: list[int]) -> None:
         self.num_slots = len(goes_to)
-        self.task_of_column = torch.arange(self.num_slots)
+        self.task_of_column = self.slot_of_column = torch.arange(self.num_slots)
         self.rows = 3.0 * F.one_hot(torch.tensor(goes_to), self.num_slots).float()
         self.start = start
         self.evaluated: list[int] = []
@@ -116,7 +117,7 @@ def test_ensemble_of_cosine_and_linear_head() -> None:
 
         def __init__(self) -> None:
             super().__init__(0, [0, 1, 2])
-            self.task_of_column = torch.tensor([0, 0, 1, 2, 2])
+            self.task_of_column = self.slot_of_column = torch.tensor([0, 0, 1, 2, 2])
 
         def features(self, x: Tensor, route: Route) -> Tensor:
             return x

@@ -1,0 +1,208 @@
+"""Keys: what the classes look like to the bare backbone, to find the adapter for an input without any training.
+
+B batch, C classes, D width of the features, M keys, H held-out features.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from cl_adapters.config import build, to_plain
+from cl_adapters.errors import ClAdaptersError, ConfigError, DataError
+from cl_adapters.parts.base import Part, parts
+
+Kind = Literal["prototypes", "centroids", "features"]
+DEFAULT_CENTROIDS = 4
+ROUNDS = 25
+"""Of k-means, at most."""
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class KeysConfig:
+    """What is kept of each class.
+
+    Attributes:
+        kind: "prototypes" (the mean feature), "centroids" (of k-means) or "features" (of the images themselves).
+        per_class: centroids (default 4), or features drawn without replacement (default all) per class.
+        held_out: share of each class's images that becomes no key, for calibrating a threshold
+            (:mod:`cl_adapters.abstention`); rounded down, so small classes may give none.
+    """
+
+    kind: Kind = "prototypes"
+    per_class: int | None = None
+    held_out: float = 0.2
+
+    def __post_init__(self) -> None:
+        if self.per_class is not None and (self.per_class < 1 or self.kind == "prototypes"):
+            raise ValueError(
+                f"per_class is the number of centroids or features per class, at least 1; got {self.per_class} for "
+                f"{self.kind}"
+            )
+        if not 0 <= self.held_out < 1:
+            raise ValueError(f"held_out must be in [0, 1), got {self.held_out}")
+
+    @classmethod
+    def of(cls, value: KeysConfig | Kind) -> KeysConfig:
+        """A configuration, or the default one of a kind by its name.
+
+        Raises:
+            ConfigError: no such kind.
+        """
+        return value if isinstance(value, KeysConfig) else build(cls, {"kind": value}, "keys")
+
+
+@parts.register("keys")
+class Keys(Part):
+    """Keys of the classes learned so far, under the bare backbone; cosine similarity to them.
+
+    Args:
+        config: what is kept.
+        width: D.
+
+    Attributes:
+        keys_MD: float32 [M, D], not normalised.
+        column_M: int64 [M], class column of each key.
+        held_out_HD: float32 [H, D], features of training images that became no key.
+        held_out_column_H: int64 [H], their class columns.
+    """
+
+    keys_MD: Tensor
+    column_M: Tensor
+    held_out_HD: Tensor
+    held_out_column_H: Tensor
+
+    def __init__(self, config: KeysConfig, width: int) -> None:
+        super().__init__()
+        self.config = config
+        self.register_buffer("keys_MD", torch.empty(0, width))
+        self.register_buffer("column_M", torch.empty(0, dtype=torch.long))
+        self.register_buffer("held_out_HD", torch.empty(0, width))
+        self.register_buffer("held_out_column_H", torch.empty(0, dtype=torch.long))
+
+    @property
+    def num_classes(self) -> int:
+        """Classes C so far."""
+        return int(self.column_M.max()) + 1 if len(self.column_M) else 0
+
+    def similarity(self, f_BD: Tensor) -> Tensor:
+        """Cosine of features [B, D] to every key, float32 [B, M] in [-1, 1]."""
+        self._check_any()
+        return F.normalize(f_BD.float(), dim=1) @ F.normalize(self.keys_MD, dim=1).T
+
+    def class_scores(self, f_BD: Tensor, classes: int | None = None) -> Tensor:
+        """Cosine to the nearest key of each class.
+
+        Args:
+            f_BD: features under the bare backbone.
+            classes: number of columns; those without a key get minus infinity. Default C.
+
+        Returns:
+            float32 [B, C].
+        """
+        near_BM = self.similarity(f_BD)
+        scores_BC = near_BM.new_full((len(f_BD), classes or self.num_classes), -torch.inf)
+        return scores_BC.scatter_reduce(1, self.column_M.expand_as(near_BM), near_BM, "amax")
+
+    def means(self) -> Tensor:
+        """Mean of each class's keys, float32 [C, D]."""
+        self._check_any()
+        sums_CD = self.keys_MD.new_zeros(self.num_classes, self.keys_MD.shape[1]).index_add(
+            0, self.column_M, self.keys_MD
+        )
+        return sums_CD / self.column_M.bincount(minlength=self.num_classes).clamp_min(1)[:, None]
+
+    @torch.no_grad()
+    def add_class(self, f_ND: Tensor, generator: torch.Generator) -> None:
+        """Take the next class from the features of its training images under the bare backbone.
+
+        Args:
+            f_ND: float32 [N, D].
+            generator: of what is held out, drawn, and where k-means starts.
+
+        Raises:
+            DataError: no feature.
+        """
+        if not len(f_ND):
+            raise DataError("a class without training images has no keys")
+        column, config = self.num_classes, self.config
+        order_N = torch.randperm(len(f_ND), generator=generator)
+        held = int(config.held_out * len(f_ND))
+        kept_ND = f_ND[order_N[held:].sort().values]
+        if config.kind == "prototypes":
+            new_KD = kept_ND.mean(0, keepdim=True)
+        elif config.kind == "centroids":
+            new_KD = centroids(kept_ND, config.per_class or DEFAULT_CENTROIDS, generator)
+        else:
+            new_KD = kept_ND[torch.randperm(len(kept_ND), generator=generator)[: config.per_class].sort().values]
+        self._append("keys_MD", "column_M", new_KD, column)
+        self._append("held_out_HD", "held_out_column_H", f_ND[order_N[:held].sort().values], column)
+
+    def description(self) -> dict[str, Any]:
+        """What is kept."""
+        return {"config": to_plain(self.config)}
+
+    @classmethod
+    def restore(cls, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Keys:
+        """The same keys."""
+        made = cls(build(KeysConfig, description["config"], "keys"), tensors["keys_MD"].shape[1])
+        for name, _ in made.named_buffers():
+            setattr(made, name, tensors[name])
+        return made
+
+    def check_config(self, config: KeysConfig | None) -> None:
+        """Check that these keys can go on as somebody wants them; None wants nothing in particular.
+
+        Raises:
+            ConfigError: others were begun.
+        """
+        if config is not None and config != self.config:
+            raise ConfigError(f"this model keeps {self.config}, which cannot become {config}; leave keys out")
+
+    def _append(self, rows: str, columns: str, new_KD: Tensor, column: int) -> None:
+        before_MD, before_M = getattr(self, rows), getattr(self, columns)
+        setattr(self, rows, torch.cat([before_MD, new_KD.to(before_MD)]))
+        setattr(self, columns, torch.cat([before_M, before_M.new_full((len(new_KD),), column)]))
+
+    def _check_any(self) -> None:
+        if not len(self.keys_MD):
+            raise ClAdaptersError("there are no keys yet: train with keys=..., so that they are taken after every task")
+
+
+def centroids(f_ND: Tensor, k: int, generator: torch.Generator) -> Tensor:
+    """Centroids of k-means (Lloyd), begun as k-means++ (Arthur and Vassilvitskii 2007).
+
+    Args:
+        f_ND: features float32 [N, D].
+        k: how many; at most N are made.
+        generator: of the beginning.
+
+    Returns:
+        float32 [min(k, N), D]. Fewer where features repeat; empty clusters are left out.
+    """
+    if len(f_ND) <= k:
+        return f_ND
+    chosen = [int(torch.randint(len(f_ND), (1,), generator=generator))]
+    while len(chosen) < k:
+        far_N = torch.cdist(f_ND, f_ND[chosen]).amin(1).square()
+        if not far_N.any():
+            break
+        chosen.append(int(torch.multinomial(far_N, 1, generator=generator)))
+    centres_KD = f_ND[chosen]
+    of_N = torch.full((len(f_ND),), -1)
+    for _ in range(ROUNDS):
+        nearest_N = torch.cdist(f_ND, centres_KD).argmin(1)
+        if torch.equal(nearest_N, of_N):
+            break
+        of_N = nearest_N
+        sizes_K = of_N.bincount(minlength=len(centres_KD))
+        sums_KD = torch.zeros_like(centres_KD).index_add(0, of_N, f_ND)
+        filled = sizes_K > 0
+        centres_KD = sums_KD[filled] / sizes_K[filled, None]
+        of_N = filled.cumsum(0)[of_N] - 1  # numbers of the clusters that are left
+    return centres_KD

@@ -1,0 +1,54 @@
+"""The adapter that most of the nearest keys vote for."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from cl_adapters.predictors.base import Prediction, Predictor, predictors
+from cl_adapters.retrieval import answered, keys_of
+from cl_adapters.routes import BARE
+
+if TYPE_CHECKING:
+    from cl_adapters.features import LazyFeatures
+    from cl_adapters.model import AdapterModel
+
+
+@predictors.register("knn_vote")
+@dataclass(frozen=True, kw_only=True)
+class KNNVote(Predictor):
+    """The k nearest keys vote for the adapters of their classes, each with exp(cosine / temperature).
+
+    The weighted vote of Wu et al. 2018 ("Unsupervised feature learning via non-parametric instance discrimination",
+    section 3.4), over adapters instead of classes. Most useful with many keys per class ("features"). At most 2
+    passes, as :class:`cl_adapters.predictors.nearest_key.NearestKey`.
+
+    Attributes:
+        k: keys that vote.
+        temperature: small ones let the nearest decide, large ones count heads.
+    """
+
+    summary: ClassVar[str] = "the nearest keys vote for adapters; at most two passes"
+    by_class: ClassVar[bool] = True
+
+    k: int = 10
+    temperature: float = 0.07
+
+    def __post_init__(self) -> None:
+        if self.k < 1 or self.temperature <= 0:
+            raise ValueError(
+                f"k must be at least 1 and temperature positive, got k={self.k}, temperature={self.temperature}"
+            )
+
+    def predict(self, model: AdapterModel, features: LazyFeatures) -> Prediction:
+        """Linear logits under the elected adapters."""
+        keys = keys_of(model)
+        bare_BD = features.under(BARE)
+        near_BM = keys.similarity(bare_BD)
+        best_BK = near_BM.topk(min(self.k, near_BM.shape[1]), dim=1)
+        weight_BK = (best_BK.values / self.temperature).softmax(1).cpu()
+        slot_BK = model.slot_of_column[keys.column_M.cpu()[best_BK.indices.cpu()]]
+        votes_BT = weight_BK.new_zeros(len(weight_BK), model.num_slots + 1)  # the bare backbone stands first
+        adapter_B = votes_BT.scatter_add(1, slot_BK + 1, weight_BK).argmax(1) - 1
+        f_BD = features(features.rows, adapter_B)
+        return Prediction(answered(model, f_BD, bare_BD), adapter_B, features.passes_B)

@@ -1,0 +1,35 @@
+"""The adapter of the class whose key is nearest to the bare backbone: retrieval in one hop, trained by nobody."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+from cl_adapters.predictors.base import Prediction, Predictor, predictors
+from cl_adapters.retrieval import answered, keys_of
+from cl_adapters.routes import BARE
+
+if TYPE_CHECKING:
+    from cl_adapters.features import LazyFeatures
+    from cl_adapters.model import AdapterModel
+
+
+@predictors.register("nearest_key")
+@dataclass(frozen=True, kw_only=True)
+class NearestKey(Predictor):
+    """The key with the largest cosine to the bare feature names a class; its adapter and the linear head answer.
+
+    At most 2 passes; where all adapters sit in late blocks, 1 and the share of those blocks. Needs the model's part
+    "class_keys" (:class:`cl_adapters.parts.keys.Keys`).
+    """
+
+    summary: ClassVar[str] = "the adapter of the class with the nearest key; at most two passes"
+    by_class: ClassVar[bool] = True
+
+    def predict(self, model: AdapterModel, features: LazyFeatures) -> Prediction:
+        """Linear logits under the retrieved adapters."""
+        bare_BD = features.under(BARE)
+        nearest_B = keys_of(model).class_scores(bare_BD, len(model.classes)).argmax(1).cpu()
+        adapter_B = model.slot_of_column[nearest_B]
+        f_BD = features(features.rows, adapter_B)
+        return Prediction(answered(model, f_BD, bare_BD), adapter_B, features.passes_B)

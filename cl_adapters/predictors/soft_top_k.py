@@ -1,0 +1,60 @@
+"""A mixture of the few adapters whose keys are nearest."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+
+from cl_adapters.predictors.base import Prediction, Predictor, predictors
+from cl_adapters.retrieval import answered, keys_of
+from cl_adapters.routes import BARE, Route
+
+if TYPE_CHECKING:
+    from cl_adapters.features import LazyFeatures
+    from cl_adapters.model import AdapterModel
+
+
+@predictors.register("soft_top_k")
+@dataclass(frozen=True, kw_only=True)
+class SoftTopK(Predictor):
+    """Outputs of the k adapters with the nearest keys, weighted by softmax(cosine / temperature) at every site.
+
+    An adapter is as near as the nearest key of its classes. Where the bare backbone is among them, its share adds
+    nothing. 2 passes, or 1 and the share of the late blocks; the mixed features are those of no single adapter, and no
+    memory keeps them.
+
+    Attributes:
+        k: adapters that are mixed.
+        temperature: small ones let the nearest decide.
+    """
+
+    summary: ClassVar[str] = "the k adapters with the nearest keys, mixed by similarity; two passes"
+    remembers: ClassVar[bool] = False
+    by_class: ClassVar[bool] = True
+
+    k: int = 3
+    temperature: float = 0.07
+
+    def __post_init__(self) -> None:
+        if self.k < 1 or self.temperature <= 0:
+            raise ValueError(
+                f"k must be at least 1 and temperature positive, got k={self.k}, temperature={self.temperature}"
+            )
+
+    def predict(self, model: AdapterModel, features: LazyFeatures) -> Prediction:
+        """Linear logits on the mixed features; the adapter that is named has the largest share."""
+        keys = keys_of(model)
+        bare_BD = features.under(BARE)
+        scores_BC = keys.class_scores(bare_BD, len(model.classes))
+        slot_C = model.slot_of_column.to(scores_BC.device) + 1  # the bare backbone stands first
+        near_BT = scores_BC.new_full((len(scores_BC), model.num_slots + 1), -torch.inf)
+        near_BT = near_BT.scatter_reduce(1, slot_C.expand_as(scores_BC), scores_BC, "amax")
+        best_BK = near_BT.topk(min(self.k, near_BT.shape[1]), dim=1)
+        share_BK = (best_BK.values / self.temperature).softmax(1)  # 0 for adapters without a key
+        share_BT = torch.zeros_like(near_BT).scatter(1, best_BK.indices, share_BK)[:, 1:]
+        mixes = bool((share_BT != 0).any())
+        f_BD = features.mixed(Route.soft(share_BT)) if mixes else bare_BD
+        adapter_B = best_BK.indices[:, 0].cpu() - 1
+        return Prediction(answered(model, f_BD, bare_BD), adapter_B, features.passes_B)

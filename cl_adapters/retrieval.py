@@ -1,0 +1,45 @@
+"""What the predictors share that look an input up among the keys: no training, one pass of the bare backbone.
+
+B batch, C classes, M keys, T adapters.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+from torch import Tensor
+
+from cl_adapters.errors import ClAdaptersError
+from cl_adapters.parts.keys import Keys
+
+if TYPE_CHECKING:
+    from cl_adapters.model import AdapterModel
+
+
+def keys_of(model: AdapterModel) -> Keys:
+    """The model's keys.
+
+    Raises:
+        ClAdaptersError: it has none; says how to get them.
+    """
+    found = dict(model.parts.items()).get("class_keys")
+    if not isinstance(found, Keys):
+        raise ClAdaptersError(
+            "this model has no keys to look inputs up by: train it with keys='prototypes' (or 'centroids', 'features')"
+        )
+    return found
+
+
+def answered(model: AdapterModel, f_BD: Tensor, bare_BD: Tensor) -> Tensor:
+    """Logits [B, C] of the linear head on the adapted features; without such a head, cosines to the keys.
+
+    Args:
+        model: some strategies (SimpleCIL, RanPAC) train no linear head of all classes.
+        f_BD: features under the chosen adapters.
+        bare_BD: features under the bare backbone.
+    """
+    classes = len(model.classes)
+    if model.head.num_classes == classes:
+        logits_BC: Tensor = model.head(f_BD)
+        return logits_BC
+    return keys_of(model).class_scores(bare_BD, classes)
