@@ -15,12 +15,14 @@ if TYPE_CHECKING:
     from cl_adapters.backbone import FrozenBackbone
     from cl_adapters.bank import AdapterBank, Route
     from cl_adapters.errors import ClAdaptersError
+    from cl_adapters.index.index import AdapterIndex
     from cl_adapters.model import AdapterModel
     from cl_adapters.pool.pool import AdapterPool
     from cl_adapters.predictors.base import Prediction
 
 __all__ = [
     "AdapterBank",
+    "AdapterIndex",
     "AdapterModel",
     "AdapterPool",
     "Bottleneck",
@@ -36,6 +38,7 @@ if not TYPE_CHECKING:
         __name__,
         {
             "AdapterBank": "bank",
+            "AdapterIndex": "index.index",
             "AdapterModel": "model",
             "AdapterPool": "pool.pool",
             "Bottleneck": "adapters.bottleneck",

@@ -23,6 +23,7 @@ FOLDERS = {"cl_adapters": "cl_adapters", "benchmarks": "cl_adapters.benchmarks",
 DISTRIBUTIONS = {
     "PIL": "pillow",
     "avalanche": "avalanche-lib",
+    "faiss": "faiss-cpu",
     "fontTools": "fonttools",
     "sklearn": "scikit-learn",
     "yaml": "pyyaml",

@@ -1,0 +1,45 @@
+"""Arrays on disk as .npy, without pickle: a header of plain text and raw numbers."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from cl_adapters.errors import StorageError
+
+
+def write_array(path: Path, array: npt.NDArray[Any]) -> None:
+    """Write an array of numbers (into an unfinished folder: neither atomic nor synced by itself)."""
+    with path.open("wb") as file:
+        np.save(file, array, allow_pickle=False)
+
+
+def read_array(path: Path, dtype: Any, shape: tuple[int | None, ...], *, mmap: bool) -> npt.NDArray[Any]:
+    """Read or memory-map an array.
+
+    Args:
+        path: a .npy file.
+        dtype: what it must hold.
+        shape: what it must measure; None is any length.
+        mmap: return a view of the file (writing to it would not reach the file) instead of a copy in memory.
+
+    Raises:
+        StorageError: missing, truncated (also: a header that promises more than the file holds), or of another type
+            or shape.
+    """
+    try:
+        # Mapped first in any case: a huge promised size then fails on the file's size, before memory is asked for.
+        array = np.lib.format.open_memmap(path, mode="c")
+    except (OSError, ValueError, EOFError, SyntaxError, OverflowError) as error:
+        raise StorageError(f"{path} is missing, damaged or no .npy array: {error}") from error
+    fits = array.ndim == len(shape) and all(n is None or n == m for n, m in zip(shape, array.shape, strict=True))
+    if array.dtype != np.dtype(dtype) or not fits or not array.flags.c_contiguous:
+        expected = [n if n is not None else "any" for n in shape]
+        raise StorageError(
+            f"{path} holds {array.dtype} {list(array.shape)}, expected {np.dtype(dtype)} {expected}; "
+            "rebuild the index from the pool"
+        )
+    return array if mmap else np.array(array)

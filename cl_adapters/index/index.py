@@ -1,0 +1,298 @@
+"""AdapterIndex: which adapters of a pool know this input?
+
+Keys stand for the classes of each adapter, in the feature space of the bare backbone. The index is derived from the
+pool's knowledge: it holds nothing that :meth:`AdapterIndex.rebuild` would not find there again.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from cl_adapters.errors import DataError, StorageError, UnknownName
+from cl_adapters.index.answers import Changes, Hit, IndexConfig, IndexStats, Neighbours
+from cl_adapters.index.base import Ids, IndexBackend
+from cl_adapters.index.contents import Contents
+from cl_adapters.index.index_files import default_folder, open_index, save_index
+from cl_adapters.index.keys import KeyRule, Keys, KeySource, digest
+from cl_adapters.index.locks import ReadersWriter
+from cl_adapters.index.space import Similarity, Space
+
+if TYPE_CHECKING:
+    from cl_adapters.pool.record import Record
+
+Stale = Literal["error", "warn", "refresh"]
+
+
+class AdapterIndex:
+    """Nearest classes and adapters for images or features. Make one with :meth:`build` or :meth:`open`.
+
+    Queries may come from several threads; ``add``, ``remove``, ``refresh`` and ``rebuild`` wait for them and then run
+    alone.
+
+    Attributes:
+        pool: where the keys come from.
+        config: what was asked for.
+        threshold: score below which the best hit means "none of these"; None: not calibrated. Set it yourself; it is
+            saved with the index, and does not change what is found.
+        threads: CPU threads of a search; None: as many as torch uses.
+    """
+
+    def __init__(self, pool: KeySource, config: IndexConfig, contents: Contents) -> None:
+        self.pool = pool
+        self.config = config
+        self.threshold: float | None = None
+        self.threads: int | None = None
+        self._contents = contents
+        self._lock = ReadersWriter()
+        self._names: tuple[tuple[Record, ...], dict[tuple[str, int], str | None]] = ((), {})
+
+    @classmethod
+    def build(
+        cls,
+        pool: KeySource,
+        *,
+        keys: Keys = "prototypes",
+        per_class: int | None = None,
+        metric: Similarity = "cosine",
+        backend: str = "auto",
+        options: Mapping[str, Any] | None = None,
+        tags: Iterable[str] = (),
+        seed: int = 0,
+    ) -> AdapterIndex:
+        """Make the index of a pool.
+
+        Args:
+            pool: its knowledge gives the keys. Records without features are left out, with a warning.
+            keys: what stands for a class: "prototypes", "centroids" or "features".
+            per_class: keys of a class at most; default 1, 4 and all.
+            metric: "cosine", "ip", "l2" or "mahalanobis" (covariance within classes, shared by all).
+            backend: registered name; "auto" chooses by the number of keys.
+            options: of that back-end, such as {"probes": 8}.
+            tags: only records that have all of these.
+            seed: of every draw: k-means, samples, training of the back-end.
+
+        Raises:
+            ConfigError: an unknown name or option.
+            DataError: features that cannot be used; no covariance for "mahalanobis".
+        """
+        rule = KeyRule(kind=keys, per_class=per_class, seed=seed)
+        chosen = IndexConfig(rule=rule, metric=metric, backend=backend, options=dict(options or {}), tags=tuple(tags))
+        return cls(pool, chosen, Contents.of_records(pool, _wanted(pool, chosen), chosen))
+
+    # --- asking --------------------------------------------------------------------------------------------------
+
+    def query(
+        self, x: Any, k: int = 5, *, tags: Iterable[str] = (), records: Iterable[str] | None = None
+    ) -> list[list[Hit]]:
+        """The k nearest keys of every input, best first.
+
+        Args:
+            x: features [B, D] under the bare backbone, or what the backbone takes (images float32 [B, C, H, W], a
+                mapping of tensors); two dimensions mean features.
+            k: at least 1.
+            tags: only records that have all of these in the pool now.
+            records: only these.
+
+        Returns:
+            B lists of up to k hits.
+
+        Raises:
+            DataError: features of another width, or not finite.
+            UnknownName: a record that the index does not have.
+        """
+        if np.ndim(x) != 2 or isinstance(x, Mapping):
+            with torch.no_grad():
+                x = self.pool.backbone.features(x)
+        return self.hits(self.search_features(x, k, tags=tags, records=records))
+
+    def search_features(
+        self, f_BD: Any, k: int = 5, *, tags: Iterable[str] = (), records: Iterable[str] | None = None
+    ) -> Neighbours:
+        """As :meth:`query`, for features, with arrays for an answer.
+
+        Args:
+            f_BD: float32 [B, D], tensor or array.
+            k: at least 1.
+            tags: only records that have all of these in the pool now.
+            records: only these.
+
+        Raises:
+            DataError: features of another width, or not finite.
+            UnknownName: a record that the index does not have.
+        """
+        features = f_BD.detach().float().cpu().numpy() if isinstance(f_BD, Tensor) else np.asarray(f_BD)
+        with self._lock.reading():
+            allowed = self._allowed(set(tags), records)
+            return self._contents.search(features, k, allowed, self.threads)
+
+    def hits(self, neighbours: Neighbours) -> list[list[Hit]]:
+        """The same answers with names, without the places where fewer than k were found."""
+        records = self.pool.records
+        if records is not self._names[0]:  # the pool has changed
+            names = {(record.id, known.label): known.name for record in records for known in record.classes}
+            self._names = (records, names)
+        return neighbours.named(self._names[1])
+
+    # --- changing ------------------------------------------------------------------------------------------------
+
+    def add(self, records: Iterable[str]) -> None:
+        """Add records of the pool. The space stays as it is, the whitening too; ``rebuild`` fits it anew.
+
+        Args:
+            records: ids.
+
+        Raises:
+            UnknownName: a record that the pool does not have.
+            DataError: a record that the index has already, or features of another width.
+        """
+        wanted = tuple(dict.fromkeys(records))
+        known = {record.id: record for record in self.pool.records}
+        with self._lock.writing():
+            present = self._contents.table.digests
+            for id in wanted:
+                if id not in known:
+                    raise UnknownName.of("adapter", id, known)
+                if id in present:
+                    raise DataError(f"the index has {id!r} already; remove it first, or call refresh()")
+            new = [known[id] for id in wanted]
+            if not self._contents.append(self.pool, new):
+                kept = [record for record in known.values() if record.id in present]
+                self._contents = Contents.of_records(self.pool, [*kept, *new], self.config)
+
+    def remove(self, records: Iterable[str]) -> None:
+        """Take records out.
+
+        Args:
+            records: ids; they need not be in the pool any more.
+
+        Raises:
+            UnknownName: a record that the index does not have.
+        """
+        with self._lock.writing():
+            self._contents.drop(self._contents.table.known(records))
+
+    def changes(self) -> Changes:
+        """How the pool differs from the index now; nothing means that the index is up to date."""
+        now = {record.id: digest(record) for record in _wanted(self.pool, self.config)}
+        then = dict(self._contents.table.digests)
+        return Changes(
+            added=tuple(id for id in now if id not in then),
+            removed=tuple(id for id in then if id not in now),
+            altered=tuple(id for id in now if id in then and then[id] != now[id]),
+        )
+
+    def refresh(self) -> Changes:
+        """Bring the index up to date with the pool by removing and adding; returns what was different."""
+        changes = self.changes()
+        self.remove([*changes.removed, *changes.altered])
+        self.add([*changes.added, *changes.altered])
+        return changes
+
+    def rebuild(self, pool: KeySource | None = None) -> None:
+        """Make everything anew from the pool.
+
+        Args:
+            pool: another one than before.
+        """
+        pool = self.pool if pool is None else pool
+        contents = Contents.of_records(pool, _wanted(pool, self.config), self.config)
+        with self._lock.writing():
+            self.pool, self._contents = pool, contents
+
+    def __len__(self) -> int:
+        return len(self._contents)
+
+    @property
+    def records(self) -> tuple[str, ...]:
+        """Ids of the records of this index."""
+        return tuple(self._contents.table.digests)
+
+    @property
+    def space(self) -> Space | None:
+        """How features are compared; None while there is no key."""
+        return self._contents.space
+
+    @property
+    def backend(self) -> IndexBackend | None:
+        """The back-end; None while there is no key."""
+        return self._contents.backend
+
+    def stats(self) -> IndexStats:
+        """Figures: sizes, choices, and whether the pool has changed."""
+        with self._lock.reading():
+            return self._contents.stats(self.changes(), self.threshold)
+
+    # --- files ---------------------------------------------------------------------------------------------------
+
+    def save(self, folder: str | Path | None = None, *, overwrite: bool = True) -> Path:
+        """Write the index atomically, and return its folder.
+
+        Args:
+            folder: default index/default in the pool's folder.
+            overwrite: replace an index that is there.
+
+        Raises:
+            StorageError: the place cannot be written, or holds something that is no index.
+        """
+        folder = default_folder(self.pool) if folder is None else Path(folder)
+        with self._lock.reading():
+            save_index(self._contents, folder, overwrite, self.threshold)
+        return folder
+
+    @classmethod
+    def open(
+        cls,
+        folder: str | Path | None,
+        pool: KeySource,
+        *,
+        mmap: bool = True,
+        verify: bool = False,
+        stale: Stale = "error",
+    ) -> AdapterIndex:
+        """Open a saved index.
+
+        Args:
+            folder: default index/default in the pool's folder.
+            pool: the pool that it was built from.
+            mmap: leave vectors on disk where the back-end can, and read what a query touches.
+            verify: compare also files of more than 64 MiB with their SHA-256, which reads all of them. They hold raw
+                numbers; damage there gives wrong answers, never worse.
+            stale: what to do if the pool has changed: "error", "warn", or "refresh" (add and remove what differs).
+
+        Raises:
+            StorageError: missing or damaged files, or a pool that has changed.
+        """
+        if stale not in get_args(Stale):
+            raise UnknownName.of("choice for a stale index", stale, get_args(Stale))
+        folder = default_folder(pool) if folder is None else Path(folder)
+        contents, threshold = open_index(folder, mmap=mmap, verify=verify)
+        index = cls(pool, contents.config, contents)
+        index.threshold = threshold
+        changes = index.changes()
+        found = f"{folder} does not fit its pool any more: {changes}"
+        if changes and stale == "error":
+            raise StorageError(f"{found}; open it with stale='refresh', or rebuild it (cl-adapters index build)")
+        if changes and stale == "warn":
+            warnings.warn(f"{found}; refresh() it", stacklevel=2)
+        if changes and stale == "refresh":
+            index.refresh()
+        return index
+
+    def _allowed(self, tags: set[str], records: Iterable[str] | None) -> Ids | None:
+        if not tags and records is None:
+            return None
+        ids = self._contents.table.known(self.records if records is None else records)
+        if tags:
+            ids &= {record.id for record in self.pool.records if tags <= set(record.tags)}
+        return self._contents.table.keys_of(ids)
+
+
+def _wanted(pool: KeySource, config: IndexConfig) -> list[Record]:
+    return [record for record in pool.records if set(config.tags) <= set(record.tags)]

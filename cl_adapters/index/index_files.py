@@ -1,0 +1,149 @@
+"""An index on disk: arrays and JSON, each file with its size and SHA-256; nothing in it can run code.
+
+    index.json       what was asked for, the records with digests, size and SHA-256 of every other file
+    record.npy       int64 [M'], label.npy int64 [M']   whose key is it
+    mean.npy         float32 [D], whitening.npy float32 [D, D]   the space
+    backend/         what the back-end wrote
+
+Native files of faiss are neither written nor read: a wrong one can make the library read beyond its memory.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from cl_adapters import config as configs
+from cl_adapters.errors import ClAdaptersError, StorageError
+from cl_adapters.index.answers import IndexConfig
+from cl_adapters.index.arrays import read_array, write_array
+from cl_adapters.index.base import IndexBackend
+from cl_adapters.index.contents import Contents
+from cl_adapters.index.keys import KeySource
+from cl_adapters.index.space import Space
+from cl_adapters.index.table import KeyTable
+from cl_adapters.storage import new_folder, read_json, write_json
+
+SCHEMA_VERSION = 1
+
+ALWAYS = 64 << 20
+"""Bytes up to which a file is compared with its SHA-256 whenever it is opened; larger ones are raw numbers."""
+
+
+def default_folder(pool: KeySource, name: str = "default") -> Path:
+    """Where an index of a pool lives unless told otherwise."""
+    return Path(pool.path) / "index" / name
+
+
+def save_index(contents: Contents, folder: Path, overwrite: bool, threshold: float | None) -> None:
+    """Write an index atomically; whoever has the old one open keeps it.
+
+    Raises:
+        StorageError: the place cannot be written, or holds something that is no index.
+    """
+    if folder.exists() and not (folder / "index.json").is_file():
+        raise StorageError(f"{folder} exists and is no index; choose another place")
+    with new_folder(folder, overwrite=overwrite) as scratch:
+        write_array(scratch / "record.npy", contents.table.record_of_key)
+        write_array(scratch / "label.npy", contents.table.label_of_key)
+        space = contents.space
+        if space is not None and contents.backend is not None:
+            write_array(scratch / "mean.npy", space.mean_D)
+            if space.whitening_DD is not None:
+                write_array(scratch / "whitening.npy", space.whitening_DD)
+            (scratch / "backend").mkdir()
+            contents.backend.save(scratch / "backend")
+        write_json(
+            scratch / "index.json",
+            {
+                "schema_version": SCHEMA_VERSION,
+                "config": configs.to_plain(contents.config),
+                "threshold": threshold,
+                "shrinkage": None if space is None else space.shrinkage,
+                **contents.table.to_plain(),
+                "files": {name: [path.stat().st_size, _sha256(path)] for name, path in _files(scratch).items()},
+            },
+        )
+
+
+def open_index(folder: Path, *, mmap: bool, verify: bool) -> tuple[Contents, float | None]:
+    """Read an index.
+
+    Args:
+        folder: what :func:`save_index` wrote.
+        mmap: leave vectors on disk where the back-end can.
+        verify: compare large files with their SHA-256 too.
+
+    Returns:
+        Its contents and its threshold.
+
+    Raises:
+        StorageError: missing, altered or contradictory files.
+    """
+    plain = read_json(folder / "index.json", schema_version=SCHEMA_VERSION)
+    try:
+        _check_files(folder, plain["files"], verify)
+        chosen = configs.build(IndexConfig, plain["config"], "index")
+        record = read_array(folder / "record.npy", np.int64, (None,), mmap=False)
+        label = read_array(folder / "label.npy", np.int64, (len(record),), mmap=False)
+        contents = Contents(chosen, KeyTable.of(plain, record, label))
+        if (folder / "backend").exists():
+            contents.backend = IndexBackend.load(folder / "backend", mmap=mmap)
+            contents.space = _read_space(folder, chosen, contents.backend, plain["shrinkage"])
+            if not np.array_equal(np.sort(contents.backend.ids_M), np.flatnonzero(record >= 0)):
+                raise StorageError("the back-end's keys are not those of the table")
+        elif (record >= 0).any():
+            raise StorageError("its vectors are missing")
+        threshold = plain["threshold"]
+        return contents, None if threshold is None else float(threshold)
+    except (ClAdaptersError, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
+        what = str(error) if isinstance(error, ClAdaptersError) else f"index.json: {type(error).__name__} {error}"
+        raise StorageError(f"{folder} is no usable index: {what}; rebuild it from the pool") from error
+
+
+def _read_space(folder: Path, chosen: IndexConfig, backend: IndexBackend, shrinkage: Any) -> Space:
+    width, whitening = backend.width, folder / "whitening.npy"
+    space = Space(
+        similarity=chosen.metric,
+        mean_D=read_array(folder / "mean.npy", np.float32, (width,), mmap=False),
+        whitening_DD=read_array(whitening, np.float32, (width, width), mmap=False) if whitening.exists() else None,
+        shrinkage=float(shrinkage),
+    )
+    if space.metric != backend.metric or (chosen.metric == "mahalanobis") != (space.whitening_DD is not None):
+        raise StorageError("its space does not fit its back-end")
+    return space
+
+
+def _check_files(folder: Path, recorded: Any, verify: bool) -> None:
+    present = _files(folder)
+    if set(recorded) != set(present):
+        names = ", ".join(sorted(set(recorded) ^ set(present))[:3])
+        raise StorageError(f"files are missing or not its own: {names}")
+    for name, path in present.items():
+        size, sha = recorded[name]
+        found = path.stat().st_size
+        if found != size:
+            raise StorageError(f"{name} has {found} bytes instead of {size}")
+        if (verify or found <= ALWAYS) and _sha256(path) != sha:
+            raise StorageError(f"{name} was altered: its SHA-256 is not the recorded one")
+
+
+def _files(folder: Path) -> dict[str, Path]:
+    """All files but index.json, by name below the folder."""
+    found = {str(path.relative_to(folder)): path for path in sorted(folder.rglob("*")) if not path.is_dir()}
+    found.pop("index.json", None)
+    return found
+
+
+def _sha256(path: Path) -> str:
+    """Digest of a file; a new one also gets to the disk, at no extra cost for an old one."""
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+        os.fsync(file.fileno())
+    return digest.hexdigest()

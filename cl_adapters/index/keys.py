@@ -1,0 +1,157 @@
+"""Keys of an index: vectors that stand for the classes of a record, made from features in the pool's knowledge."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+
+import numpy as np
+from torch import Tensor
+
+from cl_adapters.errors import ConfigError, DataError
+from cl_adapters.index.base import Floats, Ids, finite_rows
+from cl_adapters.index.space import Space, fit_space
+from cl_adapters.randomness import derive
+
+if TYPE_CHECKING:
+    from cl_adapters.pool.record import Record
+
+Keys = Literal["prototypes", "centroids", "features"]
+
+PER_CLASS = {"prototypes": 1, "centroids": 4, "features": None}
+"""Keys of a class unless told otherwise; None: all there are."""
+
+
+class KeySource(Protocol):
+    """What an index wants of a pool: :class:`~cl_adapters.pool.pool.AdapterPool`, or anything like it."""
+
+    @property
+    def path(self) -> Path:
+        """Folder of the pool."""
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """One per adapter."""
+
+    @property
+    def backbone(self) -> Any:
+        """The frozen backbone, for queries by image."""
+
+    def knowledge(self, id: str) -> dict[str, Tensor]:
+        """What belongs to the classes of an adapter: "keys" float32 [M, D] and "key_class" int64 [M] are read here."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class KeyRule:
+    """Which keys a class gets.
+
+    Attributes:
+        kind: "prototypes", the mean of its features; "centroids", the means of its clusters (k-means); "features",
+            features drawn without repetition.
+        per_class: how many at most; default 1, 4 and all.
+        seed: of k-means and of the draw.
+    """
+
+    kind: Keys = "prototypes"
+    per_class: int | None = None
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.kind not in get_args(Keys):
+            raise ConfigError(f"unknown keys {self.kind!r}; known: {', '.join(get_args(Keys))}")
+        if self.per_class is not None and self.per_class < 1:
+            raise ConfigError(f"per_class must be at least 1, got {self.per_class}")
+        if self.kind == "prototypes" and self.per_class not in (None, 1):
+            raise ConfigError("a class has one prototype; for several keys per class take keys='centroids'")
+
+    @property
+    def limit(self) -> int | None:
+        """Keys per class at most; None: no limit."""
+        return PER_CLASS[self.kind] if self.per_class is None else self.per_class
+
+
+def class_features(record: Record, knowledge: Mapping[str, Tensor]) -> Iterator[tuple[int, Floats]]:
+    """The features of each class of a record.
+
+    Args:
+        record: its classes.
+        knowledge: of the record.
+
+    Yields:
+        Label, and features float32 [n, D] under the bare backbone, n at least 1. Classes without features are left out.
+
+    Raises:
+        DataError: keys that are not finite, or belong to no class.
+    """
+    if "keys" not in knowledge:
+        return
+    keys_MD = knowledge["keys"].detach().cpu().float().numpy()
+    keys_MD = finite_rows(keys_MD, keys_MD.shape[-1], f"keys of {record.id!r}:")
+    place_M = knowledge["key_class"].cpu().numpy()
+    if len(place_M) != len(keys_MD) or (len(place_M) and not 0 <= place_M.min() <= place_M.max() < len(record.classes)):
+        raise DataError(f"knowledge of {record.id!r}: key_class must name one of {len(record.classes)} classes per key")
+    for place, known in enumerate(record.classes):
+        rows = place_M == place
+        if rows.any():
+            yield known.label, keys_MD[rows]
+
+
+def make_keys(record: Record, knowledge: Mapping[str, Tensor], rule: KeyRule, scaled: bool) -> tuple[Floats, Ids]:
+    """Keys of one record, before projection.
+
+    Args:
+        record: its classes.
+        knowledge: of the record.
+        rule: which keys.
+        scaled: cluster directions instead of positions, for the cosine.
+
+    Returns:
+        float32 [M, D] and labels int64 [M]; [0, 0] and [0] where the knowledge has no features.
+    """
+    parts = [
+        (label, _keys_of_class(f_ND, rule, scaled, derive(rule.seed, "keys", record.id, label)))
+        for label, f_ND in class_features(record, knowledge)
+    ]
+    if not parts:
+        return np.empty((0, 0), np.float32), np.empty(0, np.int64)
+    labels = np.concatenate([np.full(len(keys), label, np.int64) for label, keys in parts])
+    return np.concatenate([keys for _, keys in parts]), labels
+
+
+def space_of(pool: KeySource, records: list[Record], similarity: Any, keys_MD: Floats) -> Space:
+    """The space in which the keys of these records are compared."""
+    features = (f_ND for record in records for _, f_ND in class_features(record, pool.knowledge(record.id)))
+    return fit_space(similarity, keys_MD, features)
+
+
+def digest(record: Record) -> str:
+    """Changes when the keys of a record would: its features, or the labels of its classes."""
+    content = json.dumps([record.knowledge_sha, [known.label for known in record.classes]])
+    return hashlib.sha256(content.encode()).hexdigest()
+
+
+def _keys_of_class(f_ND: Floats, rule: KeyRule, scaled: bool, seed: int) -> Floats:
+    limit = len(f_ND) if rule.limit is None else min(rule.limit, len(f_ND))
+    if rule.kind == "features":
+        chosen = np.sort(np.random.default_rng(seed).choice(len(f_ND), limit, replace=False))
+        return f_ND[chosen]
+    cluster_N = _clusters(f_ND, limit, scaled, seed)
+    means = [f_ND[cluster_N == c].mean(0, dtype=np.float64) for c in np.unique(cluster_N)]
+    return np.stack(means).astype(np.float32)
+
+
+def _clusters(f_ND: Floats, wanted: int, scaled: bool, seed: int) -> Ids:
+    """Number of the cluster of each feature, int64 [N]."""
+    points_ND = Space(similarity="cosine", mean_D=np.zeros(1, np.float32)).project(f_ND) if scaled else f_ND
+    wanted = min(wanted, len(np.unique(points_ND, axis=0)))
+    if wanted == 1:
+        return np.zeros(len(f_ND), np.int64)
+    from sklearn.cluster import KMeans  # half a second that prototypes do not need
+
+    found = KMeans(wanted, n_init=3, random_state=seed % 2**32).fit_predict(points_ND)
+    cluster_N: Ids = found.astype(np.int64)
+    return cluster_N

@@ -1,0 +1,171 @@
+"""An index on disk: opened again, stale, damaged, forged."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from cl_adapters import AdapterIndex
+from cl_adapters.errors import StorageError, UnknownName
+from cl_adapters.index import indexes
+from tests.index.conftest import QUERIES, MemoryPool, knowledge_of, labels_found
+
+METRICS = ("cosine", "ip", "l2", "mahalanobis")
+
+
+@pytest.mark.parametrize("backend", indexes.names())
+@pytest.mark.parametrize("metric", METRICS)
+def test_saved_and_opened(pool: MemoryPool, backend: str, metric: Any) -> None:
+    index = AdapterIndex.build(pool, backend=backend, metric=metric, keys="features", per_class=5, seed=3)
+    index.remove(["task-002"])
+    index.add(["task-002"])
+    index.threshold = 0.25
+    assert index.save() == pool.path / "index" / "default"
+    for mmap in (True, False):
+        opened = AdapterIndex.open(None, pool, mmap=mmap, verify=True)
+        assert opened.query(QUERIES, 7) == index.query(QUERIES, 7)
+        assert opened.config == index.config and opened.stats() == index.stats() and opened.threshold == 0.25
+    opened.remove(["task-000"])
+    opened.save()
+    assert "task-000" not in AdapterIndex.open(None, pool, stale="refresh", mmap=True).query(QUERIES, 1)[9][0].record
+
+
+def test_opening_a_stale_index(pool: MemoryPool) -> None:
+    AdapterIndex.build(pool).save()
+    pool.drop("task-004")
+    pool.put("task-001", knowledge_of([2, 3], n=5), [2, 3])
+    pool.put("later", knowledge_of([40]), [40])
+    with pytest.raises(StorageError, match=r"1 added \(later\); 1 removed \(task-004\); 1 altered \(task-001\)"):
+        AdapterIndex.open(None, pool)
+    with pytest.warns(UserWarning, match="refresh"):
+        stale = AdapterIndex.open(None, pool, stale="warn")
+    assert stale.query(QUERIES[-1:], 1)[0][0].record == "task-004"
+    fresh = AdapterIndex.open(None, pool, stale="refresh")
+    assert not fresh.changes() and set(fresh.records) == {record.id for record in pool.records}
+    rebuilt = AdapterIndex.build(pool)
+    assert labels_found(fresh) == labels_found(rebuilt)
+    stale.rebuild()
+    assert stale.query(QUERIES, 5) == rebuilt.query(QUERIES, 5)
+    with pytest.raises(UnknownName, match="did you mean 'warn'"):
+        AdapterIndex.open(None, pool, stale="warm")  # type: ignore[arg-type]
+
+
+def files_of(folder: Path) -> list[Path]:
+    return [path for path in sorted(folder.rglob("*")) if path.is_file()]
+
+
+@pytest.mark.parametrize("backend", ["exact", "flat", "sq8", "hnsw", "ivf", "ivfpq"])
+def test_damaged_files_are_one_clear_error(pool: MemoryPool, backend: str) -> None:
+    folder = AdapterIndex.build(pool, backend=backend, metric="mahalanobis").save()
+    for path in files_of(folder):
+        good = path.read_bytes()
+        flipped = bytearray(good)
+        flipped[len(good) // 2] ^= 1
+        bad: list[bytes | None] = [
+            None,
+            b"",
+            good[: len(good) // 2],
+            b"\x80\x04\x95pickle",
+            bytes(flipped),
+            good + b"0",
+        ]
+        for content in bad:
+            path.unlink() if content is None else path.write_bytes(content)
+            if path.name == "index.json" and content == bytes(flipped):
+                continue  # may be a bit that nothing depends on
+            with pytest.raises(StorageError, match=re.escape(str(folder))):
+                AdapterIndex.open(folder, pool)
+            path.write_bytes(good)
+        path.write_bytes(good)
+    (folder / "backend" / "more.npy").write_bytes(b"")
+    with pytest.raises(StorageError, match=r"more\.npy"):
+        AdapterIndex.open(folder, pool)
+
+
+@pytest.mark.parametrize("backend", indexes.names())
+def test_wrong_numbers_behind_a_right_checksum(pool: MemoryPool, backend: str) -> None:
+    """Whoever can write the files can write their digests; wrong numbers must not reach native code."""
+    index = AdapterIndex.build(pool, backend=backend, keys="features")
+    folder = index.save()
+    for path in files_of(folder / "backend"):
+        good = path.read_bytes()
+        for value in (0, 1, 127, 255):
+            start = 128 if path.suffix == ".npy" else 0
+            if path.suffix == ".json" or len(good) <= start:
+                continue
+            path.write_bytes(good[:start] + bytes([value]) * (len(good) - start))
+            forge(folder)
+            with contextlib.suppress(StorageError):
+                AdapterIndex.open(folder, pool).query(QUERIES, 7)
+        path.write_bytes(good)
+    forge(folder)
+    assert AdapterIndex.open(folder, pool).query(QUERIES, 3) == index.query(QUERIES, 3)
+
+
+def forge(folder: Path) -> None:
+    plain = json.loads((folder / "index.json").read_text())
+    for name in plain["files"]:
+        content = (folder / name).read_bytes()
+        plain["files"][name] = [len(content), hashlib.sha256(content).hexdigest()]
+    (folder / "index.json").write_text(json.dumps(plain))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"schema_version": 99},
+        {"records": ["task-000"]},
+        {"records": [1, 2, 3, 4, 5]},
+        {"digests": {}},
+        {"config": {"metric": "l2"}},
+        {"config": {"backend": "nothing"}},
+        {"config": 3},
+        {"files": {}},
+        {"files": {"../../x": [1, "0"]}},
+        {"files": None},
+        {"threshold": "high"},
+        {"shrinkage": None},
+    ],
+)
+def test_contradicting_json(pool: MemoryPool, change: dict[str, Any]) -> None:
+    folder = AdapterIndex.build(pool).save()
+    plain = json.loads((folder / "index.json").read_text())
+    (folder / "index.json").write_text(json.dumps(plain | change))
+    with pytest.raises(StorageError, match="index"):
+        AdapterIndex.open(folder, pool)
+
+
+def test_large_files_are_checked_on_demand(pool: MemoryPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("cl_adapters.index.index_files.ALWAYS", 1000)
+    folder = AdapterIndex.build(pool, backend="exact", keys="features").save()
+    path = folder / "backend" / "vectors.npy"
+    content = bytearray(path.read_bytes())
+    content[-1] ^= 1
+    path.write_bytes(bytes(content))
+    AdapterIndex.open(folder, pool)
+    with pytest.raises(StorageError, match="altered"):
+        AdapterIndex.open(folder, pool, verify=True)
+
+
+def test_saving_leaves_other_things_alone(pool: MemoryPool, tmp_path: Path) -> None:
+    index = AdapterIndex.build(pool)
+    (tmp_path / "photos").mkdir()
+    (tmp_path / "photos" / "a.png").write_bytes(b"x")
+    with pytest.raises(StorageError, match="no index"):
+        index.save(tmp_path / "photos")
+    index.save()
+    with pytest.raises(StorageError, match="exists"):
+        index.save(overwrite=False)
+    held = AdapterIndex.open(None, pool)
+    wanted = held.query(QUERIES, 3)
+    index.remove(["task-000"])
+    index.save()
+    assert held.query(QUERIES, 3) == wanted  # whoever has the old one open keeps it
+    assert os.listdir(pool.path / "index") == ["default"]
