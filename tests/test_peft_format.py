@@ -217,6 +217,19 @@ def test_a_fresh_adapter_and_a_prefix_in_the_names(tmp_path: Path) -> None:
     back = import_peft(folder, backbone)
     assert back.tensors.keys() == tensors.keys()
     assert all(torch.equal(back.tensors[key], tensors[key]) for key in tensors)
+    save_file(saved | load_file(folder / TENSORS), folder / TENSORS)
+    with pytest.raises(IncompatibleBackbone, match="the backbone has one"):  # the same layer under two names
+        import_peft(folder, backbone)
+
+
+def test_a_fresh_adapter_on_a_fused_projection(vit: nn.Module, tmp_path: Path) -> None:
+    """Nothing tells the thirds apart, so all have all of A, and can still be trained."""
+    backbone = FrozenBackbone.wrap(vit)
+    tensors = AdapterBank(backbone, LoRA(rank=2)).fresh(torch.Generator().manual_seed(0))
+    found = import_peft(export_peft(tmp_path / "a", tensors, LoRA(rank=2), backbone), backbone)
+    assert found.adapter == LoRA(rank=4, targets=ALL)
+    assert torch.equal(found.tensors["blocks.0.query/A"][2:], tensors["blocks.0.value/A"])
+    assert not any(value.any() for key, value in found.tensors.items() if key.endswith("/B"))
 
 
 # --- refusals ------------------------------------------------------------------------------------------------------

@@ -20,8 +20,7 @@ class Int8(Codec):
     """``x ~ s q`` with whole q in [-127, 127] and s = max |x| / 127 per row; every number within s / 2.
 
     A vector is one row. Of a matrix that is higher than wide, as the second factor of a low-rank adapter, the columns
-    are taken, since scales for many short rows would outweigh their numbers. Scales are rounded up to 16 significant
-    bits: then s q is exact, and coding a decoded adapter once more gives the same bits.
+    are taken, since scales for many short rows would outweigh their numbers.
     """
 
     summary: ClassVar[str] = "int8 with a float32 scale per row, about 8 bits per number"
@@ -31,7 +30,7 @@ class Int8(Codec):
         rows = {key: _rows(value) for key, value in tensors.items()}
         scales = {key: _scales(value) for key, value in rows.items()}
         values = {key: _divided(value, scales[key].unsqueeze(1)) for key, value in rows.items()}
-        return {"values": flat(values).round().to(torch.int8), "scales": flat(scales)}
+        return {"values": flat(values).round().clamp(-127, 127).to(torch.int8), "scales": flat(scales)}
 
     def unpack(self, packed: Mapping[str, Tensor], shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Tensor]:
         """s q."""
@@ -65,6 +64,5 @@ def _unrowed(rows: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _scales(rows: Tensor) -> Tensor:
-    """max |x| / 127 of each row, rounded up to a multiple of 256 units in the last place."""
-    exact = rows.abs().amax(1) / 127
-    return ((exact.view(torch.int32) + 255) & ~255).view(torch.float32)
+    """max |x| / 127 of each row; the largest decoded number, 127 s, has the scale s again, in float32 too."""
+    return rows.abs().amax(1) / 127

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
 from safetensors.torch import load
@@ -123,12 +122,13 @@ def _by_site(pairs: Mapping[str, Factors], layers: Mapping[str, list[Site]]) -> 
 
 
 def _compact(factors: dict[Site, Factors]) -> dict[Site, Factors]:
-    """Each third with its own columns, if in no layer two share one and all have equally many."""
+    """Each third with the columns of B that it uses, and their rows of A, if that gives all one rank.
+
+    Otherwise all keep the rank of the layer: components that are 0 on both sides could never be trained again.
+    """
     used = {site: b_OR.any(0) for site, (_, b_OR) in factors.items()}
-    uses = [sum(used[site].int() for site in sites) for sites in by_module(factors).values()]
     counts = {int(columns.sum()) for columns in used.values()}
-    fused = any(site.third is not None for site in factors)
-    if not fused or len(counts) > 1 or 0 in counts or any(bool((use > 1).any()) for use in map(torch.as_tensor, uses)):
+    if all(site.third is None for site in factors) or len(counts) > 1 or 0 in counts:
         return factors
     return {site: (a_RD[used[site]], b_OR[:, used[site]]) for site, (a_RD, b_OR) in factors.items()}
 

@@ -82,11 +82,21 @@ def test_coding_a_decoded_adapter_again_gives_the_same_bits(codec: Codec) -> Non
     """Except with ComPEFT's scale, which is not that of its own result."""
     if codec == Ternary(alpha=2.0):
         pytest.skip("its scale is a multiple of the standard deviation, which coding changes")
-    for scale in (1.0, 1e-30, 1e-42):
+    for scale in (1.0, 1e-30, 1e-42, 1e-43):
         packed, _ = codec.encode({key: value * scale for key, value in drawn().items()})
         again, note = codec.encode(decode(packed))
         assert all(torch.equal(again[key], packed[key]) for key in packed)
         assert note["error"] == 0
+
+
+def test_scales_of_int8_come_back() -> None:
+    """(127 s) / 127 is not s for every float32, but for every s that is itself an m / 127."""
+    m = torch.arange(1, 2**13).div(2**13).add(1)
+    assert torch.equal(m / 127 * 127 / 127, m / 127)
+    packed, _ = Int8().encode({"x": torch.randn(500, 501, generator=torch.Generator().manual_seed(0))})
+    again, _ = Int8().encode(decode(packed))
+    assert torch.equal(again["scales"], packed["scales"])
+    assert torch.equal(again["values"], packed["values"])
 
 
 def test_the_difference_to_a_base(codec: Codec) -> None:
@@ -263,6 +273,14 @@ def test_forged_descriptions(change: dict[str, Any]) -> None:
         decode(packed | {HEADER: forged(honest | change)})
 
 
+def test_sizes_that_the_rest_of_the_file_does_not_contradict() -> None:
+    """Nothing kept takes as few bits of 2^40 numbers as of twelve."""
+    packed, _ = Ternary().encode({"x": torch.zeros(3, 4)})
+    honest = json.loads(zlib.decompress(packed[HEADER].numpy().tobytes()))
+    with pytest.raises(StorageError, match="names more than 268435456 numbers"):
+        decode(packed | {HEADER: forged(honest | {"shapes": {"x": [2**20, 2**20]}})})
+
+
 def test_a_description_that_unpacks_to_a_flood() -> None:
     packed, _ = Ternary().encode({"x": matrix()})
     bomb = torch.frombuffer(bytearray(zlib.compress(b" " * 2**26, 9)), dtype=torch.uint8)
@@ -277,3 +295,5 @@ def test_bits_out_of_range() -> None:
         flipped[0] = flipped[0] ^ 64
         with pytest.raises(StorageError, match="damaged"):
             decode(packed | {key: flipped})
+    with pytest.raises(StorageError, match="positions out of order"):  # two of the same high part
+        decode(packed | {"low": torch.zeros_like(packed["low"])})
