@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from cl_adapters.benchmarks.pool_cli import app as pool_app
 from cl_adapters.errors import ClAdaptersError, ConfigError, UnknownName
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ app = typer.Typer(
     pretty_exceptions_enable=False,
     help="Continual learning with adapters on frozen pre-trained transformers.",
 )
+app.add_typer(pool_app, name="pool")
 console = Console()
 
 Out = Annotated[Path | None, typer.Option("--out", help="New folder; default runs/STRATEGY-PRESET|BENCHMARK-sSEED")]

@@ -143,7 +143,7 @@ def record_from_plain(plain: Any) -> Record:
     if not isinstance(plain, dict):
         raise PoolError(f"a record is a JSON object, got {shown(plain)}")
     try:
-        return build(Record, plain)
+        return build(Record, plain, "record")
     except ConfigError as error:
         raise PoolError(clipped(str(error), 300)) from error
 

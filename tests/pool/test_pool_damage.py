@@ -218,7 +218,7 @@ RECORDS: dict[str, tuple[Plain, str]] = {
     "knowledge leads out": ({"knowledge_sha": "/etc/passwd"}, "'/etc/passwd' is no SHA-256"),
     "no sha": ({"adapter_sha": None}, "both adapter and adapter_sha, or neither"),
     "no type": ({"adapter": {"bottleneck": 2}}, "adapter names its type"),
-    "unknown key": ({"path": "/etc"}, "unknown option path"),
+    "unknown key": ({"path": "/etc"}, "unknown option record.path"),
     "wrong kind": ({"classes": "all"}, "classes: "),
     "class twice": ({"classes": [{"label": 1, "name": None}] * 2}, "class label '1' is there twice"),
     "huge label": ({"classes": [{"label": 2**70, "name": None}]}, "64 bits"),
