@@ -16,7 +16,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from cl_adapters.adapters.base import AdapterType, adapter_from
-from cl_adapters.adapters.lora import LoRA
+from cl_adapters.adapters.lora import LoRA, Target
 from cl_adapters.backbone import FrozenBackbone
 from cl_adapters.bank import AdapterBank, Route
 from cl_adapters.batches import Inputs
@@ -24,7 +24,7 @@ from cl_adapters.errors import ClAdaptersError, ConfigError, IncompatibleBackbon
 from cl_adapters.interchange import export_peft, import_peft
 
 CONFIG, TENSORS, OURS = "adapter_config.json", "adapter_model.safetensors", "cl_adapters.json"
-ALL = ("query", "key", "value")
+ALL: tuple[Target, ...] = ("query", "key", "value")
 
 
 @pytest.fixture(scope="module")
@@ -75,7 +75,8 @@ def filled(backbone: FrozenBackbone, adapter: AdapterType, blocks: list[int] | N
 def features(backbone: FrozenBackbone, adapter: AdapterType, tensors: dict[str, Tensor], x: Inputs) -> Tensor:
     bank = AdapterBank(backbone, adapter)
     with torch.no_grad(), bank.route(Route.single(bank.add_slot(tensors))):
-        return backbone(x)
+        found: Tensor = backbone(x)
+    return found
 
 
 def peft_features(peft: Any, encoder: nn.Module, folder: Path, x: Inputs) -> Tensor:
@@ -83,7 +84,8 @@ def peft_features(peft: Any, encoder: nn.Module, folder: Path, x: Inputs) -> Ten
     inside = copy.deepcopy(encoder)
     peft.PeftModel.from_pretrained(inside, folder).eval()
     with torch.no_grad():
-        return FrozenBackbone.wrap(inside)(x)
+        found: Tensor = FrozenBackbone.wrap(inside)(x)
+    return found
 
 
 def folder_of_peft(peft: Any, encoder: nn.Module, folder: Path, **options: Any) -> Tensor:
@@ -97,7 +99,8 @@ def folder_of_peft(peft: Any, encoder: nn.Module, folder: Path, **options: Any) 
                 nn.init.normal_(parameter, 0, 0.3)
     model.save_pretrained(folder)
     with torch.no_grad():
-        return FrozenBackbone.wrap(inside)(inputs(encoder))
+        found: Tensor = FrozenBackbone.wrap(inside)(inputs(encoder))
+    return found
 
 
 def close(one: Tensor, other: Tensor) -> bool:
