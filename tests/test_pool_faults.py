@@ -44,8 +44,8 @@ State = tuple[Record, ...]
 def make_backbone() -> FrozenBackbone:
     site = Site("blocks.0.ffn", 0, "ffn_parallel", 4, Tap("0", "in"), Tap("0", "out"))
     encoder = nn.Sequential(nn.Linear(4, 4))
-    nn.init.ones_(encoder[0].weight)
-    nn.init.ones_(encoder[0].bias)
+    for parameter in encoder.parameters():
+        nn.init.ones_(parameter)
     return FrozenBackbone.wrap(encoder, name="tiny", num_features=4, sites=[site])
 
 
@@ -130,7 +130,7 @@ def die_at(point: int, torn: bool) -> None:
             os.kill(os.getpid(), signal.SIGKILL)
         sync(handle)
 
-    os.fsync = syncing
+    setattr(os, "fsync", syncing)  # noqa: B010 (the type checker wants the full signature)
     sys.addaudithook(step)
 
 

@@ -15,7 +15,7 @@ from cl_adapters.adapters.bottleneck import Bottleneck
 from cl_adapters.backbone import FrozenBackbone
 from cl_adapters.bank import AdapterBank
 from cl_adapters.errors import ClAdaptersError, PoolError, UnknownName
-from cl_adapters.pool import AdapterPool, PoolClass
+from cl_adapters.pool import AdapterPool, PoolClass, Record, reader, store
 
 Make = Callable[..., dict[str, Tensor]]
 TWO = [PoolClass(label=7, name="seven"), PoolClass(label=8)]
@@ -188,12 +188,10 @@ def test_tags_and_filters(pool: AdapterPool, tensors: Make) -> None:
 
 
 def test_only_so_many_adapters_stay_in_memory(pool: AdapterPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cl_adapters.pool import reader
-
     read: list[str] = []
-    load = reader.load_adapter
+    load = store.load_adapter
 
-    def watched(path: Path, record: reader.Record, backbone: FrozenBackbone | None) -> dict[str, Tensor]:
+    def watched(path: Path, record: Record, backbone: FrozenBackbone | None) -> dict[str, Tensor]:
         read.append(record.id)
         return load(path, record, backbone)
 
@@ -277,12 +275,10 @@ def test_every_error_is_of_the_family(pool: AdapterPool) -> None:
 def test_a_file_replaced_between_record_and_reading(
     pool: AdapterPool, tensors: Make, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from cl_adapters.pool import reader
-
     late = AdapterPool.open(pool.path)
-    load, times = reader.load_adapter, []
+    load, times = store.load_adapter, []
 
-    def slow(path: Path, record: reader.Record, backbone: FrozenBackbone | None) -> dict[str, Tensor]:
+    def slow(path: Path, record: Record, backbone: FrozenBackbone | None) -> dict[str, Tensor]:
         times.append(record)
         if len(times) == 1:
             pool.replace(pool.get("task-000"), tensors=tensors(9))

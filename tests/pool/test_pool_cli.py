@@ -45,7 +45,7 @@ def test_changes(pool: AdapterPool, backbone: FrozenBackbone, tmp_path: Path) ->
     assert "task-000: even, new" in call("tag", pool.path, "task-000", "--add", "new")
     assert "task-000: no tags" in call("tag", pool.path, "task-000", "--remove", "new", "--remove", "even")
     call("rename", pool.path, "task-000", "first")
-    assert pool.ids == ("first", "task-001")
+    assert list(pool.ids) == ["first", "task-001"]
     assert "wrote" in call("export", pool.path, "first", tmp_path / "one")
     assert "added again: class 0, 1" in call("import", pool.path, tmp_path / "one", "--id", "again")
     other = AdapterPool.create(tmp_path / "other", backbone)
@@ -53,7 +53,7 @@ def test_changes(pool: AdapterPool, backbone: FrozenBackbone, tmp_path: Path) ->
     assert "copied 2: first, task-001" in call("copy", pool.path, other.path)
     assert "copied 0" in call("copy", pool.path, other.path)
     call("rm", pool.path, "first", "again")
-    assert pool.ids == ("task-001",)
+    assert list(pool.ids) == ["task-001"]
     assert len(other) == 3
     with pytest.raises(PoolError, match="does not exist"):
         call("ls", tmp_path / "nowhere")
