@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
+from cl_adapters.benchmarks.index_cli import app as index_app
 from cl_adapters.benchmarks.pool_cli import app as pool_app
 from cl_adapters.errors import ClAdaptersError, ConfigError, UnknownName
 
@@ -29,6 +30,7 @@ app = typer.Typer(
     help="Continual learning with adapters on frozen pre-trained transformers.",
 )
 app.add_typer(pool_app, name="pool")
+app.add_typer(index_app, name="index")
 console = Console()
 
 Out = Annotated[Path | None, typer.Option("--out", help="New folder; default runs/STRATEGY-PRESET|BENCHMARK-sSEED")]
@@ -133,7 +135,9 @@ def predict_command(
 
 @app.command("list")
 def list_command(
-    kind: Annotated[str, typer.Argument(help="strategies, benchmarks, adapters, merges, parts, predictors, presets.")],
+    kind: Annotated[
+        str, typer.Argument(help="strategies, benchmarks, adapters, indexes, merges, parts, predictors, presets.")
+    ],
 ) -> None:
     """List the plug-ins of one kind or the presets, with one line each."""
     if kind == "presets":
@@ -272,12 +276,13 @@ def _moved_backbone(run: Path, weights: Path) -> Any:
 def _registry(kind: str) -> Registry[Any]:
     from cl_adapters.adapters import adapters
     from cl_adapters.benchmarks.base import benchmarks
+    from cl_adapters.index import indexes
     from cl_adapters.merge import merges
     from cl_adapters.parts import parts
     from cl_adapters.predictors import predictors
 
     known: dict[str, Any] = {"adapters": adapters, "benchmarks": benchmarks, "merges": merges}
-    known |= {"parts": parts, "predictors": predictors}
+    known |= {"indexes": indexes, "parts": parts, "predictors": predictors}
     if kind == "strategies":
         from cl_adapters.strategies.base import strategies
 

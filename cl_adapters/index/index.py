@@ -27,7 +27,7 @@ from cl_adapters.index.space import Similarity, Space
 if TYPE_CHECKING:
     from cl_adapters.pool.record import Record
 
-Stale = Literal["error", "warn", "refresh"]
+Stale = Literal["error", "warn", "refresh", "ignore"]
 
 
 class AdapterIndex:
@@ -39,8 +39,8 @@ class AdapterIndex:
     Attributes:
         pool: where the keys come from.
         config: what was asked for.
-        threshold: score below which the best hit means "none of these"; None: not calibrated. Set it yourself; it is
-            saved with the index, and does not change what is found.
+        threshold: score below which the best hit means "none of these"; None: not calibrated, which
+            :func:`cl_adapters.index.calibration.calibrate` does. It is saved, and does not change what is found.
         threads: CPU threads of a search; None: as many as torch uses.
     """
 
@@ -264,7 +264,7 @@ class AdapterIndex:
             mmap: leave vectors on disk where the back-end can, and read what a query touches.
             verify: compare also files of more than 64 MiB with their SHA-256, which reads all of them. They hold raw
                 numbers; damage there gives wrong answers, never worse.
-            stale: what to do if the pool has changed: "error", "warn", or "refresh" (add and remove what differs).
+            stale: if the pool has changed: "error", "warn", "refresh" (add and remove what differs), or "ignore".
 
         Raises:
             StorageError: missing or damaged files, or a pool that has changed.

@@ -84,6 +84,8 @@ def open_index(folder: Path, *, mmap: bool, verify: bool) -> tuple[Contents, flo
     Raises:
         StorageError: missing, altered or contradictory files.
     """
+    if not (folder / "index.json").exists():
+        raise StorageError(f"there is no index at {folder}; make one: cl-adapters index build, or AdapterIndex.build")
     plain = read_json(folder / "index.json", schema_version=SCHEMA_VERSION)
     try:
         _check_files(folder, plain["files"], verify)
