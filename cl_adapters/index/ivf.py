@@ -43,7 +43,7 @@ class IVFOptions:
 
     lists: int | None = None
     probes: int | None = None
-    recall: float = 0.995
+    recall: float = 0.999
 
     def __post_init__(self) -> None:
         counts = [count for count in (self.lists, self.probes) if count is not None]
