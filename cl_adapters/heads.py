@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -27,15 +27,38 @@ def kaiming_uniform(rows: Tensor, generator: torch.Generator) -> object:
     return rows.uniform_(-(rows.shape[1] ** -0.5), rows.shape[1] ** -0.5, generator=generator)
 
 
+def linear_by_group(f_BD: Tensor, weight_CD: Tensor, bias_C: Tensor | None, groups: Sequence[int]) -> Tensor:
+    """``f W^T + b``, [B, C], in one product per group of rows.
+
+    The last bits of a matrix product depend on its shape. With a product of its own, what a group gives does not
+    depend on which other groups there are.
+
+    Args:
+        f_BD: features.
+        weight_CD: W.
+        bias_C: b.
+        groups: rows of each group, C in all; empty: one product.
+    """
+    if not groups:
+        return F.linear(f_BD, weight_CD, bias_C)
+    biases = [None] * len(groups) if bias_C is None else bias_C.split(list(groups))
+    parts = zip(weight_CD.split(list(groups)), biases, strict=True)
+    return torch.cat([F.linear(f_BD, weight, bias) for weight, bias in parts], 1)
+
+
 class LinearHead(nn.Module):
     """Linear classifier whose rows are added as classes arrive.
 
     Args:
         width: D of the features.
+
+    Attributes:
+        groups: see :func:`linear_by_group`; rows that are added end the grouping.
     """
 
     def __init__(self, width: int) -> None:
         super().__init__()
+        self.groups: tuple[int, ...] = ()
         self.weight = nn.Parameter(torch.empty(0, width))
         self.bias = nn.Parameter(torch.empty(0))
 
@@ -47,6 +70,7 @@ class LinearHead(nn.Module):
     @torch.no_grad()
     def grow(self, new_classes: int, generator: torch.Generator, init: Init | None = None) -> None:
         """Append rows; the old ones keep their bytes. Replaces both parameters: make the optimizer afterwards."""
+        self.groups = ()
         rows = torch.empty(new_classes, self.weight.shape[1])
         (init or truncated_normal())(rows, generator)
         self.weight = nn.Parameter(torch.cat([self.weight, rows.to(self.weight)]))
@@ -54,7 +78,7 @@ class LinearHead(nn.Module):
 
     def forward(self, f_BD: Tensor) -> Tensor:
         """Logits [B, C] of features [B, D]."""
-        return F.linear(f_BD, self.weight, self.bias)
+        return linear_by_group(f_BD, self.weight, self.bias, self.groups)
 
 
 class PrototypeHead(nn.Module):
@@ -65,12 +89,16 @@ class PrototypeHead(nn.Module):
     Args:
         width: D of the features.
         sigma: factor on the cosine.
+
+    Attributes:
+        groups: see :func:`linear_by_group`; rows that are added end the grouping.
     """
 
     prototypes: Tensor
 
     def __init__(self, width: int, sigma: float = 1.0) -> None:
         super().__init__()
+        self.groups: tuple[int, ...] = ()
         self.sigma = sigma
         self.register_buffer("prototypes", torch.empty(0, width))
 
@@ -82,8 +110,10 @@ class PrototypeHead(nn.Module):
     @torch.no_grad()
     def append(self, means_CD: Tensor) -> None:
         """Append one row per new class: the mean feature, not normalised."""
+        self.groups = ()
         self.prototypes = torch.cat([self.prototypes, means_CD.to(self.prototypes)])
 
     def forward(self, f_BD: Tensor) -> Tensor:
         """Logits sigma * cos(f, prototype), [B, C]."""
-        return self.sigma * F.linear(F.normalize(f_BD, dim=-1), F.normalize(self.prototypes, dim=-1))
+        unit_CD = F.normalize(self.prototypes, dim=-1)
+        return self.sigma * linear_by_group(F.normalize(f_BD, dim=-1), unit_CD, None, self.groups)

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cl_adapters.errors import ClAdaptersError, UnknownName
 from cl_adapters.index.index import AdapterIndex
-from cl_adapters.pool.models import read_card
+from cl_adapters.pool.model_card import read_card
 from cl_adapters.pool.pool import AdapterPool
 from cl_adapters.pool.record import Record
 

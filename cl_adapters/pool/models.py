@@ -1,15 +1,12 @@
-"""A model as a pool, one record per adapter, and a model of a pool's records.
+"""A model of a pool's records; the other way is :mod:`cl_adapters.pool.model_records`.
 
-    model.json   in the pool's folder: predictor, thresholds, kind of keys. Derived; without it a default serves.
-
-A class belongs to the newest adapter that was made up to its task. In a model of a pool, record i is slot i and task i.
+Record i is slot i and task i of the model; one that the bare backbone answers for is a slot that adds nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import json
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,76 +14,22 @@ import torch
 from torch import Tensor, nn
 
 from cl_adapters.backbone import FrozenBackbone
-from cl_adapters.bank import BARE, AdapterBank, Loader
-from cl_adapters.config import build, to_plain
+from cl_adapters.bank import AdapterBank, Loader
+from cl_adapters.config import build
 from cl_adapters.errors import ClAdaptersError, PoolError
 from cl_adapters.model import AdapterModel
 from cl_adapters.origins import Origin
 from cl_adapters.parts.abstention import Abstention
 from cl_adapters.parts.keys import Keys, KeysConfig
-from cl_adapters.pool.blobs import read_file
 from cl_adapters.pool.checks import adapter_of, check_fingerprint
+from cl_adapters.pool.model_card import CARD, read_card
+from cl_adapters.pool.model_records import save_pool
 from cl_adapters.pool.pool import AdapterPool
-from cl_adapters.pool.record import PoolClass, Record
+from cl_adapters.pool.record import Record
 from cl_adapters.predictors.base import Predictor, predictors
 from cl_adapters.predictors.nearest_key import NearestKey
-from cl_adapters.storage import new_folder, write_json
 
-CARD = "model.json"
-SCHEMA = 1
-
-
-def save_pool(
-    model: AdapterModel,
-    path: Path,
-    *,
-    tags: Sequence[str] = (),
-    benchmark: str | None = None,
-    metrics: Mapping[int, Mapping[str, float]] | None = None,
-    compression: str | None = None,
-) -> AdapterPool:
-    """Write a model as a new pool with one record per adapter, or none of it.
-
-    Each record has the classes of its adapter with their keys, rows of both heads and held-back features. To add them
-    to another pool: ``AdapterPool.copy_to``.
-
-    Args:
-        model: whose predictor answers a class by the adapter of its task.
-        path: a folder that does not exist.
-        tags: of every record.
-        benchmark: where the data came from.
-        metrics: of the record of a task, by the task's number.
-        compression: codec of the stored adapters; see :class:`AdapterPool`.
-
-    Raises:
-        PoolError: a model that is more than its adapters: its answers need all of them together.
-        StorageError: the place exists or cannot be written.
-    """
-    _check_by_class(model)
-    with new_folder(path) as scratch:
-        pool = AdapterPool.create(scratch, model.backbone)
-        names: dict[int, str] = {}
-        for slot, columns in _groups(model):
-            task = _task_of(model, slot, columns)
-            origin = model.origins.get(slot, Origin())
-            record = pool.add(
-                {} if model.bank is None or slot == BARE else model.bank.export(slot),
-                None if model.bank is None or slot == BARE else model.bank.adapter,
-                [PoolClass(label=model.classes[c], name=model.class_names.get(model.classes[c])) for c in columns],
-                id=_name(model, slot),
-                knowledge=_knowledge(model, columns),
-                tags=tags,
-                parents=[names[parent] for parent in origin.parents if parent in names],
-                merge=origin.merge,
-                compression=None if slot == BARE else compression,
-                benchmark=benchmark,
-                metrics=None if task is None else (metrics or {}).get(task),
-                task=task,
-            )
-            if slot != BARE:
-                names[slot] = record.id
-        write_json(scratch / CARD, _card(model, pool, names))
-    return AdapterPool.open(path, backbone=model.backbone)
+__all__ = ["from_pool", "save_pool"]
 
 
 def from_pool(
@@ -100,9 +43,10 @@ def from_pool(
     """A model of a pool's records, in the order of the pool; adapters are loaded when they are used.
 
     Without a record its classes are gone, and every other number that the model reads is the same. Whether answers are
-    the same too is up to the predictor: what looks classes up by keys, or stays with one adapter, answers as before
-    wherever it chose another record. Self-refined retrieval adds probabilities over all classes, so its numbers change
-    with the classes, and it can visit fewer adapters.
+    the same too is up to the predictor. One that looks classes up by keys, or stays with one adapter, answers to the
+    last bit as before wherever it chose another record (image by image; in a batch the last bits depend on how the
+    images share adapters). Others depend on all classes: a vote and a mixture where the record took part in them;
+    self-refined retrieval always, since it adds probabilities over all classes and can visit fewer adapters.
 
     Args:
         pool: a pool, or its folder.
@@ -141,99 +85,6 @@ def from_pool(
     _fill(model, [(record, pool.knowledge(record.id)) for record in records if record.classes], card)
     model.predictor = predictor or _predictor(model, records, card)
     return model.to(model.device)
-
-
-def read_card(pool: Path) -> dict[str, Any]:
-    """What ``model.json`` says; empty where there is none.
-
-    Raises:
-        PoolError: it cannot be read, or is of a newer schema.
-    """
-    if not (pool / CARD).exists():
-        return {}
-    try:
-        plain = json.loads(read_file(pool, CARD))
-    except (ValueError, RecursionError) as error:
-        raise PoolError(f"{pool / CARD} cannot be read as JSON; delete it to use the default predictor") from error
-    if not isinstance(plain, dict) or plain.get("schema_version") != SCHEMA:
-        raise PoolError(f"{pool / CARD} is not of schema {SCHEMA}: upgrade cl-adapters, or delete it")
-    return plain
-
-
-# --- saving ----------------------------------------------------------------------------------------------------------
-
-
-def _check_by_class(model: AdapterModel) -> None:
-    if not model.predictor.by_class:
-        raise PoolError(
-            f"a model that predicts by {predictors.name_of(model.predictor)!r} is no set of adapters with classes of "
-            "their own, so it cannot be a pool: its answers need all its parts. Keep it with model.save(folder)"
-        )
-    if not model.classes:
-        raise PoolError("this model knows no class yet: train it on a task first")
-
-
-def _groups(model: AdapterModel) -> Iterator[tuple[int, list[int]]]:
-    """Each adapter with its columns; before them the tasks that the bare backbone answers for, one by one."""
-    slots, tasks = model.slot_of_column.tolist(), model.task_of_column.tolist()
-    bare = {task: [c for c, slot in enumerate(slots) if slot == BARE and tasks[c] == task] for task in sorted({*tasks})}
-    yield from ((BARE, columns) for columns in bare.values() if columns)
-    for slot in range(model.num_slots):
-        yield slot, [column for column, own in enumerate(slots) if own == slot]
-
-
-def _task_of(model: AdapterModel, slot: int, columns: list[int]) -> int | None:
-    if columns:
-        return int(model.task_of_column[columns[0]])
-    return model.task_of_slot[slot] if slot < len(model.task_of_slot) else None
-
-
-def _name(model: AdapterModel, slot: int) -> str | None:
-    """The id that it had in the pool that it came from; None: the next free one."""
-    return model.record_of_slot[slot] if 0 <= slot < len(model.record_of_slot) else None
-
-
-def _knowledge(model: AdapterModel, columns: list[int]) -> dict[str, Tensor]:
-    """The rows of these classes."""
-    found: dict[str, Tensor] = {}
-    if not columns:
-        return found
-    if model.head.num_classes == len(model.classes):
-        found |= {"head.weight": model.head.weight[columns], "head.bias": model.head.bias[columns]}
-    if model.prototypes.num_classes == len(model.classes):
-        found["prototypes"] = model.prototypes.prototypes[columns]
-    if "class_keys" in model.parts:
-        keys = model.part("class_keys", Keys)
-        found["keys"], found["key_class"] = _rows(keys.keys_MD, keys.column_M, columns)
-        found["held_out"], found["held_out_class"] = _rows(keys.held_out_HD, keys.held_out_column_H, columns)
-    elif "prototypes" in found and getattr(model.predictor, "slot", None) == BARE:
-        found |= {"keys": found["prototypes"], "key_class": torch.arange(len(columns))}  # taken under the bare backbone
-    return {key: value.detach().cpu().clone() for key, value in found.items()}
-
-
-def _rows(rows_MD: Tensor, column_M: Tensor, columns: list[int]) -> tuple[Tensor, Tensor]:
-    """The rows of these columns, and the position of each one's column among them."""
-    position = torch.full((max([*columns, *column_M.tolist()]) + 1,), -1)
-    position[columns] = torch.arange(len(columns))
-    place_M = position[column_M.cpu()]
-    return rows_MD.cpu()[place_M >= 0], place_M[place_M >= 0]
-
-
-def _card(model: AdapterModel, pool: AdapterPool, names: Mapping[int, str]) -> dict[str, Any]:
-    """What the records do not say. The predictor's own adapter is named by id and, should that change, by content."""
-    anchor = model.predictor.anchor
-    parts = dict(model.parts.items())
-    threshold, keys = parts.get("abstention"), parts.get("class_keys")
-    return {
-        "schema_version": SCHEMA,
-        "predictor": {"type": predictors.name_of(model.predictor), "config": to_plain(model.predictor)},
-        "anchor": None if anchor == BARE else [names[anchor], pool.get(names[anchor]).adapter_sha],
-        "abstention": threshold.description() if isinstance(threshold, Abstention) else None,
-        "keys": to_plain(keys.config) if isinstance(keys, Keys) else None,
-    }
-
-
-# --- loading ---------------------------------------------------------------------------------------------------------
 
 
 def _chosen(pool: AdapterPool, ids: Sequence[str] | None) -> list[Record]:
@@ -287,6 +138,8 @@ def _loader(pool: AdapterPool, records: list[Record]) -> Loader:
 def _fill(model: AdapterModel, known: list[tuple[Record, dict[str, Tensor]]], card: Mapping[str, Any]) -> None:
     """Heads, keys and thresholds."""
     weight, bias, prototypes = (_column(known, key) for key in ("head.weight", "head.bias", "prototypes"))
+    groups = tuple(len(record.classes) for record, _ in known)
+    model.head.groups = model.prototypes.groups = groups  # no record's logits depend on which others there are
     if weight is not None and bias is not None:
         model.head.weight, model.head.bias = nn.Parameter(weight), nn.Parameter(bias)
     if prototypes is not None:

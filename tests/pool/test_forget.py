@@ -1,0 +1,165 @@
+"""Forgetting: no byte of it is left in the pool's folder, every other byte is as it was, and what remains is named."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from cl_adapters.adapters.bottleneck import Bottleneck
+from cl_adapters.backbone import FrozenBackbone
+from cl_adapters.bank import AdapterBank
+from cl_adapters.errors import UnknownName
+from cl_adapters.index.index import AdapterIndex
+from cl_adapters.model import AdapterModel
+from cl_adapters.origins import Origin
+from cl_adapters.parts.keys import Keys, KeysConfig
+from cl_adapters.pool import AdapterPool
+from cl_adapters.pool.forget import forget
+from cl_adapters.predictors.nearest_key import NearestKey
+from cl_adapters.predictors.self_refine import SelfRefine
+
+WIDTH = 16
+
+
+@pytest.fixture
+def pool(tiny_vit: Callable[..., nn.Module], tmp_path: Path) -> AdapterPool:
+    """Three tasks of three classes; each adapter was made of those before, the first of none; an index beside them."""
+    backbone = FrozenBackbone.wrap(tiny_vit(width=WIDTH, heads=2, img_size=16, depth=2))
+    model = AdapterModel(backbone, AdapterBank(backbone, Bottleneck(bottleneck=2)))
+    draw = torch.Generator().manual_seed(0)
+    assert model.bank is not None
+    model.parts["class_keys"] = keys = Keys(KeysConfig(kind="features", held_out=0.5), WIDTH)
+    for task in range(3):
+        model.add_task([3 * task, 3 * task + 1, 3 * task + 2])
+        fresh = model.bank.fresh(draw)
+        slot = model.bank.add_slot({name: torch.randn(value.shape, generator=draw) for name, value in fresh.items()})
+        model.date_slots(task)
+        merge = {"method": "ema", "momentum": 0.1, "head": "aligned"}
+        model.origins[slot] = Origin(parents=tuple(range(slot)), merge=merge if slot else None)
+        model.head.grow(3, draw)
+        for _ in range(3):
+            keys.add_class(torch.randn(6, WIDTH, generator=draw), draw)
+    model.prototypes.append(torch.randn(9, WIDTH, generator=draw))
+    model.predictor = SelfRefine()
+    made = model.save_pool(tmp_path / "pool")
+    AdapterIndex.build(made, keys="features", backend="exact").save()
+    return made
+
+
+def contents(pool: AdapterPool) -> dict[str, bytes]:
+    """Every file of the pool by its path."""
+    return {str(p.relative_to(pool.path)): p.read_bytes() for p in sorted(Path(pool.path).rglob("*")) if p.is_file()}
+
+
+def traces(pool: AdapterPool, tensors: Iterable[Tensor]) -> list[str]:
+    """Files that have the bytes of a row of one of these tensors, as it is or as the index keeps it."""
+    rows = [row for value in tensors for row in value.reshape(-1, value.shape[-1])]
+    wanted = [row.numpy().astype(np.float32).tobytes() for row in rows]
+    wanted += [(row / row.norm()).numpy().tobytes() for row in rows if len(row) == WIDTH]
+    return [name for name, content in contents(pool).items() if any(needle in content for needle in wanted)]
+
+
+def test_an_adapter(pool: AdapterPool) -> None:
+    own = [*pool.tensors("task-001").values()]
+    knowledge = pool.knowledge("task-001")
+    own += [knowledge[key] for key in ("keys", "head.weight", "prototypes", "held_out")]
+    before = contents(pool)
+    assert len(traces(pool, own)) == 3, "adapter, knowledge and index; else this test sees nothing"
+    record = pool.get("task-001")
+    found = forget(pool, "task-001")
+    assert found.removed[0].startswith("adapter 'task-001' (")
+    assert "class 3, class 4, class 5" in found.removed[0]
+    assert not traces(pool, own)
+    after = contents(pool)
+    assert before.keys() - after.keys() == set(record.files)
+    changed = {name for name in after if after[name] != before.get(name)}
+    assert all(name == "manifest.json" or name.startswith("index/") for name in changed)
+    assert pool.verify().ok
+    assert not pool.verify().orphans
+    index = AdapterIndex.open(None, pool)
+    assert index.records == ("task-000", "task-002")
+    assert not index.changes()
+    loaded = AdapterModel.from_pool(pool)
+    assert loaded.classes == [0, 1, 2, 6, 7, 8]
+    told = "\n".join(found.cannot_undo)
+    assert "'task-002' started from or was merged with 'task-001' (method ema, momentum 0.1" in told
+    assert "'task-000' started" not in told
+    assert "linear head's rows of all other classes were aligned together with samples of adapter 'task-001'" in told
+
+
+def test_the_adapter_that_a_predictor_needs(pool: AdapterPool) -> None:
+    found = forget(pool, "task-000")
+    told = "\n".join(found.cannot_undo)
+    assert "prototypes were taken under 'task-000'; without it this pool's predictor 'self_refine' cannot run" in told
+    assert "adapter 'task-001' started from" in told
+    assert "adapter 'task-002' started from" in told
+    assert AdapterModel.from_pool(pool, predictor=NearestKey()).classes == [3, 4, 5, 6, 7, 8]
+
+
+def test_the_newest_adapter_leaves_a_trace_in_the_head_only(pool: AdapterPool) -> None:
+    found = forget(pool, "task-002")
+    assert len(found.cannot_undo) == 1
+    assert "aligned together" in found.cannot_undo[0]
+
+
+def test_a_class(pool: AdapterPool) -> None:
+    knowledge, adapter = pool.knowledge("task-001"), pool.tensors("task-001")
+    mine, held = knowledge["key_class"] == 1, knowledge["held_out_class"] == 1
+    own = [knowledge["keys"][mine], knowledge["held_out"][held]]
+    own += [knowledge[key][[1]] for key in ("head.weight", "prototypes")]
+    before = contents(pool)
+    assert len(traces(pool, own)) == 2
+    x = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    whole = AdapterModel.from_pool(pool, predictor=NearestKey())
+    found = forget(pool, 4)
+    assert found.removed[0].startswith("class 4 of adapter 'task-001'")
+    assert not traces(pool, own)
+    assert pool.get("task-001").labels == (3, 5)
+    left = pool.knowledge("task-001")
+    for key in ("head.weight", "head.bias", "prototypes"):
+        assert torch.equal(left[key], knowledge[key][[0, 2]])
+    assert torch.equal(left["keys"], knowledge["keys"][~mine])
+    assert torch.equal(left["held_out"], knowledge["held_out"][~held])
+    assert left["key_class"].tolist() == [0, 0, 0, 1, 1, 1]
+    assert left["held_out_class"].tolist() == [0, 0, 0, 1, 1, 1]
+    assert all(torch.equal(value, adapter[key]) for key, value in pool.tensors("task-001").items())
+    assert {name for name in before if name.startswith("adapters/")} <= contents(pool).keys()
+    assert pool.verify().ok
+    model = AdapterModel.from_pool(pool, predictor=NearestKey())
+    assert model.classes == [0, 1, 2, 3, 5, 6, 7, 8]
+    others = whole.answer(x).adapter != 1
+    assert others.any()
+    first, second = whole.predict(x)[others][:, [0, 1, 2, 6, 7, 8]], model.predict(x)[others][:, [0, 1, 2, 5, 6, 7]]
+    assert torch.allclose(first, second, atol=1e-5)
+    told = "\n".join(found.cannot_undo)
+    assert "adapter 'task-001' was trained on images of class 4 together with its other classes" in told
+    assert "adapter 'task-002' started from or was merged with 'task-001'" in told
+
+
+def test_the_last_class_takes_its_record_along(pool: AdapterPool) -> None:
+    for label in (6, 7):
+        forget(pool, label)
+    assert pool.get("task-002").labels == (8,)
+    assert forget(pool, 8).removed[0].startswith("adapter 'task-002'")
+    assert pool.ids == ("task-000", "task-001")
+
+
+def test_an_index_that_cannot_be_made_anew_goes(pool: AdapterPool) -> None:
+    (Path(pool.path) / "index" / "default" / "index.json").write_text("{")
+    found = forget(pool, "task-001")
+    assert "index 'default', which could not be made anew: build it again" in found.removed
+    assert not (Path(pool.path) / "index" / "default").exists()
+
+
+def test_what_is_not_there(pool: AdapterPool) -> None:
+    before = contents(pool)
+    with pytest.raises(UnknownName, match="did you mean 'task-001'"):
+        forget(pool, "task-01")
+    with pytest.raises(UnknownName, match="unknown class label '9'"):
+        forget(pool, 9)
+    assert contents(pool) == before
