@@ -52,7 +52,7 @@ def _options(cls: Any) -> list[str]:
 
 def _check(cls: Any, values: Mapping[str, Any], prefix: str) -> None:
     """Reject, also in nested dataclasses, what pydantic would accept (true for 1) or name without a suggestion."""
-    known, hints = _options(cls), get_type_hints(cls)
+    known, hints = _options(cls), _hints(cls)
     for key, value in values.items():
         if key not in known:
             raise ConfigError(f"unknown option {prefix}{key!s}{suggestion(str(key), known)} Known: {', '.join(known)}")
@@ -71,7 +71,7 @@ def _on_defaults(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
     A strategy may want another scale or dropout of its adapters than the adapter type itself; asking for a wider
     bottleneck must not undo that.
     """
-    hints = get_type_hints(cls, include_extras=True)
+    hints = _hints(cls, extras=True)
     given = dict(values)
     for field in dataclasses.fields(cls):
         value = given.get(field.name)
@@ -83,6 +83,11 @@ def _on_defaults(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
             if options.get("type", plain.get("type")) == plain.get("type"):
                 given[field.name] = plain | options
     return given
+
+
+@functools.cache
+def _hints(cls: Any, extras: bool = False) -> dict[str, Any]:
+    return get_type_hints(cls, include_extras=extras)
 
 
 @functools.cache
