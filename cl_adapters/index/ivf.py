@@ -23,7 +23,7 @@ POINTS = 40
 ROUNDS = 8
 """Iterations of k-means."""
 
-JUDGES = 256
+JUDGES = 512
 """Stored vectors that are asked for their nearest neighbour to choose the number of lists to scan."""
 
 GROWTH = 4
@@ -43,7 +43,7 @@ class IVFOptions:
 
     lists: int | None = None
     probes: int | None = None
-    recall: float = 0.999
+    recall: float = 0.995
 
     def __post_init__(self) -> None:
         counts = [count for count in (self.lists, self.probes) if count is not None]
