@@ -6,6 +6,7 @@ is copied along.
 
 from __future__ import annotations
 
+import operator
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -43,17 +44,58 @@ class _Stack:
     """The tensors of several slots at one site, one after the other: a copy, good until any of them changes.
 
     Attributes:
-        place: slot to its row.
+        used: the slots, in order.
         tensors: name to the stacked tensors.
-        sources: slot to its parameters as they were: (parameter, version, address).
+        modules: the slots' own modules, and
+        parameters: theirs, one after the other, with
+        state: version and address of each, as they were.
+        place: for the slots of the last route (``route``): the row of each in the stack, -1: it has none here.
     """
 
-    place: dict[int, int] = field(default_factory=dict)
+    used: tuple[int, ...] = ()
     tensors: dict[str, Tensor] = field(default_factory=dict)
-    sources: dict[int, tuple[tuple[Tensor, int, int], ...]] = field(default_factory=dict)
+    modules: list[nn.Module] = field(default_factory=list)
+    parameters: list[Tensor] = field(default_factory=list)
+    state: list[tuple[int, int]] = field(default_factory=list)
+    route: tuple[int, ...] = ()
+    place: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Stack:
         return _Stack()
+
+    @classmethod
+    def of(cls, slots: Mapping[int, nn.Module], keep: bool) -> _Stack:
+        """Stack these slots.
+
+        Args:
+            slots: number to module.
+            keep: note what is needed to tell later whether they have changed.
+        """
+        params = [dict(module.named_parameters()) for module in slots.values()]
+        made = cls(tuple(slots), {name: torch.stack([own[name] for own in params]) for name in params[0]})
+        flat: list[Tensor] = [value for own in params for value in own.values()]
+        if keep and not any(value.is_inference() for value in flat):  # nobody counts writes into inference tensors
+            made.modules, made.parameters, made.state = list(slots.values()), flat, _state(flat)
+        return made
+
+    def holds(self, slots: tuple[int, ...]) -> bool:
+        """Whether all of these were stacked and nothing that was stacked has changed since."""
+        if not self.modules or (slots != self.used and not set(slots) <= set(self.used)):
+            return False
+        # .parameters() would cost more than all of the rest
+        now = [value for module in self.modules for value in module._parameters.values()]
+        return all(map(operator.is_, now, self.parameters)) and _state(self.parameters) == self.state
+
+    def rows(self, slots: tuple[int, ...], device: torch.device) -> Tensor:
+        """The row of each slot, int64; -1 for those that were not stacked."""
+        if slots != self.route or self.place.device != device:
+            row = {slot: place for place, slot in enumerate(self.used)}
+            self.route, self.place = slots, torch.tensor([row.get(slot, BARE) for slot in slots], device=device)
+        return self.place
+
+
+def _state(parameters: list[Tensor]) -> list[tuple[int, int]]:
+    return [(value._version, value.data_ptr()) for value in parameters]
 
 
 class SiteAdapters(nn.Module):
@@ -207,10 +249,9 @@ class SiteAdapters(nn.Module):
 
     def _choice(self, x: Tensor, y: Tensor, slots: tuple[int, ...], index_B: Tensor) -> Tensor | None:
         """One slot per row; rows whose slot has no adapter here get zeros; None: that is all of them."""
-        used = [slot for slot in slots if self.has(slot)]
+        used = tuple(slot for slot in slots if str(slot) in self.slots)
         stack = self._stacked(used)
-        place = torch.tensor([stack.place.get(slot, BARE) for slot in slots], device=index_B.device)
-        index_B = place[index_B]
+        index_B = stack.rows(slots, index_B.device)[index_B]
         rows = None if len(used) == len(slots) else (index_B >= 0).nonzero().flatten()
         if rows is not None:
             if not len(rows):
@@ -220,30 +261,13 @@ class SiteAdapters(nn.Module):
         delta = self._one(x, gathered, y)
         return delta if rows is None else delta.new_zeros(whole, *delta.shape[1:]).index_copy(0, rows, delta)
 
-    def _stacked(self, used: list[int]) -> _Stack:
-        """The tensors of these slots, stacked; without gradients kept for the next batch."""
+    def _stacked(self, used: tuple[int, ...]) -> _Stack:
+        """The tensors of these slots, stacked; where no gradient flows, kept for the next batch."""
         if torch.is_grad_enabled():
-            return self._stack_of(used)
-        kept = self._stack.sources
-        if not all(slot in kept and self._unchanged(slot, kept[slot]) for slot in used):
-            self._stack = self._stack_of(used)
-            for slot in used:
-                found = [value for value in self.slots[str(slot)].parameters() if not value.is_inference()]
-                if len(found) == len(self._stack.tensors):  # writes into inference tensors go unnoticed: keep none
-                    self._stack.sources[slot] = tuple((value, value._version, value.data_ptr()) for value in found)
+            return _Stack.of({slot: self.slots[str(slot)] for slot in used}, keep=False)
+        if not self._stack.holds(used):
+            self._stack = _Stack.of({slot: self.slots[str(slot)] for slot in used}, keep=True)
         return self._stack
-
-    def _unchanged(self, slot: int, sources: tuple[tuple[Tensor, int, int], ...]) -> bool:
-        now = self.slots[str(slot)]._parameters.values()  # .parameters() would cost more than the check
-        return all(
-            value is kept and value._version == version and value.data_ptr() == address
-            for value, (kept, version, address) in zip(now, sources, strict=True)
-        )
-
-    def _stack_of(self, used: list[int]) -> _Stack:
-        params = [self.params(slot) for slot in used]
-        tensors = {name: torch.stack([own[name] for own in params]) for name in params[0]} if params else {}
-        return _Stack({slot: row for row, slot in enumerate(used)}, tensors)
 
     def _one(self, x: Tensor, params: Mapping[str, Tensor], y: Tensor) -> Tensor:
         return self.adapter.apply(x, params, self._active.noise, y)
