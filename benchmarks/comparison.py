@@ -13,7 +13,7 @@ from rich.table import Table
 from cl_adapters.benchmarks.report import flat
 from cl_adapters.benchmarks.results import Results, read
 from cl_adapters.benchmarks.svg import amount
-from cl_adapters.benchmarks.variants import Options, benchmark_variant, strategy_variant
+from cl_adapters.benchmarks.variants import Options, benchmark_variant, completed, strategy_variant
 from cl_adapters.errors import DataError
 
 # Differences in these options do not make another experiment: they are what is averaged over, or places.
@@ -211,7 +211,11 @@ def _row(group: Sequence[Results], benchmark_variant: str, variant: str) -> Row:
 
 def _options(run: Results, ignore: Collection[str]) -> Options:
     # The fingerprint says which backbone it was; where its weights lay does not matter.
-    kept = {name: value for name, value in flat(run.config) if name not in ignore and not name.startswith("backbone.")}
+    kept = {
+        name: value
+        for name, value in flat(completed(run.config))
+        if name not in ignore and not name.startswith("backbone.")
+    }
     fixed = {"backbone": f"{run.backbone.name} {run.backbone.fingerprint[:8]}", "finished tasks": str(run.num_tasks)}
     return tuple(sorted((kept | fixed).items()))
 

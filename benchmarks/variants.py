@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping, Sequence
+from typing import Any
 
-from cl_adapters.errors import UnknownName
+from cl_adapters.errors import ClAdaptersError, UnknownName
 
 Options = tuple[tuple[str, str], ...]
 """The options of a run: (full name, value as text), sorted by name."""
@@ -50,6 +51,19 @@ def differing(options: Options, others: Sequence[Options]) -> list[tuple[str, st
     """Return those of ``options`` whose value is not the same in all ``others``."""
     tables: list[Mapping[str, str]] = [dict(other) for other in others]
     return [(name, value) for name, value in options if any(table.get(name) != value for table in tables)]
+
+
+def completed(config: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A recorded configuration with the defaults of options that came later, so that old and new runs share a row.
+
+    What cannot be understood here (a strategy of another distribution) is left as it is.
+    """
+    from cl_adapters.benchmarks.experiment import Experiment
+
+    try:
+        return Experiment.from_plain(config).to_plain()
+    except (ClAdaptersError, KeyError, TypeError):
+        return config
 
 
 @functools.cache

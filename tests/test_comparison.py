@@ -122,6 +122,18 @@ def test_one_benchmark_with_other_settings_is_another_for_all_strategies() -> No
     assert "| digits (tasks=20) | mos |" in to_markdown(rows)
 
 
+def test_runs_recorded_before_an_option_existed_share_the_row_of_its_default() -> None:
+    from cl_adapters.benchmarks.experiment import resolve
+
+    new = resolve("mos", "digits").to_plain()
+    strategy = {key: value for key, value in new["strategy"].items() if key not in ("cached_views", "ensemble")}
+    old = new | {"strategy": strategy}
+    (row,) = summarise([run(0, 80.0, config=new), run(1, 90.0, config=old)])
+    assert (row.seeds, row.variant) == ((0, 1), "")
+    other = old | {"strategy": strategy | {"ensemble": False}}
+    assert len(summarise([run(0, 80.0, config=new), run(1, 90.0, config=other)])) == 2
+
+
 def test_adapters_that_one_run_did_not_count_have_no_mean() -> None:
     (row,) = summarise([run(0, 80.0), run(1, 80.0, adapters=None, adapter_parameters=None)])
     assert row.adapters == Stat(None, None)
