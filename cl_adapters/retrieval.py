@@ -30,6 +30,16 @@ def keys_of(model: AdapterModel) -> Keys:
     return found
 
 
+def check_neighbours(k: int, temperature: float) -> None:
+    """Check the options of a predictor that weighs its k nearest.
+
+    Raises:
+        ValueError: k below 1, or a temperature that is not positive.
+    """
+    if k < 1 or temperature <= 0:
+        raise ValueError(f"k must be at least 1 and temperature positive, got k={k}, temperature={temperature}")
+
+
 def answered(model: AdapterModel, f_BD: Tensor, bare_BD: Tensor) -> Tensor:
     """Logits [B, C] of the linear head on the adapted features; without such a head, cosines to the keys.
 

@@ -99,13 +99,14 @@ import importlib, pkgutil, sys
 import cl_adapters
 for name in cl_adapters.__all__:
     getattr(cl_adapters, name)
-top = [module.name for module in pkgutil.iter_modules(cl_adapters.__path__)]
-for name in top:
-    if name not in ("strategies", "benchmarks"):
-        importlib.import_module("cl_adapters." + name)
-for package in ("adapters", "merge", "predictors"):
-    for module in pkgutil.iter_modules(sys.modules["cl_adapters." + package].__path__):
-        importlib.import_module(f"cl_adapters.{package}.{module.name}")
+packages = []
+for top in pkgutil.iter_modules(cl_adapters.__path__):
+    if top.name not in ("strategies", "benchmarks"):
+        found = importlib.import_module("cl_adapters." + top.name)
+        for module in pkgutil.iter_modules(found.__path__) if top.ispkg else ():
+            importlib.import_module(f"cl_adapters.{top.name}.{module.name}")
+        packages += [top.name] * top.ispkg
+assert {"adapters", "codecs", "index", "interchange", "merge", "parts", "pool", "predictors"} <= set(packages)
 heavy = {"avalanche", "timm", "transformers", "torchvision", "faiss", "matplotlib"} & set(sys.modules)
 assert not heavy, heavy
 """,

@@ -32,10 +32,6 @@ class Accumulation(Part):
         """One step more."""
         self.steps += 1
 
-    def share_of_start(self, decay: float) -> float:
-        """Weight, in [0, 1], that the average still gives to its start: ``decay ** steps``."""
-        return float(decay ** int(self.steps))
-
     def description(self) -> dict[str, Any]:
         """Nothing besides the tensor."""
         return {}

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from cl_adapters.predictors.base import Prediction, Predictor, predictors
-from cl_adapters.retrieval import answered, keys_of
+from cl_adapters.retrieval import answered, check_neighbours, keys_of
 from cl_adapters.routes import BARE
 
 if TYPE_CHECKING:
@@ -35,10 +35,7 @@ class KNNVote(Predictor):
     temperature: float = 0.07
 
     def __post_init__(self) -> None:
-        if self.k < 1 or self.temperature <= 0:
-            raise ValueError(
-                f"k must be at least 1 and temperature positive, got k={self.k}, temperature={self.temperature}"
-            )
+        check_neighbours(self.k, self.temperature)
 
     def predict(self, model: AdapterModel, features: LazyFeatures) -> Prediction:
         """Linear logits under the elected adapters."""

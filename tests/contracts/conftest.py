@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
 from functools import partial
-from typing import Any, Literal, get_args, get_origin, get_type_hints
+from typing import Any, ClassVar, Literal, get_args, get_origin, get_type_hints
 
 import pytest
 import torch
@@ -16,6 +17,7 @@ from cl_adapters.adapters.base import AdapterType
 from cl_adapters.backbone import FrozenBackbone
 from cl_adapters.bank import AdapterBank
 from cl_adapters.batches import Inputs
+from cl_adapters.sites import Layout, Site
 
 NUMBERS: dict[str, tuple[Any, ...]] = {"dropout": (0.0, 0.5), "kernel": (1, 3)}
 """Fields without a list of choices whose values switch something on or off."""
@@ -264,3 +266,42 @@ def filled() -> Filled:
         return bank
 
     return make
+
+
+@dataclass(frozen=True, kw_only=True)
+class Echo(AdapterType):
+    """Adds its own input: shows what a site reads and where it adds."""
+
+    kind: str = "ffn_parallel"
+
+    @property
+    def site_kinds(self) -> tuple[str, ...]:
+        return (self.kind,)
+
+    def shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
+        return {"gain": (1,)}
+
+    def init(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
+        return {"gain": torch.ones(1)}
+
+    def apply(
+        self,
+        x_BND: Tensor,
+        params: Mapping[str, Tensor],
+        noise: torch.Generator | None = None,
+        y_BNO: Tensor | None = None,
+    ) -> Tensor:
+        return x_BND * params["gain"].reshape(-1, *[1] * (x_BND.ndim - 1))
+
+
+@dataclass(frozen=True, kw_only=True)
+class EchoMap(Echo):
+    """The same, seen as feature maps."""
+
+    layout: ClassVar[Layout] = "map"
+
+
+@pytest.fixture
+def echo_of() -> Callable[..., AdapterType]:
+    """Factory of adapters that add their own input: ``echo_of(kind="ffn_parallel", layout="tokens")``."""
+    return lambda kind="ffn_parallel", layout="tokens": (EchoMap if layout == "map" else Echo)(kind=kind)

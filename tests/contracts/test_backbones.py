@@ -6,15 +6,13 @@ Random tiny models of timm's ViT family, and a random tiny BERT of transformers:
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from cl_adapters.adapters.base import AdapterType
 from cl_adapters.adapters.bottleneck import Bottleneck
 from cl_adapters.backbone import FrozenBackbone
 from cl_adapters.bank import AdapterBank, Route
@@ -23,33 +21,6 @@ from cl_adapters.errors import ClAdaptersError
 from cl_adapters.model import AdapterModel
 from cl_adapters.predictors.self_refine import SelfRefine
 from cl_adapters.preprocessing import Preprocessing
-from cl_adapters.sites import Site
-
-
-@dataclass(frozen=True, kw_only=True)
-class Echo(AdapterType):
-    """Adds ``gain`` times its own input: shows what a site reads and where it adds."""
-
-    kind: str = "ffn_parallel"
-
-    @property
-    def site_kinds(self) -> tuple[str, ...]:
-        return (self.kind,)
-
-    def shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
-        return {"gain": (1,)}
-
-    def init(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
-        return {"gain": torch.ones(1)}
-
-    def apply(
-        self,
-        x_BND: Tensor,
-        params: Mapping[str, Tensor],
-        noise: torch.Generator | None = None,
-        y_BNO: Tensor | None = None,
-    ) -> Tensor:
-        return x_BND * params["gain"].reshape(-1, 1, 1)
 
 
 def routed(bank: AdapterBank, backbone: FrozenBackbone, x: Inputs, route: Route) -> Tensor:
@@ -84,12 +55,12 @@ def test_always_frozen_and_in_evaluation_mode(case: Any) -> None:
     backbone.check_frozen()
 
 
-def test_the_models_own_weights_are_left_as_they_are(case: Any) -> None:
+def test_the_models_own_weights_are_left_as_they_are(case: Any, echo_of: Any) -> None:
     """Fused qkv and all: names, order and bits of the parameters, and the features without a route."""
     backbone, x = case.backbone, case.inputs(3)
     weights = {name: value.clone() for name, value in backbone.encoder.state_dict().items()}
     plain, fingerprint = backbone.features(x), backbone.fingerprint
-    bank = AdapterBank(backbone, Echo())
+    bank = AdapterBank(backbone, echo_of())
     bank.add_slot(bank.fresh(torch.Generator()))
     now = backbone.encoder.state_dict()
     assert list(now) == list(weights)
@@ -112,7 +83,7 @@ def test_classifier_is_left_out() -> None:
 
 
 @pytest.mark.parametrize("case", ["BERT"], indirect=True)
-def test_text_features_do_not_see_padding(case: Any) -> None:
+def test_text_features_do_not_see_padding(case: Any, echo_of: Any) -> None:
     """Two more columns of padding, filled with anything, change nothing; nor do adapters see them."""
     x = case.inputs(4)
     longer = {
@@ -120,7 +91,7 @@ def test_text_features_do_not_see_padding(case: Any) -> None:
         "attention_mask": torch.cat([x["attention_mask"], torch.zeros(4, 2, dtype=torch.long)], 1),
     }
     other = {**x, "input_ids": torch.where(x["attention_mask"] == 1, x["input_ids"], torch.tensor(17))}
-    bank = AdapterBank(case.backbone, Echo())
+    bank = AdapterBank(case.backbone, echo_of())
     bank.add_slot({key: 0.3 * value for key, value in bank.fresh(torch.Generator()).items()})
     for route in (None, Route.single(0)):
         with bank.route(route):
@@ -146,8 +117,8 @@ def test_model_of_any_family_predicts(case: Any, filled: Callable[..., AdapterBa
     assert torch.allclose(model.predict(x, batch=2), logits, atol=1e-5)
 
 
-def test_deepcopy_of_a_backbone_with_adapters(case: Any, filled: Callable[..., AdapterBank]) -> None:
-    model = AdapterModel(case.backbone, filled(case.backbone, Echo(), slots=1))
+def test_deepcopy_of_a_backbone_with_adapters(case: Any, filled: Callable[..., AdapterBank], echo_of: Any) -> None:
+    model = AdapterModel(case.backbone, filled(case.backbone, echo_of(), slots=1))
     twin, x = copy.deepcopy(model), case.inputs(2)
     with torch.no_grad():
         for parameter in twin.bank.slot_parameters(0):  # type: ignore[union-attr]

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +16,7 @@ from cl_adapters.bank import BARE, AdapterBank, Route
 from cl_adapters.batches import Inputs, take
 from cl_adapters.errors import IncompatibleBackbone
 from cl_adapters.site_families import find_family
-from cl_adapters.sites import Layout, Site
+from cl_adapters.sites import Layout
 
 AROUND = ("attn_parallel", "attn_sequential", "attn_before")
 FFN = ("ffn_parallel", "ffn_sequential", "ffn_before")
@@ -48,39 +47,6 @@ LACKS: dict[str, tuple[str, ...]] = {
 
 TYPES = [pytest.param(adapter_from(name), id=name) for name in adapters.names()]
 IDS = torch.tensor([2, BARE, 1, 0, 2])
-
-
-@dataclass(frozen=True, kw_only=True)
-class Echo(AdapterType):
-    """Adds its own input: shows what a site reads and where it adds."""
-
-    kind: str = "ffn_parallel"
-
-    @property
-    def site_kinds(self) -> tuple[str, ...]:
-        return (self.kind,)
-
-    def shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
-        return {"gain": (1,)}
-
-    def init(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
-        return {"gain": torch.ones(1)}
-
-    def apply(
-        self,
-        x_BND: Tensor,
-        params: Mapping[str, Tensor],
-        noise: torch.Generator | None = None,
-        y_BNO: Tensor | None = None,
-    ) -> Tensor:
-        return x_BND * params["gain"].reshape(-1, *[1] * (x_BND.ndim - 1))
-
-
-@dataclass(frozen=True, kw_only=True)
-class EchoMap(Echo):
-    """The same, seen as feature maps."""
-
-    layout: ClassVar[Layout] = "map"
 
 
 def seen_by(modules: Mapping[str, nn.Module], run: Callable[[], object]) -> dict[tuple[str, str], Tensor]:
@@ -191,8 +157,8 @@ def wiring(family: str) -> Mapping[str, tuple[End, End]]:
 
 
 @pytest.mark.parametrize("kind", [*AROUND, *FFN, "block_parallel"])
-@pytest.mark.parametrize("echo_type", [Echo, EchoMap])
-def test_reads_and_adds_where_the_papers_say(case: Any, kind: str, echo_type: type[Echo]) -> None:
+@pytest.mark.parametrize("layout", ["tokens", "map"])
+def test_reads_and_adds_where_the_papers_say(case: Any, kind: str, layout: str, echo_of: Any) -> None:
     """With h = x + A(x) after the attention, F the feed-forward branch: at each site exactly one term more.
 
     ffn_parallel h + F(h) + delta(h) (MOS, SEMA); attn_parallel x + A(x) + delta(norm x) (LAE); sequential: delta of
@@ -200,7 +166,7 @@ def test_reads_and_adds_where_the_papers_say(case: Any, kind: str, echo_type: ty
     """
     backbone, x, block = case.backbone, case.inputs(3), 1
     layer = find_family(backbone.encoder).find_blocks(backbone.encoder)[block][1]
-    echo = echo_type(kind=kind)
+    echo = echo_of(kind, layout)
     bank = fitting(case, echo, lambda: AdapterBank(backbone, echo, blocks=[block]))
     if bank is None:
         return

@@ -175,7 +175,6 @@ def test_offline_adapter_is_the_moving_average(make_lae: Make, three_tasks: list
     assert any(key.endswith("scale") for key in average)
     part = strategy.model.part("accumulation", Accumulation)
     assert int(part.steps) == steps
-    assert part.share_of_start(decay) == pytest.approx(decay**30)
 
 
 def test_weight_of_the_start_after_k_steps(make_lae: Make, three_tasks: list[Any]) -> None:
