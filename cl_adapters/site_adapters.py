@@ -112,6 +112,7 @@ class SiteAdapters(nn.Module):
         self.slots = nn.ModuleDict()
         self._active = active
         self._source: Tensor | None = None
+        self._rows = (0, 0)  # B and N, where the site's tokens lie in one row
         self._stack = _Stack()
 
     def attach(self, encoder: nn.Module) -> None:
@@ -127,6 +128,8 @@ class SiteAdapters(nn.Module):
             raise IncompatibleBackbone(
                 f"site {self.site.name!r} reads {source.module!r} and adds to {target.module!r}, but {error}"
             ) from error
+        if self.site.rows is not None:
+            encoder.get_submodule(self.site.rows.module).register_forward_pre_hook(self.note_rows)
         if source != target and source.end == "in":
             reads.register_forward_pre_hook(self.read_input)
         elif source != target:
@@ -151,6 +154,10 @@ class SiteAdapters(nn.Module):
             self._stack = _Stack()
 
     # --- hooks ---------------------------------------------------------------------------------------------------
+
+    def note_rows(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Forward-pre-hook: note how many samples there are, and how many tokens each has."""
+        self._rows = tuple(args[0].shape[:2])
 
     def read_input(self, module: nn.Module, args: tuple[Any, ...]) -> None:
         """Forward-pre-hook: keep the input until the target is reached."""
@@ -199,6 +206,8 @@ class SiteAdapters(nn.Module):
             return x if self.site.layout == "map" else x.permute(0, 3, 1, 2)
         if self.site.layout == "map":
             return x.flatten(2).mT
+        if self.site.rows is not None and x.ndim == 2:
+            return x.unflatten(0, self._rows)
         return x.flatten(1, -2) if x.ndim > 3 else x
 
     def _shaped(self, y: Tensor, x: Tensor) -> Tensor:

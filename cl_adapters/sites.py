@@ -35,6 +35,10 @@ class Tap:
     module: str
     end: Literal["in", "out"]
 
+    def below(self, path: str) -> Tap:
+        """The same end where the dotted path of the module starts at ``path``."""
+        return Tap(f"{path}.{self.module}", self.end)
+
 
 @dataclass(frozen=True)
 class Site:
@@ -52,6 +56,8 @@ class Site:
         third: at a fused projection the part of the target that is added to: 0 query, 1 key, 2 value.
         layout: how activations lie there.
         windows: whether the leading dimension holds several windows of each image, image by image.
+        rows: where all tokens of a batch lie in one row, [B * N, D], at the source: a place before it where they lie as
+            [B, N, D].
     """
 
     name: str
@@ -65,6 +71,7 @@ class Site:
     third: int | None = None
     layout: Layout = "tokens"
     windows: bool = False
+    rows: Tap | None = None
 
     def __post_init__(self) -> None:
         if not self.out_width:
@@ -89,7 +96,7 @@ class Place:
         label: last part of the site's name.
         sizes: measures one block.
         fits: whether this block has the place; families differ in details of their attention.
-        third, windows: as in :class:`Site`.
+        third, windows, rows: as in :class:`Site`.
         layout: of the activations at the source; default the family's.
     """
 
@@ -101,6 +108,7 @@ class Place:
     third: int | None = None
     windows: bool = False
     layout: Layout | None = None
+    rows: Tap | None = None
 
 
 @dataclass(frozen=True)
@@ -113,6 +121,7 @@ class Family:
         parts: submodules that every block must have for the family to match.
         places: per kind of site where it is.
         refuses: class names of blocks that have these parts in another arrangement.
+        fits: another condition on every block, for arrangements that show in more than the parts.
         layout: of the activations between the blocks.
         resume: (encoder, input of block b, b) to the features; None where that is not known.
         resumes: whether ``resume`` fits this encoder; some of a family give their blocks more than the activations.
@@ -123,6 +132,7 @@ class Family:
     parts: tuple[str, ...]
     places: Mapping[str, Place]
     refuses: tuple[str, ...] = ()
+    fits: Callable[[nn.Module], bool] = lambda block: True
     layout: Layout = "tokens"
     resume: Callable[[nn.Module, Tensor, int], Tensor] | None = None
     resumes: Callable[[nn.Module], bool] = lambda encoder: True
@@ -131,7 +141,9 @@ class Family:
         """Whether every block of ``encoder`` has this family's structure."""
         blocks = self.find_blocks(encoder)
         return bool(blocks) and all(
-            type(block).__name__ not in self.refuses and all(has(block, part) for part in self.parts)
+            type(block).__name__ not in self.refuses
+            and all(has(block, part) for part in self.parts)
+            and self.fits(block)
             for _, block in blocks
         )
 
@@ -173,13 +185,14 @@ class Family:
             block=index,
             kind=kind,
             width=sizes.width,
-            source=Tap(f"{path}.{place.source.module}", place.source.end),
-            target=Tap(f"{path}.{place.target.module}", place.target.end),
+            source=place.source.below(path),
+            target=place.target.below(path),
             out_width=sizes.out_width,
             heads=sizes.heads,
             third=place.third,
             layout=place.layout or self.layout,
             windows=place.windows,
+            rows=None if place.rows is None else place.rows.below(path),
         )
 
 
