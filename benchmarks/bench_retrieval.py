@@ -14,8 +14,10 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
+import yaml
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -70,6 +72,9 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--benchmark", default="digits")
     parser.add_argument("--backbone", default="vit_glyph_tiny")
+    parser.add_argument("--weights", type=Path, help="local weights of the backbone")
+    parser.add_argument("--img-size", type=int)
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="options of the benchmark")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--epochs", type=int, default=8)
     parser.add_argument("--lr", type=float, default=0.1)
@@ -80,14 +85,20 @@ def main() -> None:
     parser.add_argument("--rates", type=float, nargs="*", default=[0.05, 0.1])
     options = parser.parse_args()
     torch.set_num_threads(1)
-    data = parse_benchmark(options.benchmark, {})[1].load(options.seed)
-    backbone = FrozenBackbone.load(options.backbone)
+    settings = {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in options.set)}
+    data = parse_benchmark(options.benchmark, settings)[1].load(options.seed)
+    backbone = load(options)
     late = options.late or max(1, backbone.depth // 4)
     for blocks in (None, tuple(range(backbone.depth - late, backbone.depth))):
         where = "all blocks" if blocks is None else f"the last {len(blocks)} of {backbone.depth} blocks"
         print(f"\nMOS on {len(data.tasks) - 1} tasks of {options.benchmark}, adapters in {where}, keys: {options.keys}")
-        model = trained(FrozenBackbone.load(options.backbone), data, options, blocks)
+        model = trained(load(options), data, options, blocks)
         table(model, data, options.rates)
+
+
+def load(options: argparse.Namespace) -> FrozenBackbone:
+    """A backbone of its own for every model: hooks stay where they are attached."""
+    return FrozenBackbone.load(options.backbone, weights=options.weights, img_size=options.img_size)
 
 
 def trained(
