@@ -2,32 +2,55 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from itertools import chain
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from cl_adapters.batches import Inputs
-from cl_adapters.errors import ClAdaptersError, ConfigError, IncompatibleBackbone
+from cl_adapters.entering import input_of, outputs_of, run_from, without_hooks
+from cl_adapters.errors import ClAdaptersError, IncompatibleBackbone
+from cl_adapters.fingerprint import fingerprint_of
+from cl_adapters.hf_forward import (
+    Pooling,
+    blank,
+    call,
+    check_pooling,
+    checked_tokens,
+    dtype_of,
+    made_up,
+    modality_of,
+    pooled,
+    wide,
+    width_of,
+)
 from cl_adapters.preprocessing import Preprocessing
 from cl_adapters.site_families import find_family, find_sites
 from cl_adapters.sites import Site
+from cl_adapters.text_preprocessing import TextPreprocessing
+from cl_adapters.tokens import from_mapping, is_tokens, padded, unpadded
 
-Pooling = Literal["encoder", "cls", "mean"]
+__all__ = ["FrozenBackbone", "Pooling"]
 
 
-class _Entered(Exception):
-    """Ends a forward pass at the input of a block."""
+@dataclass(frozen=True)
+class _Pass:
+    """A forward pass to come.
 
-    def __init__(self, hidden: Tensor) -> None:
-        super().__init__()
-        self.hidden = hidden
+    Attributes:
+        run: computes what the encoder returns.
+        mask_BN: bool [B, n], which places are tokens; None: all.
+        width: N of the texts as they were given; None: no texts.
+    """
+
+    run: Callable[[], Any]
+    mask_BN: Tensor | None = None
+    width: int | None = None
 
 
 class FrozenBackbone(nn.Module):
@@ -40,8 +63,9 @@ class FrozenBackbone(nn.Module):
         name: what it was loaded as, for instance "timm:deit_tiny_patch16_224".
         source: the arguments of :meth:`load` that give the same backbone again; empty for a wrapped module.
         num_features: width D of the features.
-        preprocessing: how images become inputs; None where inputs are not images.
-        pooling: "encoder" (the module pools), "cls" (first token) or "mean" (over the attention mask).
+        preprocessing: how images or texts become inputs; None where inputs are neither.
+        pooling: "encoder" (the module pools), "cls" (first token), "mean" (over the tokens) or "last" (last token).
+        token_mask: during a forward pass over texts, bool [B, n]: which places hold tokens; else None.
     """
 
     def __init__(
@@ -50,12 +74,13 @@ class FrozenBackbone(nn.Module):
         *,
         name: str,
         num_features: int,
-        preprocessing: Preprocessing | None = None,
+        preprocessing: Preprocessing | TextPreprocessing | None = None,
         pooling: Pooling = "encoder",
         sites: Sequence[Site] | None = None,
         source: Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
+        check_pooling(pooling)
         self.encoder = encoder.requires_grad_(False).eval()
         self.name = name
         self.num_features = num_features
@@ -65,6 +90,8 @@ class FrozenBackbone(nn.Module):
         self.register_buffer("_place", torch.empty(0), persistent=False)  # a module without weights has a device too
         self._sites = None if sites is None else tuple(sites)
         self._fingerprint: str | None = None
+        self._outputs: int | None = None  # how blocks return their activations; -1: going on from one gives others
+        self.token_mask: Tensor | None = None
 
     @classmethod
     def load(
@@ -74,35 +101,46 @@ class FrozenBackbone(nn.Module):
         weights: str | Path | None = None,
         img_size: int | None = None,
         crop_pct: float | None = None,
+        pooling: Pooling | None = None,
+        max_length: int | None = None,
+        dtype: str | None = None,
+        quantization: str | None = None,
     ) -> FrozenBackbone:
         """Load a backbone by name.
 
         Args:
-            name: an embedded one ("vit_glyph_tiny"), or "timm:" and any timm model name with its full tag.
+            name: an embedded one ("vit_glyph_tiny"), "timm:" and any timm model name with its full tag, or "hf:" and
+                a folder or hub name of a transformers model of texts, images or spectrograms.
             weights: a local .safetensors file in timm's naming, instead of the model hub.
             img_size: another input side than the model's own; position embeddings are resampled.
             crop_pct: another centre-crop fraction than the model's own.
+            pooling: of a transformers model, "encoder", "cls", "mean" or "last"; default for texts "last" where a token
+                sees only those before it and else "mean", for images "cls" where there is a class token, else "mean".
+            max_length: tokens kept of a text; default what the model takes, at most 512.
+            dtype: of the frozen weights of a transformers model: "float32" (default), "bfloat16", "float16", or "auto".
+                Features are float32. Choose "bfloat16" where the hardware computes with it (GPUs since Ampere, new
+                CPUs): half the memory, and faster there. There is no device to choose here, move the backbone with
+                ``.to(device)``; so "auto" is bfloat16 if this machine has a GPU that computes with it, else float32.
+            quantization: "int8" or "nf4": frozen weights of a transformers model in 8 or 4 bit, by bitsandbytes (or
+                torchao, optimum-quanto), which says on which devices it can.
 
         Raises:
             UnknownName: no such backbone.
-            BackboneUnavailable: the weights cannot be had here; says what to do.
+            BackboneUnavailable: the weights, or a package, cannot be had here; says what to do.
             IncompatibleBackbone: the weights do not fit the model.
+            ConfigError: an option that this backbone does not have.
         """
         from cl_adapters.backbone_sources import open_source
 
-        encoder, preprocessing = open_source(name, weights=weights, img_size=img_size)
-        if crop_pct is not None:
-            try:
-                preprocessing = dataclasses.replace(preprocessing, crop_pct=crop_pct)
-            except ValueError as error:
-                raise ConfigError(str(error)) from error
-        source = {
-            "name": name,
-            "weights": None if weights is None else str(Path(weights).resolve()),
-            "img_size": img_size,
-            "crop_pct": crop_pct,
-        }
-        return cls.wrap(encoder, name=name, preprocessing=preprocessing, source=source)
+        options = {"pooling": pooling, "max_length": max_length, "dtype": dtype, "quantization": quantization}
+        opened = open_source(name, weights=weights, img_size=img_size, crop_pct=crop_pct, **options)
+        return cls.wrap(
+            opened.encoder,
+            name=name,
+            preprocessing=opened.preprocessing,
+            pooling=opened.pooling,
+            source=opened.source,
+        )
 
     @classmethod
     def wrap(
@@ -111,7 +149,7 @@ class FrozenBackbone(nn.Module):
         *,
         name: str | None = None,
         num_features: int | None = None,
-        preprocessing: Preprocessing | None = None,
+        preprocessing: Preprocessing | TextPreprocessing | None = None,
         pooling: Pooling | None = None,
         sites: Sequence[Site] | None = None,
         source: Mapping[str, Any] | None = None,
@@ -133,15 +171,14 @@ class FrozenBackbone(nn.Module):
         """
         if isinstance(module, FrozenBackbone):
             return module
-        config = getattr(module, "config", None)
-        width = num_features or getattr(module, "num_features", None) or getattr(config, "hidden_size", None)
+        width = num_features or getattr(module, "num_features", None) or width_of(module)
         if not isinstance(width, int):
             raise IncompatibleBackbone(
                 f"cannot tell the feature width of {type(module).__name__}: pass num_features=... to "
                 "FrozenBackbone.wrap"
             )
         if pooling is None:
-            pooling = "mean" if hasattr(config, "hidden_size") else "encoder"
+            pooling = "encoder" if width_of(module) is None else "mean"
         return cls(
             module,
             name=name or type(module).__name__,
@@ -156,18 +193,17 @@ class FrozenBackbone(nn.Module):
         """Features.
 
         Args:
-            x: images float32 [B, C, H, W], or whatever tensor or mapping of tensors the encoder takes.
+            x: images float32 [B, C, H, W]; texts as token ids int64 [B, N], -1 where there is none, or as what a
+                tokenizer of transformers gives; or whatever tensor or mapping of tensors the encoder takes.
 
         Returns:
-            float [B, D]; differentiable with respect to attached adapters.
+            float [B, D], of a text the same whatever it is batched with; differentiable with respect to attached
+            adapters.
 
         Raises:
             ClAdaptersError: the input's shape is not the encoder's.
         """
-        if isinstance(x, Tensor):
-            self._check_image(x)
-            return self._pooled(self._encode(x), None)
-        return self._pooled(self.encoder(**x), x.get("attention_mask"))
+        return self._finish(self._begin(x))
 
     features = forward
 
@@ -201,9 +237,9 @@ class FrozenBackbone(nn.Module):
             block: index of the block, 0-based; ``depth`` gives the features.
 
         Returns:
-            h, [B, N, D] for a ViT.
+            h, [B, N, D] for a ViT; for texts [B, N, D] too, with NaN behind the last token and N that of ``x``.
         """
-        return self._until(block, lambda: self.forward(x))
+        return self._finish(self._begin(x), block)
 
     def resume(self, h: Tensor, block: int, until: int | None = None) -> Tensor:
         """Go on from the input of one block; ``resume(enter(x, b), b)`` is ``forward(x)``.
@@ -219,26 +255,26 @@ class FrozenBackbone(nn.Module):
         Raises:
             IncompatibleBackbone: it is not known how this structure goes on from a block.
         """
-        if until is not None:
-            return self._until(until, lambda: self.resume(h, block))
         family = find_family(self.encoder)
-        if block == len(family.find_blocks(self.encoder)):
+        blocks = [module for _, module in family.find_blocks(self.encoder)]
+        if block == len(blocks):
             return h
         self.check_resumable()
-        assert family.resume is not None
-        return family.resume(self.encoder, h, block)
+        if family.resume is not None:
+            go_on = family.resume
+            return self._finish(_Pass(lambda: go_on(self.encoder, h, block)), until)
+        width = h.shape[1] if modality_of(self.encoder) == "text" else None
+        h, mask_BN = (h, None) if width is None else unpadded(h)
+        h = h.to(dtype_of(self.encoder))
+        empty = blank(self.encoder, h, self.preprocessing)
+        run = partial(call, self.encoder, empty, mask_BN)
+        return self._finish(_Pass(lambda: run_from(blocks, block, h, self._outputs or 0, run), mask_BN, width), until)
 
     @property
     def fingerprint(self) -> str:
-        """SHA-256 over every weight and buffer, the preprocessing and the pooling; computed once."""
+        """SHA-256 over every weight and buffer, the preprocessing (with the tokenizer) and the pooling."""
         if self._fingerprint is None:
-            digest = hashlib.sha256()
-            for key, value in sorted(self.encoder.state_dict().items()):
-                digest.update(f"{key}:{value.dtype}:{tuple(value.shape)}".encode())
-                digest.update(value.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-            recipe = None if self.preprocessing is None else dataclasses.asdict(self.preprocessing)
-            digest.update(json.dumps([recipe, self.pooling], sort_keys=True).encode())
-            self._fingerprint = digest.hexdigest()
+            self._fingerprint = fingerprint_of(self.encoder, self.preprocessing, self.pooling)
         return self._fingerprint
 
     def check_resumable(self) -> None:
@@ -248,7 +284,11 @@ class FrozenBackbone(nn.Module):
             IncompatibleBackbone: it does not; activations before a block cannot be cached.
         """
         family = find_family(self.encoder)
-        if not family.resumable(self.encoder) or self.pooling != "encoder":
+        if family.resume is None:
+            known = modality_of(self.encoder) is not None and self._goes_on()
+        else:
+            known = family.resumable(self.encoder) and self.pooling == "encoder"
+        if not known:
             raise IncompatibleBackbone(
                 f"backbone {self.name!r} ({family.name}) cannot be entered at a block, so nothing can be cached: set "
                 "cached_views=0"
@@ -276,44 +316,57 @@ class FrozenBackbone(nn.Module):
         """Device of the weights."""
         return next(chain(self.encoder.parameters(), self.buffers())).device
 
-    def _until(self, block: int, run: Callable[[], Tensor]) -> Tensor:
-        """What ``run`` returns, or the input of a block, at which it ends."""
-        blocks = find_family(self.encoder).find_blocks(self.encoder)
-        if block == len(blocks):
-            return run()
+    def _begin(self, x: Inputs) -> _Pass:
+        """The forward pass over ``x``."""
+        if modality_of(self.encoder) == "text" and (isinstance(x, Tensor) or is_tokens(x)):
+            tokens_BN = x if isinstance(x, Tensor) else from_mapping(x)
+            packed_BN = checked_tokens(self.encoder, tokens_BN, self.name)
+            mask_BN = packed_BN >= 0
+            return _Pass(partial(call, self.encoder, packed_BN, mask_BN), mask_BN, tokens_BN.shape[1])
+        if isinstance(x, Mapping):
+            return _Pass(lambda: self.encoder(**x), x.get("attention_mask"))
+        self._check_image(x)
+        if modality_of(self.encoder) is not None:
+            return _Pass(partial(call, self.encoder, x))
+        return _Pass(partial(_encode, self.encoder, x))
 
-        def stop(module: nn.Module, args: tuple[Any, ...]) -> None:
-            raise _Entered(args[0])
-
-        handle = blocks[block][1].register_forward_pre_hook(stop)
+    def _finish(self, begun: _Pass, stop: int | None = None) -> Tensor:
+        """The features, or the input of a block (``depth``: the features)."""
+        blocks = [] if stop is None else find_family(self.encoder).find_blocks(self.encoder)
+        outer, self.token_mask = self.token_mask, None if begun.width is None else begun.mask_BN
         try:
-            run()
-        except _Entered as reached:
-            return reached.hidden
+            if stop is None or stop == len(blocks):
+                return pooled(begun.run(), self.pooling, begun.mask_BN)
+            h = wide(input_of(blocks[stop][1], begun.run))
         finally:
-            handle.remove()
-        raise IncompatibleBackbone(f"block {block} of {self.name!r} was never reached")
+            self.token_mask = outer
+        if begun.width is None or begun.mask_BN is None:
+            return h
+        return padded(h, begun.mask_BN, begun.width)
 
-    def _encode(self, x: Tensor) -> Any:
-        encoder: Any = self.encoder
-        if hasattr(encoder, "forward_features") and hasattr(encoder, "forward_head"):
-            return encoder.forward_head(encoder.forward_features(x), pre_logits=True)  # timm: leave the classifier out
-        return encoder(x)
+    def _goes_on(self) -> bool:
+        """Whether a transformers encoder goes on from its blocks: tried once, with a small made-up input."""
+        if self._outputs is None:
+            with without_hooks(self.encoder), torch.no_grad():
+                self._outputs = self._try_halves(made_up(self.encoder, self.preprocessing))
+        return self._outputs >= 0
 
-    def _pooled(self, output: Any, mask: Tensor | None) -> Tensor:
-        if self.pooling == "encoder":
-            assert isinstance(output, Tensor)
-            return output
-        tokens: Tensor = output.last_hidden_state
-        if self.pooling == "cls":
-            return tokens[:, 0]
-        if mask is None:
-            return tokens.mean(1)
-        weight = mask.unsqueeze(-1).to(tokens.dtype)
-        return (tokens * weight).sum(1) / weight.sum(1).clamp_min(1)
+    def _try_halves(self, x: Tensor) -> int:
+        """How the blocks return their activations; -1 where the halves do not give the features."""
+        blocks = find_family(self.encoder).find_blocks(self.encoder)
+        self._outputs = outputs_of(blocks[0][1], lambda: self.forward(x))
+        try:
+            whole = self.forward(x)
+            near = 8 * torch.finfo(dtype_of(self.encoder)).eps * float(whole.abs().max())
+            for block in sorted({0, len(blocks) // 2, len(blocks) - 1}):
+                if not torch.allclose(self.resume(self.enter(x, block), block), whole, rtol=0, atol=near):
+                    return -1
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+            return -1
+        return self._outputs
 
     def _check_image(self, x: Tensor) -> None:
-        if self.preprocessing is None:
+        if not isinstance(self.preprocessing, Preprocessing):
             return
         expected = self.preprocessing.input_size
         if x.ndim != 4 or tuple(x.shape[1:]) != expected:
@@ -321,3 +374,9 @@ class FrozenBackbone(nn.Module):
                 f"backbone {self.name!r} takes images [B, {', '.join(map(str, expected))}], got {list(x.shape)}; "
                 "use backbone.preprocessing.eval_transform() on each image"
             )
+
+
+def _encode(encoder: Any, x: Tensor) -> Any:
+    if hasattr(encoder, "forward_features") and hasattr(encoder, "forward_head"):
+        return encoder.forward_head(encoder.forward_features(x), pre_logits=True)  # timm: leave the classifier out
+    return encoder(x)

@@ -1,9 +1,11 @@
-"""Where backbones come from: the package's own weights, timm with the hub, timm with a local file."""
+"""Where backbones come from: the package's own weights, timm with the hub or a local file, transformers."""
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import sys
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,22 +14,105 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cl_adapters.config import build
-from cl_adapters.errors import BackboneUnavailable, IncompatibleBackbone, UnknownName, suggestion
+from cl_adapters.errors import BackboneUnavailable, ConfigError, IncompatibleBackbone, UnknownName, suggestion
+from cl_adapters.hf_forward import Pooling, check_pooling, default_pooling
+from cl_adapters.hf_source import open_transformers, resolved_dtype
 from cl_adapters.preprocessing import Preprocessing
+from cl_adapters.text_preprocessing import TextPreprocessing
 
 ASSETS = Path(__file__).parent / "assets"
 
 
-def open_source(name: str, *, weights: str | Path | None, img_size: int | None) -> tuple[nn.Module, Preprocessing]:
+@dataclass(frozen=True)
+class Opened:
+    """What a name stands for.
+
+    Attributes:
+        encoder: with its weights.
+        preprocessing: of its inputs.
+        pooling: None: as a wrapped module of this kind is pooled.
+        source: arguments of ``FrozenBackbone.load`` that give the same again, in another folder too.
+    """
+
+    encoder: nn.Module
+    preprocessing: Preprocessing | TextPreprocessing | None
+    pooling: Pooling | None
+    source: dict[str, Any]
+
+
+def open_source(
+    name: str,
+    *,
+    weights: str | Path | None,
+    img_size: int | None,
+    crop_pct: float | None,
+    pooling: Pooling | None = None,
+    max_length: int | None = None,
+    dtype: str | None = None,
+    quantization: str | None = None,
+) -> Opened:
     """Build the encoder named ``name`` with its weights; see ``FrozenBackbone.load``."""
     prefix, _, rest = name.partition(":")
+    source: dict[str, Any] = {
+        "name": name,
+        "weights": None if weights is None else str(Path(weights).resolve()),
+        "img_size": img_size,
+        "crop_pct": crop_pct,
+    }
+    special = {"pooling": pooling, "max_length": max_length, "dtype": dtype, "quantization": quantization}
+    preprocessing: Preprocessing | TextPreprocessing | None
+    if rest and prefix == "hf":
+        if weights is not None:
+            raise ConfigError(f"{name} names its folder or hub entry itself: leave weights={str(weights)!r} out")
+        if pooling is not None:
+            check_pooling(pooling)
+        if dtype is not None:
+            special["dtype"] = dtype = resolved_dtype(dtype)  # "auto" may be another one elsewhere
+        source["name"] = f"hf:{_absolute(rest)}"
+        encoder, preprocessing = open_transformers(
+            _absolute(rest), img_size=img_size, max_length=max_length, dtype=dtype, quantization=quantization
+        )
+        pooling = pooling or default_pooling(encoder)
+    else:
+        given = [key for key, value in special.items() if value is not None]
+        if given:
+            raise ConfigError(f"{given[0]} is an option of transformers models (hf:...), not of {name!r}: leave it out")
+        encoder, preprocessing = _named(name, prefix, rest, weights, img_size)
+    source |= {key: value for key, value in special.items() if value is not None}
+    return Opened(encoder, _cropped(preprocessing, crop_pct, name), pooling, source)
+
+
+def _absolute(place: str) -> str:
+    """A folder as it is found from anywhere; a name on the hub as it is."""
+    folder = Path(place).expanduser()
+    return str(folder.resolve()) if folder.is_dir() else place
+
+
+def _cropped(
+    preprocessing: Preprocessing | TextPreprocessing | None, crop_pct: float | None, name: str
+) -> Preprocessing | TextPreprocessing | None:
+    if crop_pct is None:
+        return preprocessing
+    if not isinstance(preprocessing, Preprocessing):
+        raise ConfigError(f"crop_pct={crop_pct}, but {name!r} takes no images")
+    try:
+        return dataclasses.replace(preprocessing, crop_pct=crop_pct)
+    except ValueError as error:
+        raise ConfigError(str(error)) from error
+
+
+def _named(
+    name: str, prefix: str, rest: str, weights: str | Path | None, img_size: int | None
+) -> tuple[nn.Module, Preprocessing]:
+    """A timm model or an embedded one."""
     if rest and prefix == "timm":
         return _timm(rest, weights, img_size)
     embedded = sorted(path.stem for path in ASSETS.glob("*.safetensors"))
     if name not in embedded:
         hint = f"; did you mean 'timm:{name}'?" if _is_timm(name) else suggestion(name, embedded)
         raise UnknownName(
-            f"unknown backbone {name!r}{hint} Known: {', '.join(embedded) or 'none embedded'}, or timm:<any timm model>"
+            f"unknown backbone {name!r}{hint} Known: {', '.join(embedded) or 'none embedded'}, timm:<any timm model>, "
+            "or hf:<folder or name of a transformers model>"
         )
     if weights is not None or img_size is not None:
         raise IncompatibleBackbone(f"the embedded backbone {name!r} has its own weights and image size")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, TypeAlias
+from typing import Any, ClassVar, TypeAlias
 
 from torch import Tensor
 
@@ -24,6 +24,7 @@ class Preprocessing:
         crop_pct: the image is resized so that its short side is H / crop_pct, then centre-cropped to H x W.
     """
 
+    modality: ClassVar[str] = "image"
     input_size: tuple[int, int, int] = (3, 224, 224)
     mean: tuple[float, ...] = (0.5, 0.5, 0.5)
     std: tuple[float, ...] = (0.5, 0.5, 0.5)
