@@ -11,7 +11,7 @@ from typing import Any
 
 import yaml
 
-from cl_adapters.backbone import FrozenBackbone
+from cl_adapters.backbone import FrozenBackbone, Pooling
 from cl_adapters.benchmarks.base import BenchmarkConfig, BenchmarkData
 from cl_adapters.benchmarks.spec import parse_benchmark
 from cl_adapters.config import build, to_plain
@@ -68,20 +68,33 @@ class BackboneConfig:
     """Which backbone; see :meth:`FrozenBackbone.load`.
 
     Attributes:
-        name: embedded name, or "timm:" and a model name.
+        name: embedded name, "timm:" and a model name, or "hf:" and a folder or name of a transformers model.
         weights: local .safetensors file.
         img_size: input side.
         crop_pct: centre-crop fraction.
+        pooling: of a transformers model: "encoder", "cls", "mean" or "last".
+        max_length: tokens kept of a text.
+        dtype: of the frozen weights of a transformers model: "float32", "bfloat16", "float16" or "auto".
+        quantization: of the frozen weights of a transformers model: "int8" or "nf4".
     """
 
     name: str = DEFAULT_BACKBONE
     weights: str | None = None
     img_size: int | None = None
     crop_pct: float | None = None
+    pooling: Pooling | None = None
+    max_length: int | None = None
+    dtype: str | None = None
+    quantization: str | None = None
 
     def load(self) -> FrozenBackbone:
         """Load it."""
-        return FrozenBackbone.load(self.name, weights=self.weights, img_size=self.img_size, crop_pct=self.crop_pct)
+        return FrozenBackbone.load(**dataclasses.asdict(self))
+
+    def to_plain(self) -> dict[str, Any]:
+        """JSON-ready; options of transformers models only where they are set, as in files from before there were any."""
+        later = ("pooling", "max_length", "dtype", "quantization")
+        return {key: value for key, value in to_plain(self).items() if key not in later or value is not None}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -114,7 +127,7 @@ class Experiment:
         return {
             "strategy": {"name": self.strategy} | to_plain(self.strategy_config),
             "benchmark": {"name": self.benchmark} | to_plain(self.benchmark_config),
-            "backbone": to_plain(self.backbone),
+            "backbone": self.backbone.to_plain(),
             "seed": self.seed,
         }
 
