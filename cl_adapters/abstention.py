@@ -53,12 +53,13 @@ def calibrate(
     Raises:
         ConfigError: not exactly one target, or one outside (0, 1).
         DataError: too few held-back features for the target.
+        ClAdaptersError: no keys, or an index in their place, which has a threshold of its own.
     """
     if (false_reject is None) == (false_accept is None):
         raise ConfigError("give one target: false_reject (of known classes) or false_accept (of unknown ones)")
     if confidences_N is not None and false_reject is None:
         raise ConfigError("a threshold on confidence is calibrated for false_reject only")
-    keys = keys_of(model)
+    keys = _own_keys(model)
     if false_reject is not None:
         known_H = keys.similarity(keys.held_out_HD).amax(1)
         found = lower_threshold(known_H, false_reject)
@@ -95,6 +96,16 @@ def upper_threshold(scores_N: Tensor, rate: float) -> float:
     return float(torch.nextafter(value, value.new_tensor(torch.inf)))
 
 
+def _own_keys(model: AdapterModel) -> Keys:
+    keys = keys_of(model)
+    if not isinstance(keys, Keys):
+        raise ClAdaptersError(
+            "this model looks inputs up in an index, whose threshold it took: calibrate that one with "
+            "cl_adapters.index.calibration.calibrate(index, ...), and make the model again"
+        )
+    return keys
+
+
 def _rank(n: int, rate: float) -> int:
     if not 0 < rate < 1:
         raise ConfigError(f"a target rate lies between 0 and 1, got {rate}")
@@ -115,7 +126,7 @@ def stranger_scores(model: AdapterModel) -> Tensor:
     """
     if model.num_tasks < 2 or len(model.task_of_column.unique()) < 2:
         raise DataError("false_accept needs at least two tasks: each is a stranger to the others")
-    keys = keys_of(model)
+    keys = _own_keys(model)
     near_HM = keys.similarity(keys.held_out_HD)
     task_C = model.task_of_column.to(near_HM.device)
     own_HM = task_C[keys.held_out_column_H][:, None] == task_C[keys.column_M]
@@ -131,7 +142,7 @@ class OpenSet:
         routing: share of known images answered by the adapter of their class; None where nothing is routed.
         coverage: share of known images that are not refused; 1 without a threshold.
         false_accept: share of strangers that are not refused; None without strangers.
-        auroc: of the cosine to the nearest key, known against strangers; 0.5 is chance. None without strangers.
+        auroc: of the score of the nearest key, known against strangers; 0.5 is chance. None without strangers.
         passes: mean backbone passes per known image.
     """
 
@@ -198,11 +209,11 @@ def _kept(abstained_B: Tensor | None, batch: int) -> Tensor:
 
 
 def _near(model: AdapterModel, x: Inputs) -> Tensor:
-    """Cosine to the nearest key, float32 [B]; nothing where there are no keys."""
-    if not isinstance(dict(model.parts.items()).get("class_keys"), Keys):
+    """Score of the nearest key, float32 [B]; nothing where there are no keys."""
+    if "class_keys" not in model.parts:
         return torch.empty(0)
     with torch.inference_mode():
-        return keys_of(model).similarity(model.features(to_device(x, model.device), None)).amax(1).cpu()
+        return keys_of(model).nearest(model.features(to_device(x, model.device), None), 1)[0][:, 0].cpu()
 
 
 def _share(flags: list[Tensor]) -> float:

@@ -25,6 +25,7 @@ from cl_adapters.site_adapters import Watch
 from cl_adapters.statistics import ClassStatistics
 
 if TYPE_CHECKING:
+    from cl_adapters.index.index import AdapterIndex
     from cl_adapters.pool import AdapterPool
 
 __all__ = ["AdapterModel", "Answer"]
@@ -289,10 +290,11 @@ class AdapterModel(nn.Module):
         *,
         backbone: FrozenBackbone | None = None,
         predictor: Predictor | None = None,
+        index: AdapterIndex | str | Path | None = None,
         limit: int = 64,
         device: str = "cpu",
     ) -> AdapterModel:
         """A model of a pool's adapters, which are loaded when used; see :func:`cl_adapters.pool.models.from_pool`."""
         from cl_adapters.pool.models import from_pool
 
-        return from_pool(pool, ids, backbone=backbone, predictor=predictor, limit=limit).to(device)
+        return from_pool(pool, ids, backbone=backbone, predictor=predictor, index=index, limit=limit).to(device)

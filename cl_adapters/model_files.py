@@ -93,12 +93,12 @@ def _tensors(model: AdapterModel) -> dict[str, dict[str, Tensor]]:
     """File name to tensors."""
     linear = {"linear.weight": model.head.weight, "linear.bias": model.head.bias}
     files = {"heads.safetensors": {**linear, "prototypes": model.prototypes.prototypes}}
+    for name, part in model.parts.items():  # before adapters are loaded: some cannot be saved
+        assert isinstance(part, Part)
+        files[f"parts/{name}.safetensors"] = part.tensors()
     for slot in range(model.num_slots):
         assert model.bank is not None
         files[f"adapters/{slot:04d}.safetensors"] = model.bank.export(slot)
-    for name, part in model.parts.items():
-        assert isinstance(part, Part)
-        files[f"parts/{name}.safetensors"] = part.tensors()
     if model.statistics is not None:
         everything = model.statistics.tensors()
         for task in range(model.num_tasks):

@@ -10,20 +10,20 @@ from typing import TYPE_CHECKING
 from torch import Tensor
 
 from cl_adapters.errors import ClAdaptersError
-from cl_adapters.parts.keys import Keys
+from cl_adapters.parts.keys import KeyLookup
 
 if TYPE_CHECKING:
     from cl_adapters.model import AdapterModel
 
 
-def keys_of(model: AdapterModel) -> Keys:
-    """The model's keys.
+def keys_of(model: AdapterModel) -> KeyLookup:
+    """The model's keys, or the index that stands in their place.
 
     Raises:
         ClAdaptersError: it has none; says how to get them.
     """
     found = dict(model.parts.items()).get("class_keys")
-    if not isinstance(found, Keys):
+    if not isinstance(found, KeyLookup):
         raise ClAdaptersError(
             "this model has no keys to look inputs up by: train it with keys='prototypes' (or 'centroids', 'features')"
         )
@@ -41,7 +41,7 @@ def check_neighbours(k: int, temperature: float) -> None:
 
 
 def answered(model: AdapterModel, f_BD: Tensor, bare_BD: Tensor) -> Tensor:
-    """Logits [B, C] of the linear head on the adapted features; without such a head, cosines to the keys.
+    """Logits [B, C] of the linear head on the adapted features; without such a head, scores of the classes' keys.
 
     Args:
         model: some strategies (SimpleCIL, RanPAC) train no linear head of all classes.

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from cl_adapters.errors import ConfigError
 from cl_adapters.parts.base import Part, parts
-from cl_adapters.parts.keys import Keys
+from cl_adapters.retrieval import keys_of
 from cl_adapters.routes import BARE
 
 if TYPE_CHECKING:
@@ -26,7 +26,8 @@ class Abstention(Part):
     """Refuse what is not similar enough to any key, or (where that is set) not answered with enough confidence.
 
     Args:
-        similarity: least cosine to the nearest key under the bare backbone; None: not looked at.
+        similarity: least score of the nearest key under the bare backbone (a cosine, but where an index with another
+            metric stands in the place of keys); None: not looked at.
         confidence: least of the largest softmax of the logits; None: not looked at.
         calibration: how the thresholds were found, as plain JSON.
 
@@ -49,11 +50,11 @@ class Abstention(Part):
 
         A prediction costs the bare pass, where its predictor has not asked for it already.
         """
-        keys = model.part("class_keys", Keys)
+        keys = keys_of(model)
         f_BD = features.under(BARE)
         refused_B = torch.zeros(len(f_BD), dtype=torch.bool, device=f_BD.device)
         if self.similarity is not None:
-            refused_B |= keys.similarity(f_BD).amax(1) < self.similarity
+            refused_B |= keys.nearest(f_BD, 1)[0][:, 0] < self.similarity
         if self.confidence is not None:
             refused_B |= prediction.logits.float().softmax(1).amax(1) < self.confidence
         means_BC = F.normalize(f_BD.float(), dim=1) @ F.normalize(keys.means(), dim=1).T

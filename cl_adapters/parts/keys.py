@@ -1,11 +1,12 @@
 """Keys: what the classes look like to the bare backbone, to find the adapter for an input without any training.
 
-B batch, C classes, D width of the features, M keys, H held-out features.
+B batch, C classes, D width of the features, M keys, H held-out features, K keys that are found, T owners (adapters).
 """
 
 from __future__ import annotations
 
 import dataclasses
+from abc import abstractmethod
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -57,8 +58,72 @@ class KeysConfig:
         return value if isinstance(value, KeysConfig) else build(cls, {"kind": value}, "keys")
 
 
+class KeyLookup(Part):
+    """What predictors and abstention ask of a model's keys: the scores of the nearest, higher is nearer.
+
+    :class:`Keys` compares with every key. A model of a pool may have an index in its place
+    (:mod:`cl_adapters.pool.indexed_keys`).
+    """
+
+    @abstractmethod
+    def nearest(self, f_BD: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """The k nearest keys, best first.
+
+        Args:
+            f_BD: features under the bare backbone.
+            k: at least 1.
+
+        Returns:
+            Scores float32 and class columns int64, both [B, K], K at most k. Where fewer are found, a row ends with
+            minus infinity and any column.
+        """
+
+    @abstractmethod
+    def class_scores(self, f_BD: Tensor, classes: int | None = None) -> Tensor:
+        """Score of the nearest key of each class.
+
+        Args:
+            f_BD: features under the bare backbone.
+            classes: number of columns; those without a key, and those that were not looked at since many others are
+                nearer, get minus infinity. Default C.
+
+        Returns:
+            float32 [B, C].
+        """
+
+    @abstractmethod
+    def owner_scores(self, f_BD: Tensor, owner_C: Tensor, owners: int, k: int) -> Tensor:
+        """Score of the nearest key of each owner of classes.
+
+        Args:
+            f_BD: features under the bare backbone.
+            owner_C: int64 [C], the owner of each class, in [0, ``owners``).
+            owners: T.
+            k: at least the scores of the k nearest owners are wanted.
+
+        Returns:
+            float32 [B, T]; minus infinity for owners without a key, and perhaps for those beyond the k nearest.
+        """
+
+    @abstractmethod
+    def means(self) -> Tensor:
+        """Mean of each class's keys, float32 [C, D]."""
+
+
+def best_of_owners(scores_BK: Tensor, owner_BK: Tensor, owners: int) -> Tensor:
+    """The largest score [B, T] of each owner; minus infinity for those without one.
+
+    Args:
+        scores_BK: scores.
+        owner_BK: int64, whose they are, in [0, ``owners``).
+        owners: T.
+    """
+    none_BT = scores_BK.new_full((len(scores_BK), owners), -torch.inf)
+    return none_BT.scatter_reduce(1, owner_BK.expand_as(scores_BK), scores_BK, "amax")
+
+
 @parts.register("keys")
-class Keys(Part):
+class Keys(KeyLookup):
     """Keys of the classes learned so far, under the bare backbone; cosine similarity to them.
 
     Args:
@@ -95,19 +160,19 @@ class Keys(Part):
         self._check_any()
         return F.normalize(f_BD.float(), dim=1) @ F.normalize(self.keys_MD, dim=1).T
 
-    def class_scores(self, f_BD: Tensor, classes: int | None = None) -> Tensor:
-        """Cosine to the nearest key of each class.
-
-        Args:
-            f_BD: features under the bare backbone.
-            classes: number of columns; those without a key get minus infinity. Default C.
-
-        Returns:
-            float32 [B, C].
-        """
+    def nearest(self, f_BD: Tensor, k: int) -> tuple[Tensor, Tensor]:
+        """Cosines to the k nearest keys and their class columns; all keys where there are fewer."""
         near_BM = self.similarity(f_BD)
-        scores_BC = near_BM.new_full((len(f_BD), classes or self.num_classes), -torch.inf)
-        return scores_BC.scatter_reduce(1, self.column_M.expand_as(near_BM), near_BM, "amax")
+        best_BK = near_BM.topk(min(k, near_BM.shape[1]), dim=1)
+        return best_BK.values, self.column_M[best_BK.indices]
+
+    def class_scores(self, f_BD: Tensor, classes: int | None = None) -> Tensor:
+        """Cosine to the nearest key of each class; minus infinity only for classes without a key."""
+        return best_of_owners(self.similarity(f_BD), self.column_M, classes or self.num_classes)
+
+    def owner_scores(self, f_BD: Tensor, owner_C: Tensor, owners: int, k: int) -> Tensor:
+        """Cosine to the nearest key of every owner."""
+        return best_of_owners(self.class_scores(f_BD, len(owner_C)), owner_C, owners)
 
     def means(self) -> Tensor:
         """Mean of each class's keys, float32 [C, D]."""

@@ -20,6 +20,7 @@ from cl_adapters.pool.model_card import CARD, card_of
 from cl_adapters.pool.pool import AdapterPool
 from cl_adapters.pool.record import PoolClass
 from cl_adapters.predictors.base import predictors
+from cl_adapters.retrieval import keys_of
 from cl_adapters.storage import new_folder, write_json
 
 
@@ -82,6 +83,8 @@ def _check_by_class(model: AdapterModel) -> None:
             f"a model that predicts by {predictors.name_of(model.predictor)!r} is no set of adapters with classes of "
             "their own, so it cannot be a pool: its answers need all its parts. Keep it with model.save(folder)"
         )
+    if "class_keys" in model.parts and not isinstance(model.parts["class_keys"], Keys):
+        keys_of(model).description()  # an index in the place of keys: says why it cannot be saved
     if not model.classes:
         raise PoolError("this model knows no class yet: train it on a task first")
 

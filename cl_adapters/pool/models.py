@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -29,6 +29,9 @@ from cl_adapters.pool.record import Record
 from cl_adapters.predictors.base import Predictor, predictors
 from cl_adapters.predictors.nearest_key import NearestKey
 
+if TYPE_CHECKING:
+    from cl_adapters.index.index import AdapterIndex
+
 __all__ = ["from_pool", "save_pool"]
 
 
@@ -38,6 +41,7 @@ def from_pool(
     *,
     backbone: FrozenBackbone | None = None,
     predictor: Predictor | None = None,
+    index: AdapterIndex | str | Path | None = None,
     limit: int = 64,
 ) -> AdapterModel:
     """A model of a pool's records, in the order of the pool; adapters are loaded when they are used.
@@ -48,18 +52,27 @@ def from_pool(
     images share adapters). Others depend on all classes: a vote and a mixture where the record took part in them;
     self-refined retrieval always, since it adds probabilities over all classes and can visit fewer adapters.
 
+    With an ``index``, predictors that look inputs up by keys ask that, and the model holds no key itself (only the mean
+    of each class). Its threshold is then the one that counts, not the pool's saved one: where it has none, nothing is
+    refused. What counts is the threshold at this moment. Such a model is kept as pool and index: it cannot be saved.
+
+    Like every model of adapters in a pool it cannot be trained further, since statistics of the classes are not there.
+
     Args:
         pool: a pool, or its folder.
         ids: the records; default all.
         backbone: where it is at hand; default the pool's.
         predictor: another inference rule than the one that was saved. A pool without a saved one gets
             :class:`NearestKey`.
+        index: of this pool, with all of these records; or the folder of a saved one; or, as text without a slash, its
+            name in the pool's folder ("default").
         limit: adapters in memory at a time; see :meth:`AdapterBank.load_on_use`.
 
     Raises:
         UnknownName: an id that the pool does not have.
         PoolError: records that make no model: of several adapter types, with a class twice, with and without rows of
-            a head; or the predictor needs a record that is not among them.
+            a head; or the predictor needs a record that is not among them; or the index does not fit.
+        StorageError: no index there, or a damaged one.
         IncompatibleBackbone: another backbone.
     """
     if not isinstance(pool, AdapterPool):
@@ -82,7 +95,12 @@ def from_pool(
             parents = tuple(places[parent] for parent in record.parents if parent in places)
             model.origins[slot] = Origin(parents=parents, merge=record.merge)
     card = read_card(pool.path)
-    _fill(model, [(record, pool.knowledge(record.id)) for record in records if record.classes], card)
+    known = [(record, _rows(pool, record, index is not None)) for record in records if record.classes]
+    _fill_heads(model, known)
+    if index is None:
+        _fill_keys(model, known, card)
+    else:
+        _look_up(model, pool, index, known)
     model.predictor = predictor or _predictor(model, records, card)
     return model.to(model.device)
 
@@ -135,8 +153,19 @@ def _loader(pool: AdapterPool, records: list[Record]) -> Loader:
     return load
 
 
-def _fill(model: AdapterModel, known: list[tuple[Record, dict[str, Tensor]]], card: Mapping[str, Any]) -> None:
-    """Heads, keys and thresholds."""
+def _rows(pool: AdapterPool, record: Record, indexed: bool) -> dict[str, Tensor]:
+    """Knowledge of a record; where an index has its keys, only the mean of each class's keys in their place."""
+    found = pool.knowledge(record.id)
+    if indexed and "keys" in found:
+        rows, of = found["keys"].float(), found["key_class"]
+        sums_CD = rows.new_zeros(len(record.classes), rows.shape[1]).index_add(0, of, rows)
+        means_CD = sums_CD / of.bincount(minlength=len(record.classes)).clamp_min(1)[:, None]
+        found = {key: value for key, value in found.items() if not key.startswith(("key", "held_out"))}
+        found["keys"] = means_CD
+    return found
+
+
+def _fill_heads(model: AdapterModel, known: list[tuple[Record, dict[str, Tensor]]]) -> None:
     weight, bias, prototypes = (_column(known, key) for key in ("head.weight", "head.bias", "prototypes"))
     groups = tuple(len(record.classes) for record, _ in known)
     model.head.groups = model.prototypes.groups = groups  # no record's logits depend on which others there are
@@ -144,6 +173,10 @@ def _fill(model: AdapterModel, known: list[tuple[Record, dict[str, Tensor]]], ca
         model.head.weight, model.head.bias = nn.Parameter(weight), nn.Parameter(bias)
     if prototypes is not None:
         model.prototypes.prototypes = prototypes
+
+
+def _fill_keys(model: AdapterModel, known: list[tuple[Record, dict[str, Tensor]]], card: Mapping[str, Any]) -> None:
+    """Keys, and the saved thresholds."""
     rows = _column(known, "keys")
     if rows is None:
         return
@@ -155,6 +188,24 @@ def _fill(model: AdapterModel, known: list[tuple[Record, dict[str, Tensor]]], ca
         keys.held_out_column_H = _columns(known, "held_out_class")
     if card.get("abstention"):
         model.parts["abstention"] = Abstention.restore(card["abstention"], {})
+
+
+def _look_up(
+    model: AdapterModel,
+    pool: AdapterPool,
+    index: AdapterIndex | str | Path,
+    known: list[tuple[Record, dict[str, Tensor]]],
+) -> None:
+    """An index in the place of keys, and its threshold."""
+    from cl_adapters.pool.indexed_keys import IndexedKeys, open_index
+
+    records = [record for record, _ in known]
+    opened, means_CD = open_index(pool, index, records), _column(known, "keys")
+    if means_CD is None:
+        raise PoolError(f"no adapter of {pool.path} has keys: there is nothing to look up; leave index= out")
+    model.parts["class_keys"] = IndexedKeys(opened, records, means_CD)
+    if opened.threshold is not None:
+        model.parts["abstention"] = Abstention(opened.threshold, calibration={"index": opened.config.metric})
 
 
 def _column(known: list[tuple[Record, dict[str, Tensor]]], key: str) -> Tensor | None:

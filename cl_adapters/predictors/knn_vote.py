@@ -39,12 +39,10 @@ class KNNVote(Predictor):
 
     def predict(self, model: AdapterModel, features: LazyFeatures) -> Prediction:
         """Linear logits under the elected adapters."""
-        keys = keys_of(model)
         bare_BD = features.under(BARE)
-        near_BM = keys.similarity(bare_BD)
-        best_BK = near_BM.topk(min(self.k, near_BM.shape[1]), dim=1)
-        weight_BK = (best_BK.values / self.temperature).softmax(1).cpu()
-        slot_BK = model.slot_of_column[keys.column_M.cpu()[best_BK.indices.cpu()]]
+        best_BK, column_BK = keys_of(model).nearest(bare_BD, self.k)
+        weight_BK = (best_BK / self.temperature).softmax(1).cpu()  # 0 where fewer were found
+        slot_BK = model.slot_of_column[column_BK.cpu()]
         votes_BT = weight_BK.new_zeros(len(weight_BK), model.num_slots + 1)  # the bare backbone stands first
         adapter_B = votes_BT.scatter_add(1, slot_BK + 1, weight_BK).argmax(1) - 1
         f_BD = features(features.rows, adapter_B)

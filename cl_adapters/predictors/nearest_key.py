@@ -20,7 +20,7 @@ class NearestKey(Predictor):
     """The key with the largest cosine to the bare feature names a class; its adapter and the linear head answer.
 
     At most 2 passes; where all adapters sit in late blocks, 1 and the share of those blocks. Needs the model's part
-    "class_keys" (:class:`cl_adapters.parts.keys.Keys`).
+    "class_keys" (:class:`cl_adapters.parts.keys.KeyLookup`).
     """
 
     summary: ClassVar[str] = "the adapter of the class with the nearest key; at most two passes"
@@ -29,7 +29,7 @@ class NearestKey(Predictor):
     def predict(self, model: AdapterModel, features: LazyFeatures) -> Prediction:
         """Linear logits under the retrieved adapters."""
         bare_BD = features.under(BARE)
-        nearest_B = keys_of(model).class_scores(bare_BD, len(model.classes)).argmax(1).cpu()
-        adapter_B = model.slot_of_column[nearest_B]
+        _, nearest_B1 = keys_of(model).nearest(bare_BD, 1)
+        adapter_B = model.slot_of_column[nearest_B1[:, 0].cpu()]
         f_BD = features(features.rows, adapter_B)
         return Prediction(answered(model, f_BD, bare_BD), adapter_B, features.passes_B)

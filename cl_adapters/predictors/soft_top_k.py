@@ -42,12 +42,9 @@ class SoftTopK(Predictor):
 
     def predict(self, model: AdapterModel, features: LazyFeatures) -> Prediction:
         """Linear logits on the mixed features; the adapter that is named has the largest share."""
-        keys = keys_of(model)
         bare_BD = features.under(BARE)
-        scores_BC = keys.class_scores(bare_BD, len(model.classes))
-        slot_C = model.slot_of_column.to(scores_BC.device) + 1  # the bare backbone stands first
-        near_BT = scores_BC.new_full((len(scores_BC), model.num_slots + 1), -torch.inf)
-        near_BT = near_BT.scatter_reduce(1, slot_C.expand_as(scores_BC), scores_BC, "amax")
+        owner_C = model.slot_of_column.to(bare_BD.device) + 1  # the bare backbone stands first
+        near_BT = keys_of(model).owner_scores(bare_BD, owner_C, model.num_slots + 1, self.k)
         best_BK = near_BT.topk(min(self.k, near_BT.shape[1]), dim=1)
         share_BK = (best_BK.values / self.temperature).softmax(1)  # 0 for adapters without a key
         share_BT = torch.zeros_like(near_BT).scatter(1, best_BK.indices, share_BK)[:, 1:]
