@@ -10,13 +10,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-import yaml
 from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
 from cl_adapters.benchmarks.index_cli import app as index_app
-from cl_adapters.benchmarks.pool_cli import app as pool_app
+from cl_adapters.benchmarks.pool_life_cli import app as pool_app
+from cl_adapters.benchmarks.settings import parse_settings
 from cl_adapters.errors import ClAdaptersError, ConfigError, UnknownName
 
 if TYPE_CHECKING:
@@ -52,6 +52,10 @@ def run_command(
         list[str] | None,
         typer.Option("--set", metavar="KEY=VALUE", help="lr=0.01, benchmark.tasks=10, img_size=112, ..."),
     ] = None,
+    keys: Annotated[
+        str | None,
+        typer.Option(help="Keep keys of the classes, for a pool: prototypes, centroids or features."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of class order, initial values, augmentation, sampling.", min=0)] = 0,
     device: Device = "cpu",
     threads: Threads = None,
@@ -69,7 +73,7 @@ def run_command(
         backbone=backbone,
         weights=None if weights is None else str(weights),
         seed=seed,
-        settings=_settings(settings or []),
+        settings=({} if keys is None else {"keys.kind": keys}) | parse_settings(settings or []),
     )
     out = out or Path("runs") / f"{strategy}-{preset or experiment.benchmark}-s{seed}"
     with _resumable(out), _Live() as live:
@@ -136,7 +140,8 @@ def predict_command(
 @app.command("list")
 def list_command(
     kind: Annotated[
-        str, typer.Argument(help="strategies, benchmarks, adapters, indexes, merges, parts, predictors, presets.")
+        str,
+        typer.Argument(help="strategies, benchmarks, adapters, codecs, indexes, merges, parts, predictors, presets."),
     ],
 ) -> None:
     """List the plug-ins of one kind or the presets, with one line each."""
@@ -237,21 +242,6 @@ def _finish(results: Results, out: Path) -> None:
     console.print(f"report  {_escape(str(out / 'report.html'))}", highlight=False, soft_wrap=True)
 
 
-def _settings(pairs: list[str]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"--set takes KEY=VALUE, got {pair!r}")
-        if key in values:
-            raise ConfigError(f"--set {key} is given twice")
-        try:
-            values[key] = yaml.safe_load(text)
-        except yaml.YAMLError as error:
-            raise ConfigError(f"--set {key}: {text!r} is no YAML value; quote it") from error
-    return values
-
-
 def _use(device: str, threads: int | None) -> None:
     import torch
 
@@ -276,13 +266,14 @@ def _moved_backbone(run: Path, weights: Path) -> Any:
 def _registry(kind: str) -> Registry[Any]:
     from cl_adapters.adapters import adapters
     from cl_adapters.benchmarks.base import benchmarks
+    from cl_adapters.codecs import codecs
     from cl_adapters.index import indexes
     from cl_adapters.merge import merges
     from cl_adapters.parts import parts
     from cl_adapters.predictors import predictors
 
     known: dict[str, Any] = {"adapters": adapters, "benchmarks": benchmarks, "merges": merges}
-    known |= {"indexes": indexes, "parts": parts, "predictors": predictors}
+    known |= {"codecs": codecs, "indexes": indexes, "parts": parts, "predictors": predictors}
     if kind == "strategies":
         from cl_adapters.strategies.base import strategies
 

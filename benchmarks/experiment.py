@@ -16,6 +16,7 @@ from cl_adapters.benchmarks.base import BenchmarkConfig, BenchmarkData
 from cl_adapters.benchmarks.spec import parse_benchmark
 from cl_adapters.config import build, to_plain
 from cl_adapters.errors import ConfigError, UnknownName
+from cl_adapters.parts.keys import KeysConfig
 from cl_adapters.strategies.base import AdapterStrategy, strategies
 from cl_adapters.strategies.config import StrategyConfig
 
@@ -108,6 +109,7 @@ class Experiment:
         benchmark_config: its parameters.
         backbone: which backbone.
         seed: of the run.
+        keys: what is kept of each class to look inputs up by; None: nothing.
     """
 
     strategy: str
@@ -116,6 +118,7 @@ class Experiment:
     benchmark_config: BenchmarkConfig
     backbone: BackboneConfig
     seed: int
+    keys: KeysConfig | None = None
 
     @property
     def strategy_class(self) -> type[AdapterStrategy]:
@@ -129,11 +132,11 @@ class Experiment:
             "benchmark": {"name": self.benchmark} | to_plain(self.benchmark_config),
             "backbone": self.backbone.to_plain(),
             "seed": self.seed,
-        }
+        } | ({} if self.keys is None else {"keys": to_plain(self.keys)})
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Experiment:
-        """Build from nested plain values: "strategy" and "benchmark" (each with a "name"), "backbone", "seed".
+        """Build from nested plain values: "strategy", "benchmark" (each with a "name"), "backbone", "seed", "keys".
 
         Raises:
             UnknownName, ConfigError: with the nearest valid name.
@@ -143,7 +146,8 @@ class Experiment:
         config = build(strategies.get(name).Config, strategy, name)
         benchmark_name, benchmark_config = parse_benchmark(benchmark.pop("name"), benchmark)
         backbone = build(BackboneConfig, plain.get("backbone", {}), "backbone")
-        return cls(name, config, benchmark_name, benchmark_config, backbone, int(plain.get("seed", 0)))
+        keys = None if plain.get("keys") is None else build(KeysConfig, plain["keys"], "keys")
+        return cls(name, config, benchmark_name, benchmark_config, backbone, int(plain.get("seed", 0)), keys)
 
 
 def resolve(
@@ -165,8 +169,8 @@ def resolve(
         backbone: default that of the preset, else the embedded one.
         weights: local weights file.
         seed: of the run.
-        settings: dotted keys to values. "benchmark.KEY" and "backbone.KEY" go there; "img_size", "weights" and
-            "crop_pct" are the backbone's; every other key is the strategy's ("lr", "adapter.bottleneck").
+        settings: dotted keys to values. "benchmark.KEY", "backbone.KEY" and "keys.KEY" go there; "img_size", "weights"
+            and "crop_pct" are the backbone's; every other key is the strategy's ("lr", "adapter.bottleneck").
 
     Raises:
         UnknownName, ConfigError: with the nearest valid name.
@@ -187,11 +191,11 @@ def resolve(
     backbone_keys = {field.name for field in dataclasses.fields(BackboneConfig)} - {"name"}
     for key, value in (settings or {}).items():
         path = key.split(".")
-        if path[0] in ("benchmark", "backbone", "strategy") and len(path) > 1:
+        if path[0] in ("benchmark", "backbone", "strategy", "keys") and len(path) > 1:
             section, *path = path
         else:
             section = "backbone" if key in backbone_keys else "strategy"
-        _put(plain[section], path, value, key)
+        _put(plain.setdefault(section, {}), path, value, key)
     return Experiment.from_plain(plain)
 
 

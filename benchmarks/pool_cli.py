@@ -11,10 +11,12 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cl_adapters.errors import ConfigError
+
 if TYPE_CHECKING:
     from cl_adapters.pool import AdapterPool, Record
 
-app = typer.Typer(no_args_is_help=True, help="Adapters on disk: list, check, change, copy, export, import.")
+app = typer.Typer(no_args_is_help=True, help="Adapters on disk: make, list, check, merge, compress, forget, exchange.")
 console = Console()
 
 Pool = Annotated[Path, typer.Argument(help="Folder of the pool.")]
@@ -31,18 +33,18 @@ def ls_command(
     as_json: Json = False,
 ) -> None:
     """List the adapters, oldest first."""
-    opened = _open(pool)
-    records = opened.list(tags=tag or (), classes=label or (), type=kind)
+    store = opened(pool)
+    records = store.list(tags=tag or (), classes=label or (), type=kind)
     if as_json:
-        _print_json([_plain(record) for record in records])
+        print_json([plain_record(record) for record in records])
         return
     table = Table("id", "type", "classes", "task", "parameters", "stored", "tags")
     for record in records:
         stored = sum((pool / file).stat().st_size for file in record.files if (pool / file).is_file())
         row = (
             record.id,
-            _type(record),
-            _classes(record, 6),
+            type_of(record),
+            classes_of(record, 6),
             "" if record.task is None else str(record.task),
             f"{record.num_parameters:,}",
             f"{stored / 1024:,.0f} KiB" + (f" {record.compression}" if record.compression else ""),
@@ -50,21 +52,21 @@ def ls_command(
         )
         table.add_row(*map(escape, row))
     console.print(table)
-    card = opened.backbone_card
-    _say(f"{len(records)} of {len(opened)} adapters of backbone {card.name} ({card.fingerprint[:16]})")
-    for broken in opened.broken:
-        _say(f"broken: {broken.id}: {broken.reason}")
+    card = store.backbone_card
+    say(f"{len(records)} of {len(store)} adapters of backbone {card.name} ({card.fingerprint[:16]})")
+    for broken in store.broken:
+        say(f"broken: {broken.id}: {broken.reason}")
 
 
 @app.command("show")
 def show_command(pool: Pool, id: Id, as_json: Json = False) -> None:
     """Show everything that is known of one adapter."""
-    opened = _open(pool)
-    record = opened.get(id)
+    store = opened(pool)
+    record = store.get(id)
     if as_json:
-        _print_json(_plain(record))
+        print_json(plain_record(record))
         return
-    plain = _plain(record) | {"type": _type(record), "classes": _classes(record, 10_000)}
+    plain = plain_record(record) | {"type": type_of(record), "classes": classes_of(record, 10_000)}
     table = Table(show_header=False)
     for key, value in plain.items():
         if value not in (None, [], {}):
@@ -78,16 +80,16 @@ def show_command(pool: Pool, id: Id, as_json: Json = False) -> None:
 @app.command("verify")
 def verify_command(pool: Pool, as_json: Json = False) -> None:
     """Check every record and file; exit code 1 where something is wrong."""
-    found = _open(pool).verify()
+    found = opened(pool).verify()
     if as_json:
-        _print_json({"ok": found.ok, "problems": found.problems, "orphans": found.orphans})
+        print_json({"ok": found.ok, "problems": found.problems, "orphans": found.orphans})
     else:
         for problem in found.problems:
-            _say(f"wrong: {problem}")
+            say(f"wrong: {problem}")
         for orphan in found.orphans:
-            _say(f"orphan: {orphan}")
+            say(f"orphan: {orphan}")
         hint = f"; `cl-adapters pool gc {pool}` deletes them" if found.orphans else ""
-        _say(f"{len(found.problems)} problems, {len(found.orphans)} orphans{hint}")
+        say(f"{len(found.problems)} problems, {len(found.orphans)} orphans{hint}")
     raise typer.Exit(0 if found.ok else 1)
 
 
@@ -96,19 +98,42 @@ def rm_command(
     pool: Pool, ids: Annotated[list[str], typer.Argument(help="Ids of adapters, also broken ones.")]
 ) -> None:
     """Remove adapters with their files."""
-    opened = _open(pool)
+    store = opened(pool)
     for id in ids:
-        opened.remove(id)
-        _say(f"removed {id}")
+        store.remove(id)
+        say(f"removed {id}")
+
+
+@app.command("forget")
+def forget_command(
+    pool: Pool,
+    id: Annotated[str | None, typer.Argument(help="An adapter's id.")] = None,
+    label: Annotated[int | None, typer.Option(help="Forget one class instead, by its label.")] = None,
+    as_json: Json = False,
+) -> None:
+    """Remove an adapter or a class, also from the pool's indexes, and say what cannot be undone."""
+    from cl_adapters.pool.forget import forget
+
+    target = id if label is None else label
+    if target is None or (id is not None and label is not None):
+        raise ConfigError("name an adapter to forget, or a class by --label")
+    done = forget(opened(pool), target)
+    if as_json:
+        print_json({"removed": done.removed, "cannot_undo": done.cannot_undo})
+        return
+    for line in done.removed:
+        say(f"removed {line}")
+    for line in done.cannot_undo:
+        say(f"cannot be undone: {line}")
 
 
 @app.command("gc")
 def gc_command(pool: Pool) -> None:
     """Delete the files that no adapter has; they are left when a writer is killed."""
-    deleted = _open(pool).gc()
+    deleted = opened(pool).gc()
     for file in deleted:
-        _say(f"deleted {file}")
-    _say(f"{len(deleted)} files deleted")
+        say(f"deleted {file}")
+    say(f"{len(deleted)} files deleted")
 
 
 @app.command("tag")
@@ -119,15 +144,15 @@ def tag_command(
     remove: Annotated[list[str] | None, typer.Option("--remove", help="Tag to remove; may be repeated.")] = None,
 ) -> None:
     """Add tags to an adapter, or remove some."""
-    record = _open(pool).tag(id, add or (), remove or ())
-    _say(f"{id}: {', '.join(record.tags) or 'no tags'}")
+    record = opened(pool).tag(id, add or (), remove or ())
+    say(f"{id}: {', '.join(record.tags) or 'no tags'}")
 
 
 @app.command("rename")
 def rename_command(pool: Pool, old: Id, new: Annotated[str, typer.Argument(help="The new id.")]) -> None:
     """Give an adapter another id."""
-    _open(pool).rename(old, new)
-    _say(f"{old} is {new} now")
+    opened(pool).rename(old, new)
+    say(f"{old} is {new} now")
 
 
 @app.command("copy")
@@ -137,53 +162,41 @@ def copy_command(
     ids: Annotated[list[str] | None, typer.Argument(help="Ids of adapters; default all.")] = None,
 ) -> None:
     """Copy adapters into another pool: all of them, or none where one cannot be."""
-    added = _open(pool).copy_to(_open(to), ids or None)
-    _say(f"copied {len(added)}: {', '.join(record.id for record in added) or 'all are there already'}")
+    added = opened(pool).copy_to(opened(to), ids or None)
+    say(f"copied {len(added)}: {', '.join(record.id for record in added) or 'all are there already'}")
 
 
-@app.command("export")
-def export_command(pool: Pool, id: Id, folder: Annotated[Path, typer.Argument(help="New folder.")]) -> None:
-    """Write one adapter as a folder of its own."""
-    _open(pool).export_to(folder, id)
-    _say(f"wrote {folder}")
-
-
-@app.command("import")
-def import_command(
-    pool: Pool,
-    folder: Annotated[Path, typer.Argument(help="Folder of `cl-adapters pool export`.")],
-    id: Annotated[str | None, typer.Option(help="Another id than the folder's.")] = None,
-) -> None:
-    """Add an adapter from a folder, after checking everything in it."""
-    record = _open(pool).import_from(folder, id=id)
-    _say(f"added {record.id}: {_classes(record, 6)}")
-
-
-def _open(pool: Path) -> AdapterPool:
+def opened(pool: Path) -> AdapterPool:
+    """The pool in that folder."""
     from cl_adapters.pool import AdapterPool
 
     return AdapterPool.open(pool)
 
 
-def _plain(record: Record) -> dict[str, Any]:
+def plain_record(record: Record) -> dict[str, Any]:
+    """A record, JSON-ready."""
     from cl_adapters.pool.record import record_to_plain
 
     return record_to_plain(record)
 
 
-def _type(record: Record) -> str:
+def type_of(record: Record) -> str:
+    """The adapter type's name."""
     return "bare backbone" if record.adapter is None else str(record.adapter["type"])
 
 
-def _classes(record: Record, most: int) -> str:
+def classes_of(record: Record, most: int) -> str:
+    """The names of the classes, the first so many."""
     names = [str(known.label) if known.name is None else known.name for known in record.classes]
     more = f", ... ({len(names)})" if len(names) > most else ""
     return ", ".join(names[:most]) + more
 
 
-def _print_json(content: object) -> None:
+def print_json(content: object) -> None:
+    """Print JSON as it is, whatever the width of the terminal."""
     typer.echo(json.dumps(content, indent=1))
 
 
-def _say(text: str) -> None:
+def say(text: str) -> None:
+    """Print a line, not wrapped, without markup."""
     console.print(escape(text), highlight=False, soft_wrap=True)

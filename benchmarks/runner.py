@@ -202,6 +202,7 @@ class _Session:
             evaluator=None,
             class_names=dict(enumerate(self.data.classes)),
             progress=None if self.listener is None else self.listener.progress,
+            keys=self.experiment.keys,
         )
 
     def _checkpoint(self, model: AdapterModel, row: dict[str, Any], done: list[Path]) -> None:

@@ -1,0 +1,97 @@
+"""Compressing the stored adapters of a pool."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING
+
+from cl_adapters.codecs import codec_from, codecs
+from cl_adapters.errors import PoolError
+from cl_adapters.pool.model_card import CARD, read_card
+from cl_adapters.pool.pool import AdapterPool
+from cl_adapters.pool.record import adapter_file
+from cl_adapters.storage import write_json
+
+if TYPE_CHECKING:
+    from collections.abc import Mapping
+    from typing import Any
+
+    from torch import Tensor
+
+    from cl_adapters.codecs import Codec
+
+
+@dataclass(frozen=True, kw_only=True)
+class Compressed:
+    """One adapter, compressed.
+
+    Attributes:
+        id: of its record.
+        codec: registered name.
+        before: bytes of the stored tensors before.
+        after: bytes now.
+        error: Frobenius norm of the change over that of the tensors as they were stored before.
+    """
+
+    id: str
+    codec: str
+    before: int
+    after: int
+    error: float
+
+
+def compress_records(
+    pool: AdapterPool, codec: str | Mapping[str, Any] | Codec, ids: Sequence[str] | None = None
+) -> tuple[Compressed, ...]:
+    """Store adapters in fewer bits, each in one step; what was lost cannot be had back.
+
+    Args:
+        pool: changed in place. Keys and heads stay as they are.
+        codec: by name, or {"type": name, ...} with options.
+        ids: default all adapters with tensors. One that is compressed already goes through both codecs.
+
+    Returns:
+        What became of each.
+
+    Raises:
+        UnknownName: no such adapter or codec.
+        ConfigError: options that are not the codec's.
+        PoolError: an adapter without tensors, asked for by id.
+    """
+    chosen = codec_from(codec)
+    records = (
+        [record for record in pool.records if record.adapter is not None] if ids is None else list(map(pool.get, ids))
+    )
+    for record in records:
+        if record.adapter is None:
+            raise PoolError(f"{record.id!r} is answered by the bare backbone: there are no tensors to compress")
+    done = []
+    for record in records:
+        full, before = pool.tensors(record.id), _stored(pool, record.adapter_sha)
+        new = pool.replace(replace(record, compression=codecs.name_of(chosen)), full, codec=chosen)
+        error = _relative(pool.tensors(record.id), full)
+        after = _stored(pool, new.adapter_sha)
+        done.append(Compressed(id=record.id, codec=codecs.name_of(chosen), before=before, after=after, error=error))
+    _follow(pool)
+    return tuple(done)
+
+
+def _stored(pool: AdapterPool, sha: str | None) -> int:
+    return 0 if sha is None else (pool.path / adapter_file(sha)).stat().st_size
+
+
+def _relative(now: Mapping[str, Tensor], full: Mapping[str, Tensor]) -> float:
+    lost = sum(float((now[key] - full[key]).double().square().sum()) for key in full)
+    size = sum(float(value.double().square().sum()) for value in full.values())
+    return math.sqrt(lost / size) if size else 0.0
+
+
+def _follow(pool: AdapterPool) -> None:
+    """The predictor's own adapter is named by content too, which may be another now."""
+    card = read_card(pool.path)
+    if card.get("anchor") and card["anchor"][0] in pool:
+        now = [card["anchor"][0], pool.get(card["anchor"][0]).adapter_sha]
+        if now != card["anchor"]:
+            write_json(pool.path / CARD, card | {"anchor": now})
