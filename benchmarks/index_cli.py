@@ -54,6 +54,9 @@ def build_command(
     false_reject: Annotated[
         float | None, typer.Option(help="Calibrate 'none of these' to refuse at most this share of known inputs.")
     ] = None,
+    false_accept: Annotated[
+        float | None, typer.Option(help="Or to let through at most this share of unknown ones; an estimate.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of k-means, samples and training.", min=0)] = 0,
     name: Name = "default",
     as_json: Json = False,
@@ -74,8 +77,8 @@ def build_command(
         tags=tag or (),
         seed=seed,
     )
-    if false_reject is not None:
-        calibrate(index, false_reject)
+    if false_reject is not None or false_accept is not None:
+        calibrate(index, false_reject, false_accept=false_accept)
     folder = index.save(default_folder(opened, _checked(name)))
     _describe(index, folder, as_json)
 
