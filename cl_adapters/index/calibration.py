@@ -2,43 +2,87 @@
 
 from __future__ import annotations
 
-import math
+from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
+from cl_adapters.abstention import lower_threshold, upper_threshold
 from cl_adapters.errors import ConfigError, DataError
 from cl_adapters.index.index import AdapterIndex
 
+if TYPE_CHECKING:
+    from cl_adapters.pool.record import Record
 
-def calibrate(index: AdapterIndex, false_reject: float) -> float:
+
+def calibrate(index: AdapterIndex, false_reject: float | None = None, *, false_accept: float | None = None) -> float:
     """Set ``index.threshold`` from the features that were held back in training.
 
-    An input whose best score is below the threshold is refused. For new inputs that are drawn like the held-back ones,
-    the chance of that is at most ``false_reject``, whatever their law: the rank of a new score among H others is
-    uniform (Vovk et al. 2005, conformal prediction).
+    An input whose best score is below the threshold is refused. The threshold is for searches of the whole index; a
+    filter by tags or records leaves fewer keys, so that more is refused.
+
+    ``false_reject`` bounds the share of inputs of known classes that are refused. For new inputs that are drawn like
+    the held-back ones the chance is at most that, whatever their law: the rank of a new score among H others is uniform
+    (Vovk et al. 2005, conformal prediction).
+
+    ``false_accept`` bounds the share of inputs of unknown classes that are let through. There are none to measure it
+    with, so each adapter's held-back features act as strangers to the adapters that share no class with it
+    (:func:`stranger_scores`). It is an estimate: it holds as far as strangers are to the known classes what the tasks
+    are to each other.
 
     Args:
         index: its pool has "held_out" features in the knowledge of its records.
-        false_reject: share of inputs of known classes that may be refused, in (0, 1).
+        false_reject: target rate in (0, 1); give this one, or
+        false_accept: this one.
 
     Returns:
-        The threshold: the best score of one of the held-back features.
+        The threshold.
 
     Raises:
-        ConfigError: a share outside (0, 1).
-        DataError: too few held-back features for it.
+        ConfigError: not exactly one target, or one outside (0, 1).
+        DataError: too few held-back features for it; no two adapters without a common class.
     """
-    if not 0 < false_reject < 1:
-        raise ConfigError(f"false_reject lies between 0 and 1, got {false_reject}")
-    parts = [index.pool.knowledge(id) for id in index.records]
-    held = [part["held_out"] for part in parts if len(part.get("held_out", ()))]
-    count = sum(map(len, held))
-    rank = math.floor(false_reject * (count + 1) + 1e-9)
-    if rank < 1:
-        raise DataError(
-            f"the pool's knowledge holds {count} held-back features; for false_reject={false_reject} at least "
-            f"{math.ceil(1 / false_reject) - 1} are needed. Train with more held back, or allow more"
-        )
-    best_H = index.search_features(torch.cat(held), 1).scores[:, 0]
-    index.threshold = float(best_H.sort().values[rank - 1])
+    if (false_reject is None) == (false_accept is None):
+        raise ConfigError("give one target: false_reject (of known classes) or false_accept (of unknown ones)")
+    if false_reject is not None:
+        held = [_held_out(index, record) for record in _records(index)]
+        held = [f_HD for f_HD in held if len(f_HD)]
+        best_H = index.search_features(torch.cat(held), 1).scores[:, 0] if held else torch.empty(0)
+        index.threshold = lower_threshold(best_H, false_reject)
+    else:
+        assert false_accept is not None
+        index.threshold = upper_threshold(stranger_scores(index), false_accept)
     return index.threshold
+
+
+def stranger_scores(index: AdapterIndex) -> Tensor:
+    """For each held-back feature the best score among the adapters that share no class with its own, float32 [H].
+
+    Features of adapters that share a class with every other one are left out.
+
+    Raises:
+        DataError: there are no two adapters with keys and without a common class.
+    """
+    records, scores = _records(index), [torch.empty(0)]
+    strangers = False
+    for record in records:
+        others = [other.id for other in records if not set(other.labels) & set(record.labels)]
+        held_HD = _held_out(index, record)
+        if others and len(held_HD):
+            found_H = index.search_features(held_HD, 1, records=others).scores[:, 0]
+            scores.append(found_H[found_H > -torch.inf])
+        strangers = strangers or bool(others)
+    if not strangers:
+        raise DataError("false_accept needs two adapters without a common class: each is a stranger to the other")
+    return torch.cat(scores)
+
+
+def _records(index: AdapterIndex) -> list[Record]:
+    """Those of the index that know classes and are in the pool still."""
+    present = set(index.records)
+    return [record for record in index.pool.records if record.id in present and record.classes]
+
+
+def _held_out(index: AdapterIndex, record: Record) -> Tensor:
+    """float32 [H, D]; none: [0, 0]."""
+    return index.pool.knowledge(record.id).get("held_out", torch.empty(0, 0))

@@ -116,6 +116,28 @@ def test_calibrated_threshold_refuses_the_share_asked_for(place: Path) -> None:
         calibrate(index, 1.0)
 
 
+def test_abstention_is_shown(place: Path) -> None:
+    """Scores and threshold in JSON; what is known is decided among the adapters that are searched."""
+    built = json.loads(run("build", place / "pool", "--false-accept", "0.1", "--name", "accept", "--json"))
+    index = AdapterIndex.open(place / "pool" / "index" / "accept", AdapterPool.open(place / "pool"))
+    assert built["threshold"] == index.threshold == calibrate(index, false_accept=0.1)
+    words = ("query", place / "pool", place / "photos", "--name", "accept")
+    found = json.loads(run(*words, "--json"))
+    assert found["threshold"] == built["threshold"]
+    assert [row["known"] for row in found["answers"]] == [True] * 4
+    filtered = json.loads(run(*words, "--tag", "first", "--json"))["answers"]
+    for row, whole in zip(filtered, found["answers"], strict=True):
+        first = Path(row["input"]).parent.name in NAMES[:2]
+        assert row["known"] == first == (row["hits"][0]["score"] >= built["threshold"])
+        assert (row["hits"][0]["score"] == pytest.approx(whole["hits"][0]["score"])) == first
+    table = run(*words, "--tag", "first", "--k", "1")
+    assert table.count("none of these") == 3 and "2 of 4 are none of these" in table
+    nothing = json.loads(run(*words, "--tag", "never-given", "--json"))["answers"]
+    assert [(row["known"], row["hits"]) for row in nothing] == [(False, [])] * 4
+    with pytest.raises(ConfigError, match="give one target"):
+        run("build", place / "pool", "--false-accept", "0.1", "--false-reject", "0.1")
+
+
 def test_errors_say_what_to_do(place: Path, tmp_path: Path) -> None:
     (tmp_path / "bad.npy").write_bytes(b"\x93NUMPY\x01\x00rest")
     np.save(tmp_path / "objects.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
