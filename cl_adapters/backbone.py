@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import chain
 from pathlib import Path
@@ -13,44 +12,16 @@ import torch
 from torch import Tensor, nn
 
 from cl_adapters.batches import Inputs
-from cl_adapters.entering import input_of, outputs_of, run_from, without_hooks
 from cl_adapters.errors import ClAdaptersError, IncompatibleBackbone
 from cl_adapters.fingerprint import fingerprint_of
-from cl_adapters.hf_forward import (
-    Pooling,
-    blank,
-    call,
-    check_pooling,
-    checked_tokens,
-    dtype_of,
-    made_up,
-    modality_of,
-    pooled,
-    wide,
-    width_of,
-)
+from cl_adapters.hf_forward import Pooling, check_pooling, modality_of, pooled, width_of
+from cl_adapters.passes import Pass, begin, go_on, how_blocks_return
 from cl_adapters.preprocessing import Preprocessing
 from cl_adapters.site_families import find_family, find_sites
 from cl_adapters.sites import Site
 from cl_adapters.text_preprocessing import TextPreprocessing
-from cl_adapters.tokens import from_mapping, is_tokens, padded, unpadded
 
 __all__ = ["FrozenBackbone", "Pooling"]
-
-
-@dataclass(frozen=True)
-class _Pass:
-    """A forward pass to come.
-
-    Attributes:
-        run: computes what the encoder returns.
-        mask_BN: bool [B, n], which places are tokens; None: all.
-        width: N of the texts as they were given; None: no texts.
-    """
-
-    run: Callable[[], Any]
-    mask_BN: Tensor | None = None
-    width: int | None = None
 
 
 class FrozenBackbone(nn.Module):
@@ -90,7 +61,7 @@ class FrozenBackbone(nn.Module):
         self.register_buffer("_place", torch.empty(0), persistent=False)  # a module without weights has a device too
         self._sites = None if sites is None else tuple(sites)
         self._fingerprint: str | None = None
-        self._outputs: int | None = None  # how blocks return their activations; -1: going on from one gives others
+        self._outputs: tuple[int | None] | None = None  # of _returns, once it is known
         self.token_mask: Tensor | None = None
 
     @classmethod
@@ -109,20 +80,19 @@ class FrozenBackbone(nn.Module):
         """Load a backbone by name.
 
         Args:
-            name: an embedded one ("vit_glyph_tiny"), "timm:" and any timm model name with its full tag, or "hf:" and
-                a folder or hub name of a transformers model of texts, images or spectrograms.
+            name: an embedded one ("vit_glyph_tiny"), "timm:" and a timm model name with its full tag, or "hf:" and a
+                folder or hub name of a transformers model of texts, images or spectrograms.
             weights: a local .safetensors file in timm's naming, instead of the model hub.
             img_size: another input side than the model's own; position embeddings are resampled.
             crop_pct: another centre-crop fraction than the model's own.
             pooling: of a transformers model, "encoder", "cls", "mean" or "last"; default for texts "last" where a token
                 sees only those before it and else "mean", for images "cls" where there is a class token, else "mean".
             max_length: tokens kept of a text; default what the model takes, at most 512.
-            dtype: of the frozen weights of a transformers model: "float32" (default), "bfloat16", "float16", or "auto".
-                Features are float32. Choose "bfloat16" where the hardware computes with it (GPUs since Ampere, new
-                CPUs): half the memory, and faster there. There is no device to choose here, move the backbone with
-                ``.to(device)``; so "auto" is bfloat16 if this machine has a GPU that computes with it, else float32.
-            quantization: "int8" or "nf4": frozen weights of a transformers model in 8 or 4 bit, by bitsandbytes (or
-                torchao, optimum-quanto), which says on which devices it can.
+            dtype: of the frozen weights of a transformers model: "float32" (default), "bfloat16", "float16", or "auto":
+                bfloat16 if this machine has a GPU that computes with it, else float32 (no device is chosen here: move
+                the backbone with ``.to(device)``). bfloat16 halves the memory, and is faster where the hardware has it
+                (GPUs since Ampere, some CPUs), much slower elsewhere. Features are float32 all the same.
+            quantization: "int8" or "nf4": such weights in 8 or 4 bit, by bitsandbytes (or torchao, optimum-quanto).
 
         Raises:
             UnknownName: no such backbone.
@@ -203,7 +173,7 @@ class FrozenBackbone(nn.Module):
         Raises:
             ClAdaptersError: the input's shape is not the encoder's.
         """
-        return self._finish(self._begin(x))
+        return self._finish(begin(self.encoder, x, self.preprocessing, self.name))
 
     features = forward
 
@@ -227,7 +197,7 @@ class FrozenBackbone(nn.Module):
         Raises:
             IncompatibleBackbone: the structure is not known.
         """
-        return len(find_family(self.encoder).find_blocks(self.encoder))
+        return len(self._blocks())
 
     def enter(self, x: Inputs, block: int) -> Tensor:
         """The input of one block: everything before it is computed, nothing after.
@@ -239,7 +209,7 @@ class FrozenBackbone(nn.Module):
         Returns:
             h, [B, N, D] for a ViT; for texts [B, N, D] too, with NaN behind the last token and N that of ``x``.
         """
-        return self._finish(self._begin(x), block)
+        return self._finish(begin(self.encoder, x, self.preprocessing, self.name), block)
 
     def resume(self, h: Tensor, block: int, until: int | None = None) -> Tensor:
         """Go on from the input of one block; ``resume(enter(x, b), b)`` is ``forward(x)``.
@@ -255,20 +225,13 @@ class FrozenBackbone(nn.Module):
         Raises:
             IncompatibleBackbone: it is not known how this structure goes on from a block.
         """
-        family = find_family(self.encoder)
-        blocks = [module for _, module in family.find_blocks(self.encoder)]
+        resume, blocks = find_family(self.encoder).resume, self._blocks()
         if block == len(blocks):
             return h
         self.check_resumable()
-        if family.resume is not None:
-            go_on = family.resume
-            return self._finish(_Pass(lambda: go_on(self.encoder, h, block)), until)
-        width = h.shape[1] if modality_of(self.encoder) == "text" else None
-        h, mask_BN = (h, None) if width is None else unpadded(h)
-        h = h.to(dtype_of(self.encoder))
-        empty = blank(self.encoder, h, self.preprocessing)
-        run = partial(call, self.encoder, empty, mask_BN)
-        return self._finish(_Pass(lambda: run_from(blocks, block, h, self._outputs or 0, run), mask_BN, width), until)
+        if resume is not None:
+            return self._finish(Pass(partial(resume, self.encoder, h, block)), until)
+        return self._finish(go_on(self.encoder, blocks, h, block, self._returns() or 0, self.preprocessing), until)
 
     @property
     def fingerprint(self) -> str:
@@ -284,11 +247,8 @@ class FrozenBackbone(nn.Module):
             IncompatibleBackbone: it does not; activations before a block cannot be cached.
         """
         family = find_family(self.encoder)
-        if family.resume is None:
-            known = modality_of(self.encoder) is not None and self._goes_on()
-        else:
-            known = family.resumable(self.encoder) and self.pooling == "encoder"
-        if not known:
+        known = family.resumable(self.encoder) and self.pooling == "encoder"
+        if not known and (family.resume is not None or self._returns() is None):
             raise IncompatibleBackbone(
                 f"backbone {self.name!r} ({family.name}) cannot be entered at a block, so nothing can be cached: set "
                 "cached_views=0"
@@ -316,67 +276,24 @@ class FrozenBackbone(nn.Module):
         """Device of the weights."""
         return next(chain(self.encoder.parameters(), self.buffers())).device
 
-    def _begin(self, x: Inputs) -> _Pass:
-        """The forward pass over ``x``."""
-        if modality_of(self.encoder) == "text" and (isinstance(x, Tensor) or is_tokens(x)):
-            tokens_BN = x if isinstance(x, Tensor) else from_mapping(x)
-            packed_BN = checked_tokens(self.encoder, tokens_BN, self.name)
-            mask_BN = packed_BN >= 0
-            return _Pass(partial(call, self.encoder, packed_BN, mask_BN), mask_BN, tokens_BN.shape[1])
-        if isinstance(x, Mapping):
-            return _Pass(lambda: self.encoder(**x), x.get("attention_mask"))
-        self._check_image(x)
-        if modality_of(self.encoder) is not None:
-            return _Pass(partial(call, self.encoder, x))
-        return _Pass(partial(_encode, self.encoder, x))
-
-    def _finish(self, begun: _Pass, stop: int | None = None) -> Tensor:
+    def _finish(self, begun: Pass, stop: int | None = None) -> Tensor:
         """The features, or the input of a block (``depth``: the features)."""
-        blocks = [] if stop is None else find_family(self.encoder).find_blocks(self.encoder)
+        blocks = [] if stop is None else self._blocks()
         outer, self.token_mask = self.token_mask, None if begun.width is None else begun.mask_BN
         try:
             if stop is None or stop == len(blocks):
                 return pooled(begun.run(), self.pooling, begun.mask_BN)
-            h = wide(input_of(blocks[stop][1], begun.run))
+            return begun.until(blocks[stop])
         finally:
             self.token_mask = outer
-        if begun.width is None or begun.mask_BN is None:
-            return h
-        return padded(h, begun.mask_BN, begun.width)
 
-    def _goes_on(self) -> bool:
-        """Whether a transformers encoder goes on from its blocks: tried once, with a small made-up input."""
+    def _returns(self) -> int | None:
+        """How the blocks of an encoder of transformers return activations; None: it cannot be entered."""
         if self._outputs is None:
-            with without_hooks(self.encoder), torch.no_grad():
-                self._outputs = self._try_halves(made_up(self.encoder, self.preprocessing))
-        return self._outputs >= 0
+            ours, recipe = modality_of(self.encoder) is not None, self.preprocessing
+            found = how_blocks_return(self.encoder, self._blocks(), self.pooling, recipe) if ours else None
+            self._outputs = (found,)
+        return self._outputs[0]
 
-    def _try_halves(self, x: Tensor) -> int:
-        """How the blocks return their activations; -1 where the halves do not give the features."""
-        blocks = find_family(self.encoder).find_blocks(self.encoder)
-        self._outputs = outputs_of(blocks[0][1], lambda: self.forward(x))
-        try:
-            whole = self.forward(x)
-            near = 8 * torch.finfo(dtype_of(self.encoder)).eps * float(whole.abs().max())
-            for block in sorted({0, len(blocks) // 2, len(blocks) - 1}):
-                if not torch.allclose(self.resume(self.enter(x, block), block), whole, rtol=0, atol=near):
-                    return -1
-        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
-            return -1
-        return self._outputs
-
-    def _check_image(self, x: Tensor) -> None:
-        if not isinstance(self.preprocessing, Preprocessing):
-            return
-        expected = self.preprocessing.input_size
-        if x.ndim != 4 or tuple(x.shape[1:]) != expected:
-            raise ClAdaptersError(
-                f"backbone {self.name!r} takes images [B, {', '.join(map(str, expected))}], got {list(x.shape)}; "
-                "use backbone.preprocessing.eval_transform() on each image"
-            )
-
-
-def _encode(encoder: Any, x: Tensor) -> Any:
-    if hasattr(encoder, "forward_features") and hasattr(encoder, "forward_head"):
-        return encoder.forward_head(encoder.forward_features(x), pre_logits=True)  # timm: leave the classifier out
-    return encoder(x)
+    def _blocks(self) -> list[nn.Module]:
+        return [module for _, module in find_family(self.encoder).find_blocks(self.encoder)]

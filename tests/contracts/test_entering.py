@@ -51,6 +51,17 @@ def test_halves_give_the_features_or_are_refused(case: Any) -> None:
             backbone.check_resumable()
 
 
+def bank_or_none(backbone: Any, adapter: AdapterType, filled: Any) -> AdapterBank | None:
+    """A filled bank; None where the backbone has no places for the type and says so."""
+    try:
+        bank: AdapterBank = filled(backbone, adapter)
+    except IncompatibleBackbone as refused:
+        if re.search(r"needs feature maps|no sites of kind", str(refused)) is None:
+            raise
+        return None
+    return bank
+
+
 @pytest.mark.parametrize("adapter", [pytest.param(adapter_from(name), id=name) for name in adapters.names()])
 def test_halves_with_routed_adapters(case: Any, adapter: AdapterType, filled: Any) -> None:
     """Routed in both halves; a site on the edge of the halves acts once."""
@@ -59,10 +70,8 @@ def test_halves_with_routed_adapters(case: Any, adapter: AdapterType, filled: An
         with pytest.raises(IncompatibleBackbone, match="set cached_views=0"):
             backbone.check_resumable()
         return
-    try:
-        bank: AdapterBank = filled(backbone, adapter)
-    except IncompatibleBackbone as refused:
-        assert re.search(r"needs feature maps|no sites of kind", str(refused))
+    bank = bank_or_none(backbone, adapter, filled)
+    if bank is None:
         assert adapter.layout == "map" or "normed" in case.family or hasattr(backbone.encoder, "main_input_name")
         return
     for route in (Route.single(1), Route.hard(torch.tensor([2, 0, BARE, 1, 0]))):
