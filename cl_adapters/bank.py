@@ -6,6 +6,7 @@ from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ class AdapterBank(nn.Module):
         self.sites = sites
         self._num_slots = 0
         self._shelf: _Shelf | None = None
-        self._active = Active()
+        self._active = Active(backbone)
         self.at = nn.ModuleList(SiteAdapters(site, adapter, self._active) for site in sites)
         for place in self._places():
             place.attach(backbone.encoder)
@@ -191,10 +192,12 @@ class AdapterBank(nn.Module):
                 f"expected {expected.get(key)}, got {found.get(key)}"
             )
         reference = next(self._anchor[0].parameters())
+        # never less than float32, also where the backbone's weights are of half precision or quantised
+        like: Any = {"device": reference.device, "dtype": torch.promote_types(reference.dtype, torch.float32)}
         for place in self._places():
             if place.site.name in named:
                 fitting = {
-                    name: nn.Parameter(tensors[f"{place.site.name}/{name}"].detach().clone().to(reference), trainable)
+                    name: nn.Parameter(tensors[f"{place.site.name}/{name}"].detach().clone().to(**like), trainable)
                     for name in place.adapter.shapes(place.site)
                 }
                 place.slots[str(slot)] = nn.ParameterDict(fitting)

@@ -6,9 +6,8 @@ is copied along.
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -17,20 +16,35 @@ from torch import Tensor, nn
 
 from cl_adapters.adapters.base import AdapterType
 from cl_adapters.errors import ClAdaptersError, IncompatibleBackbone
-from cl_adapters.routes import BARE, Route, Routes
+from cl_adapters.routes import Route, Routes
 from cl_adapters.sites import Site
+from cl_adapters.slot_stacks import SlotStack
 
 Watch = Callable[[str, Tensor], None]
-"""Told the name of a site and the input x_BND that its adapters see (detach it before you keep it)."""
+"""Told the name of a site and the input x_BND that its adapters see (detach it before you keep it).
+
+Of texts only the mean over the tokens of each, [B, 1, D]: so nothing depends on how far a batch is padded.
+"""
 
 
 @dataclass
 class Active:
-    """The route of the forward pass in progress, shared by all sites of one bank."""
+    """The route of the forward pass in progress, shared by all sites of one bank.
 
+    Attributes:
+        backbone: in whose passes it is used.
+    """
+
+    backbone: nn.Module
     routes: Routes | None = None
     noise: torch.Generator | None = None
     watch: Watch | None = None
+
+    @property
+    def mask_BN(self) -> Tensor | None:
+        """Which places of the pass in progress hold tokens, bool [B, N]; None: all."""
+        mask_BN: Tensor | None = getattr(self.backbone, "token_mask", None)
+        return mask_BN
 
     def at(self, site: str) -> Route | None:
         """The route at one site; None: bare."""
@@ -39,63 +53,9 @@ class Active:
         return self.routes.get(site)
 
 
-@dataclass
-class _Stack:
-    """The tensors of several slots at one site, one after the other: a copy, good until any of them changes.
-
-    Attributes:
-        used: the slots, in order.
-        tensors: name to the stacked tensors.
-        modules: the slots' own modules, and
-        parameters: theirs, one after the other, with
-        state: version and address of each, as they were.
-        place: for the slots of the last route (``route``): the row of each in the stack, -1: it has none here.
-    """
-
-    used: tuple[int, ...] = ()
-    tensors: dict[str, Tensor] = field(default_factory=dict)
-    modules: list[nn.Module] = field(default_factory=list)
-    parameters: list[Tensor] = field(default_factory=list)
-    state: list[tuple[int, int]] = field(default_factory=list)
-    route: tuple[int, ...] = ()
-    place: Tensor = field(default_factory=lambda: torch.empty(0, dtype=torch.long))
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> _Stack:
-        return _Stack()
-
-    @classmethod
-    def of(cls, slots: Mapping[int, nn.Module], keep: bool) -> _Stack:
-        """Stack these slots.
-
-        Args:
-            slots: number to module.
-            keep: note what is needed to tell later whether they have changed.
-        """
-        params = [dict(module.named_parameters()) for module in slots.values()]
-        made = cls(tuple(slots), {name: torch.stack([own[name] for own in params]) for name in params[0]})
-        flat: list[Tensor] = [value for own in params for value in own.values()]
-        if keep and not any(value.is_inference() for value in flat):  # nobody counts writes into inference tensors
-            made.modules, made.parameters, made.state = list(slots.values()), flat, _state(flat)
-        return made
-
-    def holds(self, slots: tuple[int, ...]) -> bool:
-        """Whether all of these were stacked and nothing that was stacked has changed since."""
-        if not self.modules or (slots != self.used and not set(slots) <= set(self.used)):
-            return False
-        # .parameters() would cost more than all of the rest
-        now = [value for module in self.modules for value in module._parameters.values()]
-        return all(map(operator.is_, now, self.parameters)) and _state(self.parameters) == self.state
-
-    def rows(self, slots: tuple[int, ...], device: torch.device) -> Tensor:
-        """The row of each slot, int64; -1 for those that were not stacked."""
-        if slots != self.route or self.place.device != device:
-            row = {slot: place for place, slot in enumerate(self.used)}
-            self.route, self.place = slots, torch.tensor([row.get(slot, BARE) for slot in slots], device=device)
-        return self.place
-
-
-def _state(parameters: list[Tensor]) -> list[tuple[int, int]]:
-    return [(value._version, value.data_ptr()) for value in parameters]
+def _full(x: Tensor) -> Tensor:
+    """Activations of half precision in float32: adapters are small, and their gradients need the digits."""
+    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
 
 
 class SiteAdapters(nn.Module):
@@ -113,7 +73,7 @@ class SiteAdapters(nn.Module):
         self._active = active
         self._source: Tensor | None = None
         self._rows = (0, 0)  # B and N, where the site's tokens lie in one row
-        self._stack = _Stack()
+        self._stack = SlotStack()
 
     def attach(self, encoder: nn.Module) -> None:
         """Register the hooks on the encoder.
@@ -151,7 +111,7 @@ class SiteAdapters(nn.Module):
         """Forget the tensors of one slot."""
         if self.has(slot):
             del self.slots[str(slot)]
-            self._stack = _Stack()
+            self._stack = SlotStack()
 
     # --- hooks ---------------------------------------------------------------------------------------------------
 
@@ -189,10 +149,10 @@ class SiteAdapters(nn.Module):
                 "so its adapters have no input"
             )
         x = y if source is None else source
-        delta = self._routed(self._inward(x), self._inward(self._shaped(y, x)), route)
+        delta = self._routed(_full(self._inward(x)), _full(self._inward(self._shaped(y, x))), route)
         if delta is None:
             return None
-        delta = self._outward(delta, y)
+        delta = self._outward(delta, y).to(y.dtype)
         if self.site.third is not None:
             before = self.site.third * self.site.out_width
             delta = F.pad(delta, (before, y.shape[-1] - before - self.site.out_width))
@@ -227,16 +187,26 @@ class SiteAdapters(nn.Module):
     def _routed(self, x: Tensor, y: Tensor, route: Route) -> Tensor | None:
         """The routed output for x (as the type wants it); None: nothing is added."""
         if self._active.watch is not None:
-            self._active.watch(self.site.name, x)
+            self._active.watch(self.site.name, self._summary(x))
         if not any(self.has(slot) for slot in route.slots):
             return None
         if route.router is not None:
-            return self._mixture(x, y, route.slots, route.router(x))
+            return self._mixture(x, y, route.slots, route.router(self._summary(x)))
         if route.weights_BU is not None:
             return self._mixture(x, y, route.slots, self._per_row(route.weights_BU, x))
         if route.index_B is None:
             return self._one(x, self.params(route.slots[0]), y)
         return self._choice(x, y, route.slots, self._per_row(route.index_B, x))
+
+    def _summary(self, x: Tensor) -> Tensor:
+        """What routers and watchers see: x, or of texts the mean over the tokens of each, [B, 1, D]."""
+        mask_BN = self._active.mask_BN
+        if mask_BN is None or x.shape[:2] != mask_BN.shape:
+            return x
+        weight_BN1 = mask_BN.unsqueeze(-1).to(x)
+        # where, because 0 times what stands at an empty place is not always 0
+        total_B1D = torch.where(mask_BN.unsqueeze(-1), x, 0).sum(1, keepdim=True)
+        return total_B1D / weight_BN1.sum(1, keepdim=True).clamp_min(1)
 
     def _per_row(self, choices: Tensor, x: Tensor) -> Tensor:
         """One choice per row of x; the windows of an image share that of the image."""
@@ -270,12 +240,12 @@ class SiteAdapters(nn.Module):
         delta = self._one(x, gathered, y)
         return delta if rows is None else delta.new_zeros(whole, *delta.shape[1:]).index_copy(0, rows, delta)
 
-    def _stacked(self, used: tuple[int, ...]) -> _Stack:
+    def _stacked(self, used: tuple[int, ...]) -> SlotStack:
         """The tensors of these slots, stacked; where no gradient flows, kept for the next batch."""
         if torch.is_grad_enabled():
-            return _Stack.of({slot: self.slots[str(slot)] for slot in used}, keep=False)
+            return SlotStack.of({slot: self.slots[str(slot)] for slot in used}, keep=False)
         if not self._stack.holds(used):
-            self._stack = _Stack.of({slot: self.slots[str(slot)] for slot in used}, keep=True)
+            self._stack = SlotStack.of({slot: self.slots[str(slot)] for slot in used}, keep=True)
         return self._stack
 
     def _one(self, x: Tensor, params: Mapping[str, Tensor], y: Tensor) -> Tensor:

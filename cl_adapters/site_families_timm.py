@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cl_adapters.site_places import branches, width_of
+from cl_adapters.site_places import branches, linear, width_of
 from cl_adapters.sites import Family, Place, Sizes, Tap
 
 
@@ -63,6 +63,11 @@ def _prefix_attention() -> dict[str, Place]:
     return {"attention": Place(Tap("attn.qkv", "out"), Tap("attn.proj", "in"), "attention", sizes, plain)}
 
 
+def _plain_mlp(block: nn.Module) -> bool:
+    """One layer up and one down; in timm's GluMlp and SwiGLU the first layer holds a gate too."""
+    return type(block.get_submodule("mlp")).__name__ == "Mlp"
+
+
 def _takes_only_tokens(forward: Callable[..., Any]) -> bool:
     """Whether ``forward`` depends on its first input only; timm's masks stay None in what we call."""
     return set(list(inspect.signature(forward).parameters)[1:]) <= {"attn_mask", "is_causal"}
@@ -87,6 +92,7 @@ def _resume_timm(encoder: Any, h_BND: Tensor, block: int) -> Tensor:
 
 _ATTN_END, _FFN_END = Tap("drop_path1", "out"), Tap("drop_path2", "out")
 _VIT_PARTS = ("norm1", "attn", "norm2", "mlp", "drop_path1", "drop_path2")
+_MLP = linear(up="mlp.fc1", fits=_plain_mlp) | linear(down="mlp.fc2")
 _NORM2 = width_of("norm2.weight")
 _MAP = width_of("conv_dw", "out_channels")
 
@@ -110,7 +116,9 @@ TIMM_FAMILIES: tuple[Family, ...] = (
             block=Tap("norm1", "in"),
             ffn_layout="tokens",
         )
-        | _fused_attention(windows=True),
+        | _fused_attention(windows=True)
+        | linear(output="attn.proj", windows=True)
+        | _MLP,
         refuses=("SwinTransformerV2Block",),
         layout="grid",
     ),
@@ -127,7 +135,9 @@ TIMM_FAMILIES: tuple[Family, ...] = (
             whole=_whole,
         )
         | _fused_attention()
-        | _prefix_attention(),
+        | _prefix_attention()
+        | linear(output="attn.proj", fits=_whole)
+        | _MLP,
         refuses=("ResPostBlock", "ResPostRelPosBlock", "EvaBlockPostNorm"),
         resume=_resume_timm,
         resumes=_resumes_timm,
@@ -145,7 +155,9 @@ TIMM_FAMILIES: tuple[Family, ...] = (
             whole=_whole,
         )
         | _fused_attention()
-        | _prefix_attention(),
+        | _prefix_attention()
+        | linear(output="attn.proj", fits=_whole)
+        | _MLP,
         resume=_resume_timm,
         resumes=_resumes_timm,
     ),

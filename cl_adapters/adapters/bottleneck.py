@@ -1,6 +1,19 @@
-"""The bottleneck adapter of AdaptFormer, in the arrangements that MOS, SEMA and LAE use.
+"""The bottleneck adapter, in the arrangements that AdaptFormer, MOS, SEMA, LAE and the text papers use.
 
 delta(x) = s * (W_up . drop(act(W_down x + b_down)) + b_up)
+
+=============================================  ============  ============
+arrangement                                    place         mode
+=============================================  ============  ============
+AdaptFormer (Chen et al. 2022), MOS, SEMA      "ffn"         "parallel"
+LAE (Gao et al. 2023)                          "attn"        "parallel"
+Houlsby et al. 2019 (fig. 2), two per block    "both"        "sequential"
+Pfeiffer et al. 2021, one per block            "ffn"         "sequential"
+parallel adapter (He et al. 2022, table 1)     "ffn"         "parallel"
+=============================================  ============  ============
+
+Behind a branch the adapter sees what the branch puts out, before it is added to the stream: h + F + delta(F), as
+Houlsby et al. have it; the order of norms and sums that Pfeiffer et al. chose among many is not followed.
 """
 
 from __future__ import annotations
@@ -25,7 +38,7 @@ class Bottleneck(AdapterType):
 
     Attributes:
         bottleneck: width r of the bottleneck.
-        place: branch of the feed-forward network ("ffn") or of the attention ("attn").
+        place: branch of the feed-forward network ("ffn"), of the attention ("attn"), or an adapter at "both".
         mode: "parallel" to the branch, "sequential" behind it, or "before" it. Parallel, the input is that of MOS and
             SEMA at the feed-forward network (residual stream before its norm), of LAE at the attention (after norm).
         scale: s; also scales b_up.
@@ -40,7 +53,7 @@ class Bottleneck(AdapterType):
     summary: ClassVar[str] = "AdaptFormer bottleneck, parallel or sequential to feed-forward network or attention"
 
     bottleneck: int = 16
-    place: Literal["ffn", "attn"] = "ffn"
+    place: Literal["ffn", "attn", "both"] = "ffn"
     mode: Literal["parallel", "sequential", "before"] = "parallel"
     scale: float = 0.1
     learn_scale: bool = False
@@ -57,7 +70,8 @@ class Bottleneck(AdapterType):
     @property
     def site_kinds(self) -> tuple[str, ...]:
         """Such as "ffn_parallel" or "attn_sequential"."""
-        return (f"{self.place}_{self.mode}",)
+        places = ("attn", "ffn") if self.place == "both" else (self.place,)
+        return tuple(f"{place}_{self.mode}" for place in places)
 
     @property
     def starts_as_identity(self) -> bool:

@@ -2,8 +2,8 @@
 
 y = W x + s * B (A x),   that is dW = s B A
 
-where W stands for the query, key or value projection of the attention. A fused qkv projection has one site per third,
-so that what is not a target gets exactly nothing.
+where W stands for a linear layer of a block: a projection of the attention, or a layer of the feed-forward network.
+A fused qkv projection has one site per third, so that what is not a target gets exactly nothing.
 """
 
 from __future__ import annotations
@@ -20,26 +20,28 @@ from cl_adapters.adapters.bottleneck import affine, check_rate, dropped, kaiming
 from cl_adapters.errors import ConfigError
 from cl_adapters.sites import Site
 
-Target = Literal["query", "key", "value"]
+Target = Literal["query", "key", "value", "output", "up", "gate", "down"]
+"""Linear layers of a block: of the attention its three projections and that of its output, of the feed-forward network
+the way up, the gate beside it where there is one, and the way down."""
 
 
 @adapters.register("lora")
 @dataclass(frozen=True, kw_only=True)
 class LoRA(AdapterType):
-    """Low-rank adaptation (Hu et al. 2022, eq. 3) of the attention's projections.
+    """Low-rank adaptation (Hu et al. 2022, eq. 3) of linear layers.
 
     LAE's form (Gao et al. 2023; released pet/lora.py) is ``learn_scale=True``: rank 5 on key and value, each with a
     learned number s that starts at 1.
 
     Attributes:
         rank: r.
-        targets: the adapted projections.
+        targets: the adapted layers; a backbone without one of them is refused, with what it has.
         scale: s; PEFT calls it alpha / r.
         learn_scale: s is a trained number per projection that starts at ``scale``.
         dropout: rate on the projection's input while training, on the way to A only.
     """
 
-    summary: ClassVar[str] = "low-rank update of the attention's query, key or value projections"
+    summary: ClassVar[str] = "low-rank update of the attention's projections or the feed-forward network's layers"
 
     rank: int = 5
     targets: tuple[Target, ...] = ("key", "value")

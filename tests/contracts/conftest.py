@@ -150,17 +150,62 @@ def _convnext(conv_mlp: bool) -> nn.Module:
     return ConvNeXt(**sizes, conv_mlp=conv_mlp, ls_init_value=0.5, num_classes=0)
 
 
-def _bert() -> nn.Module:
+SIZES: dict[str, Any] = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48}
+TEXT: dict[str, Any] = SIZES | {"vocab_size": 50, "max_position_embeddings": 16, "bos_token_id": 1, "eos_token_id": 2}
+GROUPED: dict[str, Any] = TEXT | {"num_key_value_heads": 2, "head_dim": 8, "pad_token_id": 0}
+APART: dict[str, Any] = {"relative_attention": True, "pos_att_type": ["c2p", "p2c"], "position_buckets": 4}
+PATCHES: dict[str, Any] = SIZES | {"image_size": 16, "patch_size": 8}
+TRANSFORMERS: dict[str, tuple[str, dict[str, Any]]] = {
+    "BERT": ("Bert", TEXT),
+    "DistilBERT": ("DistilBert", {"vocab_size": 50, "dim": 32, "n_layers": 2, "n_heads": 2, "hidden_dim": 48}),
+    "MPNet": ("MPNet", TEXT),
+    "DeBERTa": ("Deberta", TEXT | {"relative_attention": True, "pos_att_type": ["c2p", "p2c"]}),
+    "DeBERTa-v2": ("DebertaV2", TEXT | APART | {"conv_kernel_size": 3}),
+    "DeBERTa-v3": ("DebertaV2", TEXT | APART | {"share_att_key": True, "position_biased_input": False}),
+    "ModernBERT": (
+        "ModernBert",
+        TEXT
+        | {
+            "pad_token_id": 0,
+            "cls_token_id": 1,
+            "sep_token_id": 2,
+            "local_attention": 4,
+            "global_attn_every_n_layers": 2,
+        },
+    ),
+    "GPT-2": (
+        "GPT2",
+        {"vocab_size": 50, "n_embd": 32, "n_layer": 2, "n_head": 2, "bos_token_id": 1, "eos_token_id": 2},
+    ),
+    "Llama": ("Llama", GROUPED),
+    "Mistral: sliding window": ("Mistral", GROUPED | {"sliding_window": 3}),
+    "Qwen2": ("Qwen2", {**GROUPED, "head_dim": None}),
+    "Qwen3": ("Qwen3", GROUPED),
+    "Gemma": ("Gemma", GROUPED),
+    "Gemma 2": ("Gemma2", GROUPED | {"sliding_window": 3}),
+    "Gemma 3": ("Gemma3Text", GROUPED | {"sliding_window": 3}),
+    "Phi": ("Phi", TEXT),
+    "Phi-3": ("Phi3", TEXT | {"pad_token_id": 0}),
+    "Phi-3, grouped keys": ("Phi3", TEXT | {"pad_token_id": 0, "num_key_value_heads": 2}),
+    "OPT": ("OPT", TEXT | {"ffn_dim": 48, "word_embed_proj_dim": 32}),
+    "transformers ViT": ("ViT", PATCHES),
+    "transformers DINOv2": ("Dinov2", PATCHES | {"layerscale_value": 0.5}),
+    "transformers DINOv2, SwiGLU": ("Dinov2", PATCHES | {"use_swiglu_ffn": True}),
+    "transformers CLIP": ("CLIPVision", PATCHES),
+    "transformers SigLIP": ("SiglipVision", PATCHES),
+    "transformers AST": (
+        "AST",
+        SIZES | {"patch_size": 8, "frequency_stride": 8, "time_stride": 8, "max_length": 16, "num_mel_bins": 16},
+    ),
+}
+"""Class of the model (and of its config) in transformers, and the sizes of a tiny one."""
+
+
+def _transformers(family: str) -> nn.Module:
     transformers = pytest.importorskip("transformers")
-    config = transformers.BertConfig(
-        vocab_size=50,
-        hidden_size=32,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=48,
-        max_position_embeddings=16,
-    )
-    model: nn.Module = transformers.BertModel(config, add_pooling_layer=False)
+    name, sizes = TRANSFORMERS[family]
+    given = {key: value for key, value in sizes.items() if value is not None}
+    model: nn.Module = getattr(transformers, f"{name}Model")(getattr(transformers, f"{name}Config")(**given))
     return model
 
 
@@ -194,7 +239,7 @@ FAMILIES: dict[str, Callable[[], nn.Module]] = {
     "Swin: padded windows": lambda: _swin(24, 4, 4),
     "ConvNeXt": lambda: _convnext(False),
     "ConvNeXt, MLP of convolutions": lambda: _convnext(True),
-    "BERT": _bert,
+    **{family: partial(_transformers, family) for family in TRANSFORMERS},
 }
 
 
@@ -205,13 +250,20 @@ class Case:
     family: str
     backbone: FrozenBackbone
 
+    @property
+    def is_text(self) -> bool:
+        """Whether it reads token ids."""
+        return self.family in TRANSFORMERS and not self.family.startswith("transformers")
+
     def inputs(self, n: int, seed: int = 0) -> Inputs:
         """Images float32 [n, 3, H, W]; for text, token ids int64 [n, 7] with masks of different lengths."""
         generator = torch.Generator().manual_seed(seed)
-        if self.family == "BERT":
+        if self.is_text:
             lengths = 2 + torch.arange(n) % 6
-            ids = torch.randint(1, 50, (n, 7), generator=generator)
+            ids = torch.randint(3, 50, (n, 7), generator=generator)
             return {"input_ids": ids, "attention_mask": (torch.arange(7) < lengths[:, None]).long()}
+        if self.family.endswith("AST"):
+            return torch.randn(n, 16, 16, generator=generator)
         sides = {"ViT, other sizes": 24, "Swin: padded windows": 24, "Hiera: fewer and wider tokens": 32}
         side = sides.get(self.family, 32 if self.family.startswith(("SAM", "ConvNeXt")) else 16)
         return torch.randn(n, 3, side, side, generator=generator)
@@ -246,7 +298,9 @@ def case(request: pytest.FixtureRequest) -> Case:
 
 @pytest.fixture
 def home(adapter: AdapterType) -> Case:
-    """A backbone that takes the adapter type: a ViT, or where it needs feature maps a ConvNeXt."""
+    """A backbone that takes the adapter type: a ViT; a ConvNeXt for feature maps, SwiGLU for a gate."""
+    if "gate" in adapter.site_kinds:
+        return case_of("transformers DINOv2, SwiGLU")
     return case_of("ViT" if adapter.layout == "tokens" else "ConvNeXt")
 
 

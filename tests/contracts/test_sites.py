@@ -21,12 +21,31 @@ from cl_adapters.sites import Layout
 AROUND = ("attn_parallel", "attn_sequential", "attn_before")
 FFN = ("ffn_parallel", "ffn_sequential", "ffn_before")
 LINEAR = ("query", "key", "value")
-KINDS = (*AROUND, *FFN, "block_parallel", *LINEAR, "attention")
+LAYERS = ("output", "up", "down")
+KINDS = (*AROUND, *FFN, "block_parallel", *LINEAR, *LAYERS, "gate", "attention")
+FAMILIES_OF_TRANSFORMERS = (
+    *("GPT-2", "Llama", "Mistral: sliding window", "Qwen2", "Qwen3", "Gemma", "Gemma 2", "Gemma 3", "OPT"),
+    *(f"transformers {name}" for name in ("ViT", "DINOv2", "DINOv2, SwiGLU", "CLIP", "SigLIP", "AST")),
+)
+GATED = (
+    "Llama",
+    "Mistral: sliding window",
+    "Qwen2",
+    "Qwen3",
+    "Gemma",
+    "Gemma 2",
+    "Gemma 3",
+    "transformers DINOv2, SwiGLU",
+)
+"""The families with a gate of its own beside the way up."""
+SHARED = ("attn_before", "ffn_before")
+"""Missing where the input of the branches is the residual stream, or belongs to both."""
 
 LACKS: dict[str, tuple[str, ...]] = {
     "ViT, normed queries and keys": ("attention",),
     "ViT, normed attention": ("attention",),
-    "EVA: rotary, SwiGLU": (*LINEAR, "attention"),  # computes with qkv.weight, the module is never called
+    "DINOv2 giant: SwiGLU": ("up",),  # up and gate are one layer
+    "EVA: rotary, SwiGLU": (*LINEAR, "up", "attention"),  # computes with qkv.weight, the module is never called
     "EVA, post-norm": (*LINEAR, "attention"),
     "EVA, one projection without a bias": ("attention",),
     "EVA, three projections": (*LINEAR, "attention"),
@@ -35,15 +54,30 @@ LACKS: dict[str, tuple[str, ...]] = {
     "relative positions": ("attention",),
     "relative positions, residual post-norm": ("attention",),
     "XCiT: attention over channels": ("attention",),
-    "Hiera: fewer and wider tokens": (*AROUND, "block_parallel", *LINEAR, "attention"),
-    "SAM: windows and a neck": (*AROUND, "block_parallel", *LINEAR, "attention"),
+    "Hiera: fewer and wider tokens": (*AROUND, "block_parallel", *LINEAR, "output", "attention"),
+    "SAM: windows and a neck": (*AROUND, "block_parallel", *LINEAR, "output", "attention"),
     "Swin: shifted windows": ("attention",),
     "Swin: padded windows": ("attention",),
-    "ConvNeXt": (*AROUND, *LINEAR, "attention"),
-    "ConvNeXt, MLP of convolutions": (*AROUND, *LINEAR, "attention"),
-    "BERT": ("attn_before", "ffn_before", "attention"),  # the inputs of its branches are the residual stream
+    "ConvNeXt": (*AROUND, *LINEAR, *LAYERS, "attention"),
+    "ConvNeXt, MLP of convolutions": (*AROUND, *LINEAR, *LAYERS, "attention"),
+    "BERT": (*SHARED, "attention"),
+    "DistilBERT": (*SHARED, "attention"),
+    "MPNet": (*SHARED, "attention"),
+    "DeBERTa": (*SHARED, *LINEAR, "attention"),  # query, key and value lie head by head in one projection
+    "DeBERTa-v2": (*SHARED, "attention"),
+    "DeBERTa-v3": (*SHARED, "query", "key", "attention"),  # these two run once more, on the positions
+    "ModernBERT": ("up", "attention"),  # up and gate are one layer
+    "Phi": (*SHARED, "attention"),
+    "Phi-3": ("up", "attention"),
+    "Phi-3, grouped keys": ("up", *LINEAR, "attention"),  # no thirds: keys are fewer than queries
 }
 """The kinds of sites that a family does not have; those that are not named have all of them."""
+
+
+def lacks_of(family: str) -> tuple[str, ...]:
+    attention = () if family in LACKS or family not in FAMILIES_OF_TRANSFORMERS else ("attention",)
+    return LACKS.get(family, ()) + attention + (() if family in GATED else ("gate",))
+
 
 TYPES = [pytest.param(adapter_from(name), id=name) for name in adapters.names()]
 IDS = torch.tensor([2, BARE, 1, 0, 2])
@@ -74,7 +108,7 @@ def routed(bank: AdapterBank, backbone: FrozenBackbone, x: Inputs, route: Any) -
 
 def fitting(case: Any, adapter: AdapterType, make: Callable[[], AdapterBank]) -> AdapterBank | None:
     """The bank; None where the family has no such sites, and then the error says which it has."""
-    lacks = LACKS.get(case.family, ())
+    lacks = lacks_of(case.family)
     missing = [kind for kind in adapter.site_kinds if kind in lacks]
     in_a_row = adapter.layout == "map" and layout_of(case.family, adapter.site_kinds[0]) == "tokens"
     if not missing and not in_a_row:
@@ -87,7 +121,7 @@ def fitting(case: Any, adapter: AdapterType, make: Callable[[], AdapterBank]) ->
 
 def test_kinds_of_every_family(case: Any) -> None:
     """One site per block and kind, each with a name of its own; or a refusal that says what there is."""
-    lacks = LACKS.get(case.family, ())
+    lacks = lacks_of(case.family)
     for kind in KINDS:
         if kind in lacks:
             with pytest.raises(IncompatibleBackbone, match=rf"no sites of kind '{kind}'; it has: .*ffn_parallel"):
@@ -97,7 +131,7 @@ def test_kinds_of_every_family(case: Any) -> None:
         assert [site.block for site in sites] == list(range(case.backbone.depth))
         assert len({site.name for site in sites}) == len(sites)
         assert {site.layout for site in sites} == {layout_of(case.family, kind)}
-        assert {site.windows for site in sites} == {case.family.startswith("Swin") and kind in LINEAR}
+        assert {site.windows for site in sites} == {case.family.startswith("Swin") and kind in (*LINEAR, "output")}
         assert all(site.heads > 0 for site in sites) == (kind == "attention")
     with pytest.raises(IncompatibleBackbone, match="no sites of kind 'qkv'"):
         case.backbone.sites("qkv")
@@ -105,7 +139,7 @@ def test_kinds_of_every_family(case: Any) -> None:
 
 def layout_of(family: str, kind: str) -> Layout:
     if family.startswith("Swin"):
-        return "tokens" if kind in (*LINEAR, *FFN) else "grid"
+        return "tokens" if kind in (*LINEAR, *LAYERS, *FFN) else "grid"
     return "map" if family.startswith("ConvNeXt") else "tokens"
 
 
@@ -138,19 +172,77 @@ CONVNEXT = {
     "ffn_before": (("norm", "in"), ("norm", "in")),
     "block_parallel": (BLOCK_OUT, BLOCK_IN),
 }
-BERT = {
-    "ffn_parallel": (("output.LayerNorm", "in"), ("intermediate", "in")),
-    "ffn_sequential": (("output.LayerNorm", "in"), ("output.dropout", "out")),
-    "attn_parallel": (("attention.output.LayerNorm", "in"), BLOCK_IN),
-    "attn_sequential": (("attention.output.LayerNorm", "in"), ("attention.output.dropout", "out")),
-    "block_parallel": (("output.LayerNorm", "in"), BLOCK_IN),
+
+
+def post_norm(norms: tuple[str, str], attn: str, ffn: str, into: str = "intermediate") -> dict[str, tuple[End, End]]:
+    """norm(h + branch(h)), from the norms and the ends of the branches."""
+    return {
+        "attn_parallel": ((norms[0], "in"), BLOCK_IN),
+        "attn_sequential": ((norms[0], "in"), (attn, "out")),
+        "ffn_parallel": ((norms[1], "in"), (into, "in")),
+        "ffn_sequential": ((norms[1], "in"), (ffn, "out")),
+        "block_parallel": ((norms[1], "in"), BLOCK_IN),
+    }
+
+
+def pre_norm(norms: tuple[str, str], query: str, attn: str, ffn: str) -> dict[str, tuple[End, End]]:
+    """h + branch(norm(h)), from the norms, the attention's first projection, and the ends of the branches."""
+    return {
+        "attn_parallel": ((norms[1], "in"), (norms[0], "out")),
+        "attn_sequential": ((norms[1], "in"), (attn, "out")),
+        "attn_before": ((query, "in"), (query, "in")),
+        "ffn_parallel": (BLOCK_OUT, (norms[1], "in")),
+        "ffn_sequential": (BLOCK_OUT, (ffn, "out")),
+        "ffn_before": ((norms[1], "in"), (norms[1], "in")),
+        "block_parallel": (BLOCK_OUT, BLOCK_IN),
+    }
+
+
+_BERT_NORMS = ("attention.output.LayerNorm", "output.LayerNorm")
+_LLAMA_NORMS = ("input_layernorm", "post_attention_layernorm")
+BERT = post_norm(_BERT_NORMS, "attention.output.dropout", "output.dropout")
+LLAMA = pre_norm(_LLAMA_NORMS, "self_attn.q_proj", "self_attn.o_proj", "mlp")
+GEMMA = pre_norm(
+    ("input_layernorm", "pre_feedforward_layernorm"),
+    "self_attn.q_proj",
+    "post_attention_layernorm",
+    "post_feedforward_layernorm",
+)
+PHI = {
+    "attn_parallel": (BLOCK_OUT, ("input_layernorm", "out")),
+    "attn_sequential": (BLOCK_OUT, ("self_attn.dense", "out")),
+    "ffn_parallel": (BLOCK_OUT, BLOCK_IN),
+    "ffn_sequential": (BLOCK_OUT, ("mlp", "out")),
+    "block_parallel": (BLOCK_OUT, BLOCK_IN),
 }
+VIT = pre_norm(("layernorm_before", "layernorm_after"), "attention.q_proj", "attention.o_proj", "mlp")
+CLIP = pre_norm(("layer_norm1", "layer_norm2"), "self_attn.q_proj", "self_attn.out_proj", "mlp")
+DINO = pre_norm(("norm1", "norm2"), "attention.q_proj", "layer_scale1", "layer_scale2")
+WIRING: dict[str, dict[str, tuple[End, End]]] = {
+    "BERT": BERT,
+    "DeBERTa": BERT,
+    "DistilBERT": post_norm(("sa_layer_norm", "output_layer_norm"), "attention.out_lin", "ffn", "ffn"),
+    "MPNet": post_norm(("attention.LayerNorm", "output.LayerNorm"), "attention.dropout", "output.dropout"),
+    "ModernBERT": pre_norm(("attn_norm", "mlp_norm"), "attn.Wqkv", "attn.Wo", "mlp"),
+    "GPT-2": pre_norm(("ln_1", "ln_2"), "attn.c_attn", "attn.c_proj", "mlp"),
+    "Gemma 2": GEMMA,
+    "Gemma 3": GEMMA,
+    **dict.fromkeys(("Llama", "Mistral", "Qwen", "Gemma"), LLAMA),
+    "Phi-3": pre_norm(_LLAMA_NORMS, "self_attn.qkv_proj", "self_attn.o_proj", "mlp"),
+    "Phi": PHI,
+    "OPT": pre_norm(("self_attn_layer_norm", "final_layer_norm"), "self_attn.q_proj", "self_attn.out_proj", "fc2"),
+    **dict.fromkeys(("transformers ViT", "transformers AST"), VIT),
+    "transformers DINOv2": DINO,
+    **dict.fromkeys(("transformers CLIP", "transformers SigLIP"), CLIP),
+    "XCiT": XCIT,
+    "ConvNeXt": CONVNEXT,
+}
+"""Beginning of the family's name; the first that fits."""
 
 
 def wiring(family: str) -> Mapping[str, tuple[End, End]]:
     """Per kind: (where the sum is seen, what is added there)."""
-    special = {"BERT": BERT, "XCiT": XCIT, "ConvNeXt": CONVNEXT}
-    for start, table in special.items():
+    for start, table in WIRING.items():
         if family.startswith(start):
             return table
     return POST_NORM if "post-norm" in family else PRE_NORM
@@ -185,8 +277,8 @@ def test_reads_and_adds_where_the_papers_say(case: Any, kind: str, layout: str, 
 
 def stream_is_kept(case: Any, layer: nn.Module, kind: str, bank: AdapterBank) -> None:
     """What passes by the branch is as without the adapter."""
-    end = "drop_path" if case.family.startswith("ConvNeXt") else f"drop_path{1 if kind == 'attn_before' else 2}"
-    after = wiring(case.family)["attn_sequential"][0] if kind == "attn_before" else BLOCK_OUT
+    branch = kind.replace("before", "sequential")
+    after, (end, _) = wiring(case.family)[branch]
     modules = {name: layer.get_submodule(name) for name in (end, after[0])}
     backbone, x = case.backbone, case.inputs(3)
     plain = seen_by(modules, lambda: backbone.features(x))
@@ -195,7 +287,7 @@ def stream_is_kept(case: Any, layer: nn.Module, kind: str, bank: AdapterBank) ->
     assert (stream[0] - stream[1]).abs().max() < 1e-5
 
 
-@pytest.mark.parametrize("kind", LINEAR)
+@pytest.mark.parametrize("kind", [*LINEAR, *LAYERS, "gate"])
 def test_lora_sites_leave_the_other_thirds_alone(case: Any, kind: str) -> None:
     """Of a fused projection [q | k | v] exactly one third changes, by what is read times a matrix."""
     lora = adapter_from({"type": "lora", "targets": [kind], "rank": 2})
@@ -210,7 +302,7 @@ def test_lora_sites_leave_the_other_thirds_alone(case: Any, kind: str) -> None:
     plain = seen_by(modules, lambda: case.backbone.features(x))
     now = seen_by(modules, lambda: routed(bank, case.backbone, x, Route.single(0)))
     A, B = tensors[f"{site.name}/A"], tensors[f"{site.name}/B"]
-    places = [LINEAR.index(kind)] if site.third is not None else [0]
+    places = [[*LINEAR, *LAYERS].index(kind)] if site.third is not None else [0]
     before_after = (seen[BLOCK_OUT].split(site.out_width, -1) for seen in (plain, now))
     for third, (before, after) in enumerate(zip(*before_after, strict=True)):
         if third in places:
