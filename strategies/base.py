@@ -270,8 +270,9 @@ def _begin_keys(model: AdapterModel, config: KeysConfig | None) -> None:
         ConfigError: it has other keys.
         ClAdaptersError: it has learned classes without keys.
     """
-    if "class_keys" in model.parts:
-        model.part("class_keys", Keys).check_config(config)
+    kept = dict(model.parts.items()).get("class_keys")
+    if isinstance(kept, Keys):
+        kept.check_config(config)
     elif config is not None:
         if model.classes:
             raise ClAdaptersError(

@@ -38,9 +38,11 @@ class LifeCycle(SupervisedTemplate):
         """Learn one experience, or several in order; see Avalanche. Global random states are left as they were.
 
         Raises:
-            ClAdaptersError: an error or interrupt stopped an earlier call in the middle of a task.
+            ClAdaptersError: an error or interrupt stopped an earlier call in the middle of a task; or the model was
+                made from a pool of adapters.
         """
         self._check_finished()
+        self._check_complete()
         self._loader_options = loader_options
         self.expansions = []
         try:
@@ -191,6 +193,16 @@ class LifeCycle(SupervisedTemplate):
             raise ClAdaptersError(
                 f"task {self.task} was left unfinished by an error, so this model is half trained: load the model that "
                 "was saved after the task before and make the strategy from it, or begin anew"
+            )
+
+    def _check_complete(self) -> None:
+        """A pool has adapters, heads and keys, but not what training goes on from."""
+        keys = dict(self.model.parts.items()).get("class_keys")
+        if self.model.record_of_slot or not isinstance(keys, Keys | None):
+            raise ClAdaptersError(
+                "this model was made from a pool, which keeps no class statistics and nothing else that training goes on "
+                "from: take model.save(folder) or a run's checkpoint; or train other classes apart, and put their "
+                "adapters into the pool with AdapterPool.copy_to"
             )
 
     def _take_keys(self) -> None:

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from cl_adapters.backbone import FrozenBackbone
 from cl_adapters.errors import ClAdaptersError, ConfigError
+from cl_adapters.index.index import AdapterIndex
 from cl_adapters.model import AdapterModel
 from cl_adapters.parts.keys import Keys, KeysConfig
 from cl_adapters.predictors.knn_vote import KNNVote
@@ -110,3 +111,43 @@ def test_keys_change_nothing_else_and_are_resumed(
         trained("mos", resumed, [], keys="prototypes")
     with pytest.raises(ClAdaptersError, match="learned classes without keys"):
         trained("mos", without, [], keys="prototypes")
+
+
+def test_a_model_of_a_pool_is_not_trained_further(
+    tiny_vit: Callable[..., nn.Module], stream: list[Any], tmp_path: Path
+) -> None:
+    """The pool has no class statistics: going on would align the head with those of the new classes alone."""
+    strategy = trained("mos", tiny_vit(width=WIDTH, heads=2, img_size=16, depth=2), stream[:2], keys="prototypes")
+    pool = strategy.save_pool(tmp_path / "pool")
+    loaded = AdapterModel.from_pool(pool)
+    before = {name: value.clone() for name, value in loaded.state_dict().items()}
+    again = trained("mos", loaded, [])
+    with pytest.raises(ClAdaptersError, match=r"made from a pool, which keeps no class statistics.*take model\.save"):
+        again.train(stream[2])
+    assert loaded.classes == [3, 7, 11]
+    assert loaded.num_slots == 2
+    assert all(torch.equal(value, before[name]) for name, value in loaded.state_dict().items())
+    again.eval(stream[:2])  # evaluating is no training
+
+
+@pytest.mark.parametrize("keys", [None, "prototypes"])
+def test_without_adapters_a_model_of_a_pool_goes_on(
+    tiny_vit: Callable[..., nn.Module], stream: list[Any], tmp_path: Path, keys: Any
+) -> None:
+    """Class means are all that SimpleCIL has, and the pool keeps them; but an index cannot take new keys."""
+
+    def vit() -> nn.Module:
+        return tiny_vit(width=WIDTH, heads=2, img_size=16, depth=2)
+
+    whole = trained("simple_cil", vit(), stream, keys=keys).model
+    pool = trained("simple_cil", vit(), stream[:2], keys=keys).save_pool(tmp_path / "pool")
+    model = trained("simple_cil", AdapterModel.from_pool(pool), stream[2:]).model
+    x, _ = zip(*[stream[task].dataset[i][:2] for task in range(3) for i in range(4)], strict=True)
+    assert model.classes == whole.classes
+    assert torch.allclose(model.predict(torch.stack(x)), whole.predict(torch.stack(x)), atol=1e-6)
+    if keys is not None:
+        assert torch.equal(model.part("class_keys", Keys).keys_MD, whole.part("class_keys", Keys).keys_MD)
+    assert model.part("class_keys", Keys).column_M.tolist() == [0, 1, 2, 3, 4], "one for each, as before"
+    indexed = AdapterModel.from_pool(pool, index=AdapterIndex.build(pool))
+    with pytest.raises(ClAdaptersError, match="made from a pool"):
+        trained("simple_cil", indexed, stream[2:])

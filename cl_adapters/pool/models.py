@@ -180,8 +180,8 @@ def _fill_keys(model: AdapterModel, known: list[tuple[Record, dict[str, Tensor]]
     rows = _column(known, "keys")
     if rows is None:
         return
-    kept = card.get("keys") or {"kind": "features"}
-    model.parts["class_keys"] = keys = Keys(build(KeysConfig, kept, "keys"), rows.shape[1])
+    alone = {"kind": "prototypes", "held_out": 0.0} if len(rows) == len(model.classes) else {"kind": "features"}
+    model.parts["class_keys"] = keys = Keys(build(KeysConfig, card.get("keys") or alone, "keys"), rows.shape[1])
     keys.keys_MD, keys.column_M = rows, _columns(known, "key_class")
     if any("held_out" in knowledge for _, knowledge in known):
         keys.held_out_HD = torch.cat([knowledge["held_out"] for _, knowledge in known if "held_out" in knowledge])
