@@ -1,4 +1,4 @@
-"""What a benchmark is: images decoded once, classes with names, a split, a class order, a licence.
+"""What a benchmark is: images decoded once, or texts; classes with names, a split, a class order, a licence.
 
 A benchmark plug-in is one file with one frozen dataclass, registered by name, whose fields are its
 parameters and whose ``load(seed)`` returns the data:
@@ -14,7 +14,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
-from typing import ClassVar
+from typing import ClassVar, TypeAlias
 
 import numpy as np
 import numpy.typing as npt
@@ -58,6 +58,8 @@ class ImageSet:
         names: N short names for messages ("train/cat/3.png"), or empty.
     """
 
+    modality: ClassVar[str] = "image"
+
     images: UInt8Images
     labels: npt.NDArray[np.int64]
     names: Sequence[str] = ()
@@ -70,6 +72,33 @@ class ImageSet:
         return len(self.labels)
 
 
+@dataclass(frozen=True)
+class TextSet:
+    """Texts with labels.
+
+    Attributes:
+        texts: N strings.
+        labels: int64 [N], indices into ``BenchmarkData.classes``.
+        names: N short names for messages ("intents.csv:17"), or empty.
+    """
+
+    modality: ClassVar[str] = "text"
+
+    texts: Sequence[str]
+    labels: npt.NDArray[np.int64]
+    names: Sequence[str] = ()
+
+    def __post_init__(self) -> None:
+        if len(self.texts) != len(self.labels):
+            raise DataError(f"{len(self.texts)} texts but {len(self.labels)} labels")
+
+    def __len__(self) -> int:
+        return len(self.labels)
+
+
+SampleSet: TypeAlias = ImageSet | TextSet
+
+
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkData:
     """A loaded benchmark, ready to be turned into Avalanche streams.
@@ -78,9 +107,9 @@ class BenchmarkData:
         classes: class names; position = label.
         class_order: labels in the order in which they arrive.
         task_sizes: number of new classes of each task; sums to ``len(classes)``.
-        licence: licence and source of the images, one line.
-        train, test: the images.
-        augmentation: training-time augmentation.
+        licence: licence and source of the samples, one line.
+        train, test: the samples, both images or both texts.
+        augmentation: training-time augmentation of images.
     """
 
     name: str
@@ -88,8 +117,8 @@ class BenchmarkData:
     class_order: tuple[int, ...]
     task_sizes: tuple[int, ...]
     licence: str
-    train: ImageSet
-    test: ImageSet
+    train: SampleSet
+    test: SampleSet
     augmentation: Augmentation = field(default_factory=Augmentation)
 
     def __post_init__(self) -> None:
@@ -97,11 +126,18 @@ class BenchmarkData:
             raise DataError(f"{self.name}: class_order is not a permutation of 0..{len(self.classes) - 1}")
         if sum(self.task_sizes) != len(self.classes) or min(self.task_sizes, default=0) < 1:
             raise DataError(f"{self.name}: task sizes {self.task_sizes} do not split {len(self.classes)} classes")
+        if self.train.modality != self.test.modality:
+            raise DataError(f"{self.name}: {self.train.modality}s to train on, but {self.test.modality}s to test")
         for split, part in (("train", self.train), ("test", self.test)):
             counts = np.bincount(part.labels, minlength=len(self.classes))
             empty = [self.classes[label] for label in np.flatnonzero(counts == 0)]
             if empty:
-                raise DataError(f"{self.name}: no {split} image of class {', '.join(empty[:5])}")
+                raise DataError(f"{self.name}: no {split} {self.modality} of class {', '.join(empty[:5])}")
+
+    @property
+    def modality(self) -> str:
+        """What a sample is: "image" or "text"."""
+        return self.train.modality
 
     @property
     def tasks(self) -> tuple[tuple[int, ...], ...]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import sys
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -16,6 +15,7 @@ from rich.table import Table
 
 from cl_adapters.benchmarks.index_cli import app as index_app
 from cl_adapters.benchmarks.pool_life_cli import app as pool_app
+from cl_adapters.benchmarks.predict_cli import predict_command
 from cl_adapters.benchmarks.settings import parse_settings
 from cl_adapters.errors import ClAdaptersError, ConfigError, UnknownName
 
@@ -103,38 +103,7 @@ def report_command(folder: RunFolder) -> None:
     _finish(results, folder)
 
 
-@app.command("predict")
-def predict_command(
-    images: Annotated[list[Path], typer.Argument(help="Image files.")],
-    run: Annotated[Path, typer.Option("--run", help="Folder of a run.")],
-    weights: Annotated[Path | None, typer.Option(help="The backbone's weights, if their file has moved.")] = None,
-    as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
-) -> None:
-    """Classify image files with the model of a run."""
-    from cl_adapters.benchmarks.runner import latest_model
-
-    model = latest_model(run, None if weights is None else _moved_backbone(run, weights))
-    answers = model.predict_files(images)
-    if as_json:
-        rows = [
-            {
-                "file": a.file,
-                "class": a.name,
-                "label": a.label,
-                "score": a.score,
-                "adapter": a.adapter,
-                "top": a.ranking,
-            }
-            for a in answers
-        ]
-        typer.echo(json.dumps(rows, indent=1))
-        return
-    table = Table("image", "class", "score", "adapter", "next best")
-    for answer in answers:
-        runners_up = ", ".join(f"{name} {score:.3f}" for name, score in answer.ranking[1:3])
-        adapter = "none" if answer.adapter < 0 else str(answer.adapter)
-        table.add_row(answer.file, answer.name, f"{answer.score:.3f}", adapter, runners_up)
-    console.print(table)
+app.command("predict")(predict_command)
 
 
 @app.command("list")
@@ -251,16 +220,6 @@ def _use(device: str, threads: int | None) -> None:
         raise ConfigError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
     if threads is not None:
         torch.set_num_threads(threads)
-
-
-def _moved_backbone(run: Path, weights: Path) -> Any:
-    import dataclasses
-
-    from cl_adapters.benchmarks.experiment import Experiment
-    from cl_adapters.storage import read_json
-
-    plain = read_json(run / "config.json", schema_version=1)["experiment"]
-    return dataclasses.replace(Experiment.from_plain(plain).backbone, weights=str(weights)).load()
 
 
 def _registry(kind: str) -> Registry[Any]:

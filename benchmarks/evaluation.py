@@ -10,10 +10,9 @@ import torch
 from torch.utils.data import DataLoader
 
 from cl_adapters.benchmarks.base import BenchmarkData
-from cl_adapters.benchmarks.datasets import ImageDataset, task_indices
+from cl_adapters.benchmarks.datasets import TextDataset, Transform, as_dataset, task_indices
 from cl_adapters.features import FeatureMemory
 from cl_adapters.model import AdapterModel
-from cl_adapters.preprocessing import Transform
 
 
 @dataclass(frozen=True)
@@ -22,9 +21,9 @@ class Evaluation:
 
     Attributes:
         accuracy: percent right per task, t + 1 numbers.
-        routing: [t + 1][slots + 1] images per right task and adapter that answered; column 0 is the bare backbone.
-        passes: mean backbone passes per image that a single prediction costs.
-        computed: mean passes per image that were really run; fewer where features were remembered.
+        routing: [t + 1][slots + 1] samples per right task and adapter that answered; column 0 is the bare backbone.
+        passes: mean backbone passes per sample that a single prediction costs.
+        computed: mean passes per sample that were really run; fewer where features were remembered.
     """
 
     accuracy: tuple[float, ...]
@@ -37,24 +36,30 @@ def evaluate(
     model: AdapterModel,
     data: BenchmarkData,
     tasks: Sequence[int],
-    transform: Transform,
+    transform: Transform | None = None,
     *,
     batch_size: int = 128,
     memory: FeatureMemory | None = None,
 ) -> Evaluation:
-    """Accuracy of ``model`` on the test images of the given tasks.
+    """Accuracy of ``model`` on the test samples of the given tasks.
 
     Args:
         model: trained on these tasks.
-        data: the benchmark.
+        data: the benchmark; of texts what :func:`cl_adapters.benchmarks.prepared.prepare` gives.
         tasks: task indices.
-        transform: the backbone's evaluation transform.
-        batch_size: images per batch.
-        memory: features of these test images under adapters that have not changed since.
+        transform: the backbone's evaluation transform of images.
+        batch_size: samples per batch.
+        memory: features of these test samples under adapters that have not changed since.
+
+    Raises:
+        DataError: texts without tokens.
     """
     task_of_label = {label: task for task in tasks for label in data.tasks[task]}
     indices = [index for task in tasks for index in task_indices(data.test, data.tasks[task])]
-    dataset = ImageDataset(data.test, indices, transform)
+    dataset = as_dataset(data.test, indices, transform)
+    if isinstance(dataset, TextDataset):  # the longest first: little padding, and what does not fit fails at once
+        indices = [indices[place] for place in np.argsort(dataset.lengths, kind="stable")[::-1]]
+        dataset = as_dataset(data.test, indices)
     labels = torch.tensor(model.classes)
     right = np.zeros(len(tasks), dtype=np.int64)
     total = np.zeros(len(tasks), dtype=np.int64)

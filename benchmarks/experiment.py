@@ -12,7 +12,7 @@ from typing import Any
 import yaml
 
 from cl_adapters.backbone import FrozenBackbone, Pooling
-from cl_adapters.benchmarks.base import BenchmarkConfig, BenchmarkData
+from cl_adapters.benchmarks.base import BenchmarkConfig, BenchmarkData, TextSet
 from cl_adapters.benchmarks.spec import parse_benchmark
 from cl_adapters.config import build, to_plain
 from cl_adapters.errors import ConfigError, UnknownName
@@ -93,7 +93,7 @@ class BackboneConfig:
         return FrozenBackbone.load(**dataclasses.asdict(self))
 
     def to_plain(self) -> dict[str, Any]:
-        """JSON-ready; options of transformers models only where they are set, as in files from before there were any."""
+        """JSON-ready; options of transformers models only where they are set, as in files of earlier runs."""
         later = ("pooling", "max_length", "dtype", "quantization")
         return {key: value for key, value in to_plain(self).items() if key not in later or value is not None}
 
@@ -200,10 +200,15 @@ def resolve(
 
 
 def data_fingerprint(data: BenchmarkData) -> str:
-    """SHA-256 over class order, task sizes, labels and every pixel: the same data or not."""
+    """SHA-256 over class order, task sizes, labels and every pixel or letter: the same data or not."""
     digest = hashlib.sha256(repr((data.classes, data.class_order, data.task_sizes)).encode())
     for part in (data.train, data.test):
         digest.update(part.labels.tobytes())
+        if isinstance(part, TextSet):
+            for text in part.texts:
+                content = text.encode("utf-8", "surrogatepass")
+                digest.update(len(content).to_bytes(8, "little") + content)
+            continue
         for image in part.images:
             digest.update(repr(image.shape).encode())
             digest.update(image.tobytes())

@@ -27,10 +27,9 @@ from filelock import FileLock, Timeout
 
 from cl_adapters._version import __version__
 from cl_adapters.backbone import FrozenBackbone
-from cl_adapters.benchmarks.augmentation import train_transform
-from cl_adapters.benchmarks.base import BenchmarkData
 from cl_adapters.benchmarks.evaluation import evaluate
 from cl_adapters.benchmarks.experiment import Experiment, data_fingerprint
+from cl_adapters.benchmarks.prepared import prepare
 from cl_adapters.benchmarks.report import write_report
 from cl_adapters.benchmarks.results import BackboneInfo, Results, write
 from cl_adapters.benchmarks.rows import growth, to_results
@@ -39,7 +38,6 @@ from cl_adapters.errors import ConfigError, StorageError
 from cl_adapters.features import FeatureMemory
 from cl_adapters.model import AdapterModel
 from cl_adapters.model_files import save_model, stored_bytes
-from cl_adapters.preprocessing import Preprocessing
 from cl_adapters.storage import new_folder, read_json, write_json
 from cl_adapters.strategies.base import AdapterStrategy
 
@@ -123,8 +121,8 @@ class _Session:
         self.device = device
         self.listener = listener
         self.backbone = experiment.backbone.load()
-        self.preprocessing = self._preprocessing()
-        self.data: BenchmarkData = experiment.benchmark_config.load(experiment.seed)
+        self.inputs = prepare(experiment.benchmark_config.load(experiment.seed), self.backbone)
+        self.data = self.inputs.data
         self.description = self._describe()
 
     def go(self, strategy: AdapterStrategy | None = None) -> Results:
@@ -141,9 +139,7 @@ class _Session:
 
     def _learn(self, strategy: AdapterStrategy, done: list[Path]) -> Results:
         rows = [read_json(path / "row.json", schema_version=SCHEMA) for path in done]
-        transform = self.preprocessing.eval_transform()
-        augmented = train_transform(self.preprocessing, self.data.augmentation)
-        stream = to_avalanche(self.data, augmented, transform).train_stream
+        stream = to_avalanche(*self.inputs).train_stream
         strategy.recall([stream[task] for task in range(len(done))])
         memory = FeatureMemory(strategy.model) if strategy.frozen_after_task else None
         results: Results | None = None
@@ -162,7 +158,7 @@ class _Session:
                     strategy.model,
                     self.data,
                     seen,
-                    transform,
+                    self.inputs.eval_transform,
                     batch_size=strategy.config.eval_mb_size,
                     memory=memory,
                 )
@@ -217,13 +213,10 @@ class _Session:
         backbone = BackboneInfo(name=self.backbone.name, fingerprint=self.backbone.fingerprint)
         return to_results(rows, self.experiment, self.data, backbone, self.description)
 
-    def _preprocessing(self) -> Preprocessing:
-        if self.backbone.preprocessing is None:
-            raise ConfigError(f"backbone {self.backbone.name!r} takes no images")
-        return self.backbone.preprocessing
-
     def _describe(self) -> dict[str, Any]:
-        packages = ("torch", "torchvision", "timm", "avalanche-lib", "numpy", "safetensors")
+        packages = ["torch", "torchvision", "timm", "avalanche-lib", "numpy", "safetensors"]
+        if self.data.modality == "text":
+            packages += ["transformers", "tokenizers"]
         return {
             "schema_version": SCHEMA,
             "experiment": self.experiment.to_plain(),

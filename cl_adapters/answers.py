@@ -1,4 +1,4 @@
-"""Answers: what the model says of one file, in words."""
+"""Answers: what the model says of one file or text, in words."""
 
 from __future__ import annotations
 
@@ -11,28 +11,32 @@ import torch
 
 from cl_adapters.errors import ClAdaptersError
 from cl_adapters.images import decode_image
+from cl_adapters.preprocessing import Preprocessing
+from cl_adapters.text_preprocessing import TextPreprocessing
+from cl_adapters.tokens import mask_of
 
 if TYPE_CHECKING:
+    from cl_adapters.backbone import FrozenBackbone
     from cl_adapters.model import AdapterModel
     from cl_adapters.predictors.base import Prediction, Predictor
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What :meth:`AdapterModel.predict_files` says about one file.
+    """What :meth:`AdapterModel.predict_files` says about one file, or :meth:`AdapterModel.predict_texts` of one text.
 
     Attributes:
-        file: as given.
+        input: path of the file as given, or the text itself.
         label: class label of the best column.
         name: its class name.
         score: softmax of the logits at that column, in [0, 1].
         adapter: slot that answered; -1 is the bare backbone.
         ranking: (class name, score) of the best five.
         record: id of that adapter in the pool that the model was made from; None for the bare backbone, or no pool.
-        abstained: the image is of no known class; label and ranking are then the nearest by the bare backbone.
+        abstained: the input is of no known class; label and ranking are then the nearest by the bare backbone.
     """
 
-    file: str
+    input: str
     label: int
     name: str
     score: float
@@ -41,15 +45,45 @@ class Answer:
     record: str | None = None
     abstained: bool = False
 
+    @property
+    def file(self) -> str:
+        """Another name of ``input``."""
+        return self.input
+
+
+def image_preprocessing(backbone: FrozenBackbone) -> Preprocessing:
+    """How a backbone takes images.
+
+    Raises:
+        ClAdaptersError: it takes texts, or says nothing of its inputs.
+    """
+    found = backbone.preprocessing
+    if isinstance(found, TextPreprocessing):
+        raise ClAdaptersError(f"backbone {backbone.name!r} takes texts, not images: use predict_texts or --text")
+    if found is None:
+        raise ClAdaptersError(f"backbone {backbone.name!r} has no image preprocessing: call predict on prepared inputs")
+    return found
+
+
+def text_preprocessing(backbone: FrozenBackbone) -> TextPreprocessing:
+    """How a backbone takes texts.
+
+    Raises:
+        ClAdaptersError: it takes images, or says nothing of its inputs.
+    """
+    found = backbone.preprocessing
+    if isinstance(found, TextPreprocessing):
+        return found
+    if found is None:
+        raise ClAdaptersError(f"backbone {backbone.name!r} has no tokenizer: call predict on token ids")
+    raise ClAdaptersError(f"backbone {backbone.name!r} takes images, not texts: use predict_files, or give image files")
+
 
 def answer_files(
     model: AdapterModel, files: Sequence[str | Path], batch: int, predictor: Predictor | None
 ) -> list[Answer]:
     """Classify image files; see :meth:`AdapterModel.predict_files`."""
-    preprocessing = model.backbone.preprocessing
-    if preprocessing is None:
-        raise ClAdaptersError("this backbone has no image preprocessing: call predict on prepared inputs")
-    transform = preprocessing.eval_transform()
+    transform = image_preprocessing(model.backbone).eval_transform()
     answers: list[Answer] = []
     for start in range(0, len(files), batch):
         part = files[start : start + batch]
@@ -59,7 +93,18 @@ def answer_files(
     return answers
 
 
-def explained(model: AdapterModel, file: str | Path, prediction: Prediction, row: int) -> Answer:
+def answer_texts(model: AdapterModel, texts: Sequence[str], batch: int, predictor: Predictor | None) -> list[Answer]:
+    """Classify texts, those of similar length together; see :meth:`AdapterModel.predict_texts`."""
+    tokens_BN = text_preprocessing(model.backbone).encode(texts)
+    order_B = mask_of(tokens_BN).sum(1).argsort(descending=True, stable=True)
+    answers: dict[int, Answer] = {}
+    for rows in order_B.split(batch) if len(texts) else ():
+        prediction = model.answer(tokens_BN[rows], predictor=predictor)
+        answers |= {row: explained(model, texts[row], prediction, i) for i, row in enumerate(rows.tolist())}
+    return [answers[row] for row in range(len(texts))]
+
+
+def explained(model: AdapterModel, given: str | Path, prediction: Prediction, row: int) -> Answer:
     """One row of a prediction as an answer."""
     scores_C = prediction.logits[row].float().softmax(0).cpu()
     best = scores_C.topk(min(5, len(scores_C)))
@@ -67,7 +112,7 @@ def explained(model: AdapterModel, file: str | Path, prediction: Prediction, row
     ranking = tuple(zip(names, best.values.tolist(), strict=True))
     slot = int(prediction.adapter[row])
     return Answer(
-        file=str(file),
+        input=str(given),
         label=model.classes[int(best.indices[0])],
         name=ranking[0][0],
         score=ranking[0][1],

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, TypeVar
 import torch
 from torch import Tensor, nn
 
-from cl_adapters.answers import Answer, answer_files
+from cl_adapters.answers import Answer, answer_files, answer_texts
 from cl_adapters.backbone import FrozenBackbone
 from cl_adapters.bank import AdapterBank, Routes
 from cl_adapters.batches import Inputs, batch_size, take, to_device
@@ -70,8 +70,6 @@ class AdapterModel(nn.Module):
         self.origins: dict[int, Origin] = {}
         self.record_of_slot: tuple[str, ...] = ()
         self.to(backbone.device)
-
-    # --- structure -----------------------------------------------------------------------------------------------
 
     @property
     def num_slots(self) -> int:
@@ -143,8 +141,6 @@ class AdapterModel(nn.Module):
     def name_of(self, label: int) -> str:
         """Class name of a label, or its number as text."""
         return self.class_names.get(label, str(label))
-
-    # --- computing -----------------------------------------------------------------------------------------------
 
     def features(
         self,
@@ -228,11 +224,19 @@ class AdapterModel(nn.Module):
 
         Raises:
             DataError: a file that is no readable image, by name.
-            ClAdaptersError: the backbone has no image preprocessing.
+            ClAdaptersError: the backbone takes no images.
         """
         return answer_files(self, files, batch, predictor)
 
-    # --- files ---------------------------------------------------------------------------------------------------
+    def predict_texts(
+        self, texts: Sequence[str], batch: int = 64, *, predictor: Predictor | None = None
+    ) -> list[Answer]:
+        """Classify texts, ``batch`` of similar length at a time; the answers are in the order of the texts.
+
+        Raises:
+            ClAdaptersError: the backbone takes no texts.
+        """
+        return answer_texts(self, texts, batch, predictor)
 
     def save(self, path: str | Path, *, overwrite: bool = False, link_from: str | Path | None = None) -> Path:
         """Write the model (without the backbone's weights) as a folder, atomically; see ``model_files``.
@@ -247,18 +251,12 @@ class AdapterModel(nn.Module):
         """
         from cl_adapters.model_files import save_model
 
-        return save_model(
-            self, Path(path), overwrite=overwrite, link_from=None if link_from is None else Path(link_from)
-        )
+        link = None if link_from is None else Path(link_from)
+        return save_model(self, Path(path), overwrite=overwrite, link_from=link)
 
     @classmethod
     def load(cls, path: str | Path, backbone: FrozenBackbone | None = None, device: str = "cpu") -> AdapterModel:
-        """Read a saved model.
-
-        Args:
-            path: folder of :meth:`save`.
-            backbone: the backbone; default the recorded one is loaded again by name.
-            device: where to put it.
+        """Read a folder of :meth:`save`; without a ``backbone`` the recorded one is loaded again by name.
 
         Raises:
             StorageError: missing, altered or newer files.

@@ -18,7 +18,6 @@ from avalanche.core import BasePlugin
 from avalanche.training.plugins import EvaluationPlugin
 from avalanche.training.plugins.evaluation import default_evaluator
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from cl_adapters.backbone import FrozenBackbone
 from cl_adapters.bank import AdapterBank, Routes
@@ -31,6 +30,7 @@ from cl_adapters.randomness import derive, generator
 from cl_adapters.registry import Registry
 from cl_adapters.strategies.config import StrategyConfig, TrainingConfig, resolve
 from cl_adapters.strategies.lifecycle import LifeCycle
+from cl_adapters.strategies.order import reading_loader
 from cl_adapters.strategies.phases import Phase
 from cl_adapters.strategies.views import Views
 from cl_adapters.timing import Stopwatch
@@ -198,11 +198,8 @@ class AdapterStrategy(LifeCycle):
         Raises:
             DataError: a feature is not a finite number.
         """
-        loader = DataLoader(
-            self.experience.dataset.eval(),
-            batch_size=self.config.eval_mb_size,
-            num_workers=self._loader_options.get("num_workers", 0),
-        )
+        workers = self._loader_options.get("num_workers", 0)
+        loader, back_N = reading_loader(self.experience.dataset.eval(), self.config.eval_mb_size, workers)
         features, labels = [], []
         with torch.inference_mode():
             for x, y, *_ in loader:
@@ -211,7 +208,7 @@ class AdapterStrategy(LifeCycle):
         if not all(f_BD.isfinite().all() for f_BD in features):
             raise DataError("features of the training images are not finite: check the images and the learning rate")
         # out of inference mode, so that later code may save or differentiate through what is built from them
-        return torch.cat(features).clone(), self.model.columns_of(torch.cat(labels))
+        return torch.cat(features)[back_N].clone(), self.model.columns_of(torch.cat(labels)[back_N])
 
     def next_order(self) -> torch.Generator:
         """The generator that shuffles the next pass over this task's images."""

@@ -8,15 +8,15 @@ from typing import Any, ClassVar
 import torch
 from avalanche.training.templates import SupervisedTemplate
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from cl_adapters.errors import ClAdaptersError, TrainingDiverged
 from cl_adapters.parts.keys import Keys
 from cl_adapters.randomness import derive, generator, isolated, seed_globals
 from cl_adapters.strategies.expansion import Expansion
 from cl_adapters.strategies.experiences import check_experience, experience_classes
+from cl_adapters.strategies.order import lengths_of, training_loader
 from cl_adapters.strategies.phases import Batch, Phase
-from cl_adapters.strategies.views import ExplicitOrder, ViewLoader, Views
+from cl_adapters.strategies.views import ViewLoader, Views
 
 
 class LifeCycle(SupervisedTemplate):
@@ -66,19 +66,18 @@ class LifeCycle(SupervisedTemplate):
         super().train_dataset_adaptation(**kwargs)
 
     def make_train_dataloader(self, **kwargs: Any) -> None:
-        """Avalanche's loader, or one in the strategy's own order."""
+        """Avalanche's loader, or one in the strategy's own order: always for texts, which it batches by length."""
         self._visits = 0
-        if not self.explicit_order:
+        data = self.adapted_dataset
+        if not self.explicit_order and (lengths_of(data) is None or not kwargs.get("shuffle", True)):
             super().make_train_dataloader(**kwargs)
         else:
-            data = self.adapted_dataset
-            draw = self.next_order
-            self.dataloader = DataLoader(
+            self.dataloader = training_loader(
                 data,
-                batch_size=self.train_mb_size,
-                sampler=ExplicitOrder(len(data), draw),
+                self.train_mb_size,
+                self.next_order,
                 num_workers=kwargs.get("num_workers", 0),
-                drop_last=kwargs.get("drop_last", False) and len(data) >= self.train_mb_size,
+                drop_last=kwargs.get("drop_last", False),
             )
         self._own_images = self.dataloader
 
@@ -200,8 +199,8 @@ class LifeCycle(SupervisedTemplate):
         keys = dict(self.model.parts.items()).get("class_keys")
         if self.model.record_of_slot or not isinstance(keys, Keys | None):
             raise ClAdaptersError(
-                "this model was made from a pool, which keeps no class statistics and nothing else that training goes on "
-                "from: take model.save(folder) or a run's checkpoint; or train other classes apart, and put their "
+                "this model was made from a pool, which keeps no class statistics and nothing else that training goes "
+                "on from: take model.save(folder) or a run's checkpoint; or train other classes apart, and put their "
                 "adapters into the pool with AdapterPool.copy_to"
             )
 

@@ -14,7 +14,6 @@ from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor, nn
-from torch.utils.data import DataLoader
 
 from cl_adapters.adapters.base import AdapterField
 from cl_adapters.adapters.bottleneck import Bottleneck
@@ -30,8 +29,9 @@ from cl_adapters.predictors.mixture import MixtureOfAdapters
 from cl_adapters.strategies.base import AdapterStrategy, strategies
 from cl_adapters.strategies.config import StrategyConfig, TrainingConfig
 from cl_adapters.strategies.expansion import Expansion
+from cl_adapters.strategies.order import training_loader
 from cl_adapters.strategies.phases import Batch, ParamGroup, Phase, current_task_loss
-from cl_adapters.strategies.views import ExplicitOrder, ViewLoader
+from cl_adapters.strategies.views import ViewLoader
 
 
 def _adapter() -> Bottleneck:
@@ -243,8 +243,8 @@ class SEMA(AdapterStrategy):
         def passes(epoch: int) -> Iterable[Mapping[int, Tensor]]:
             if views is None:
                 return self._pooled(self._loader(config.train_mb_size, min(blocks)), blocks)
-            drawn = views.draw(self.next_order())
-            return ({b: p_MD[rows] for b, p_MD in store.items()} for rows in drawn.split(config.train_mb_size))
+            drawn = views.batches(config.train_mb_size, self.next_order())
+            return ({b: p_MD[rows] for b, p_MD in store.items()} for rows in drawn)
 
         trained = [p for block, slot in pairs for p in self.novelty.descriptor(block, slot).parameters()]
         self.trainable_parameters = max(self.trainable_parameters, sum(p.numel() for p in trained))
@@ -264,9 +264,8 @@ class SEMA(AdapterStrategy):
         views = self.views()
         if views is not None:
             return ViewLoader(views, depth, self.routes(), batch=batch, draw=self.next_order)
-        order = ExplicitOrder(len(self.adapted_dataset), self.next_order)
         workers = self._loader_options.get("num_workers", 0)
-        return DataLoader(self.adapted_dataset, batch_size=batch, sampler=order, num_workers=workers)
+        return training_loader(self.adapted_dataset, batch, self.next_order, num_workers=workers)
 
     def _pooled(
         self, loader: Iterable[Sequence[Tensor]], blocks: Sequence[int], start: int | None = None

@@ -9,7 +9,7 @@ epoch); without augmentation one view gives the numbers of the uncached run.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,6 +20,7 @@ from cl_adapters.bank import Routes
 from cl_adapters.hidden_store import HiddenStore
 from cl_adapters.model import AdapterModel
 from cl_adapters.randomness import isolated, seed_globals
+from cl_adapters.strategies.order import Draw, length_batches, lengths_of
 
 
 class Views:
@@ -29,7 +30,7 @@ class Views:
 
     Args:
         model: backbone and bank.
-        dataset: yields (image, label, ...), augmented by the global random generators.
+        dataset: yields (image, label, ...), augmented by the global random generators; or texts, with ``lengths``.
         seeds: one per view, for the augmentation.
         batch: images per forward pass.
         memory_mb: limit per depth, see :class:`HiddenStore`.
@@ -51,8 +52,9 @@ class Views:
     ) -> None:
         self.model = model
         self.labels = torch.tensor([int(label) for label in dataset.targets])
+        self._lengths_N = lengths_of(dataset)
         self._dataset = dataset
-        self._seeds = seeds
+        self._seeds = seeds if self._lengths_N is None else seeds[:1]  # texts are not augmented: views would be equal
         self._batch = batch
         self._memory_mb = memory_mb
         self._num_workers = num_workers
@@ -89,6 +91,24 @@ class Views:
         order = torch.randperm(len(self), generator=generator)
         chosen = torch.randint(self.views, (len(order),), generator=generator)
         return chosen * len(self) + order
+
+    def batches(self, batch: int, generator: torch.Generator, drop_last: bool = False) -> Sequence[Tensor]:
+        """A new order with a view for each sample, in batches: those of :meth:`draw`, or of similar length for texts.
+
+        Args:
+            batch: samples per batch.
+            generator: of everything drawn.
+            drop_last: leave out an incomplete batch.
+
+        Returns:
+            Places in :meth:`everything`, int64.
+        """
+        if self._lengths_N is None:
+            parts = self.draw(generator).split(batch)
+            return parts[: len(self) // batch] if drop_last else parts
+        rows = length_batches(self._lengths_N, batch, generator, drop_last=drop_last)
+        chosen = torch.randint(self.views, (len(self),), generator=generator)
+        return [chosen[part] * len(self) + part for part in rows]
 
     def changed(self, block: int) -> None:
         """Forget what lies behind a block whose adapters changed."""
@@ -138,7 +158,7 @@ class ViewLoader:
         routes: Routes | None,
         *,
         batch: int,
-        draw: Callable[[], torch.Generator],
+        draw: Draw,
         drop_last: bool = False,
     ) -> None:
         self.start = start
@@ -152,27 +172,7 @@ class ViewLoader:
         return (math.floor if self._drop_last else math.ceil)(len(self._views) / self._batch)
 
     def __iter__(self) -> Iterator[list[Tensor]]:
-        drawn = self._views.draw(self._draw())
-        for places in drawn.split(self._batch)[: len(self)]:
+        for places in self._views.batches(self._batch, self._draw(), self._drop_last):
             rows = places % len(self._views)
             labels = self._views.labels[rows]
             yield [self._store.read(places // len(self._views), rows), labels, torch.zeros_like(labels)]
-
-
-class ExplicitOrder(torch.utils.data.Sampler[int]):
-    """The order of :class:`ViewLoader`, for a loader of images.
-
-    Args:
-        samples: N.
-        draw: gives the generator of the next pass.
-    """
-
-    def __init__(self, samples: int, draw: Callable[[], torch.Generator]) -> None:
-        self._samples = samples
-        self._draw = draw
-
-    def __len__(self) -> int:
-        return self._samples
-
-    def __iter__(self) -> Iterator[int]:
-        yield from torch.randperm(self._samples, generator=self._draw()).tolist()

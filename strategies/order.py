@@ -1,0 +1,142 @@
+"""The order in which samples are read: plain, or by length where samples have one (texts), so that little is padded."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch.utils.data import DataLoader, Sampler
+
+WINDOW = 32
+"""Batches that are sorted by length together: more waste less padding, but mix the samples less."""
+
+Draw = Callable[[], torch.Generator]
+"""Gives the generator of the next pass."""
+
+
+def lengths_of(dataset: Any) -> Tensor | None:
+    """Tokens of each sample, int64 [N], where the data set has ``lengths``; images have none."""
+    found = getattr(dataset, "lengths", None)
+    return None if found is None else torch.tensor([int(length) for length in found])
+
+
+def length_batches(
+    lengths_N: Tensor, batch: int, generator: torch.Generator, *, drop_last: bool = False, window: int = WINDOW
+) -> list[Tensor]:
+    """Random batches of samples of similar length.
+
+    A permutation is cut into windows of ``window`` batches, each window is sorted by length (equal lengths stay in
+    the order of the permutation) and cut into batches, and the order of all batches is drawn again.
+
+    Args:
+        lengths_N: int, tokens per sample.
+        batch: samples per batch.
+        generator: of the permutation, then of the order of the batches.
+        drop_last: leave out the end of the permutation that fills no batch.
+        window: batches per window.
+
+    Returns:
+        Rows of each batch, int64; every sample is in one of them.
+    """
+    order_N = torch.randperm(len(lengths_N), generator=generator)
+    if drop_last and len(order_N) >= batch:  # before sorting: what is left out must not be the longest
+        order_N = order_N[: len(order_N) // batch * batch]
+    batches = [
+        part
+        for rows in order_N.split(window * batch)
+        for part in rows[lengths_N[rows].argsort(stable=True)].split(batch)
+    ]
+    return [batches[place] for place in torch.randperm(len(batches), generator=generator).tolist()]
+
+
+class ExplicitOrder(Sampler[int]):
+    """A new permutation for each pass.
+
+    Args:
+        samples: N.
+        draw: gives the generator of the next pass.
+    """
+
+    def __init__(self, samples: int, draw: Draw) -> None:
+        self._samples = samples
+        self._draw = draw
+
+    def __len__(self) -> int:
+        return self._samples
+
+    def __iter__(self) -> Iterator[int]:
+        yield from torch.randperm(self._samples, generator=self._draw()).tolist()
+
+
+class LengthBatches(Sampler[list[int]]):
+    """New :func:`length_batches` for each pass.
+
+    Args:
+        lengths_N: int, tokens per sample.
+        batch: samples per batch.
+        draw: gives the generator of the next pass.
+        drop_last: leave out an incomplete batch.
+    """
+
+    def __init__(self, lengths_N: Tensor, batch: int, draw: Draw, drop_last: bool = False) -> None:
+        self._lengths_N = lengths_N
+        self._batch = batch
+        self._draw = draw
+        self._drop_last = drop_last
+
+    def __len__(self) -> int:
+        whole = self._drop_last and len(self._lengths_N) >= self._batch
+        return (math.floor if whole else math.ceil)(len(self._lengths_N) / self._batch)
+
+    def __iter__(self) -> Iterator[list[int]]:
+        batches = length_batches(self._lengths_N, self._batch, self._draw(), drop_last=self._drop_last)
+        yield from (rows.tolist() for rows in batches)
+
+
+def training_loader(
+    dataset: Any, batch: int, draw: Draw, *, num_workers: int = 0, drop_last: bool = False
+) -> DataLoader[Any]:
+    """A loader in an order of its own for each pass: of similar length per batch where samples have lengths.
+
+    Args:
+        dataset: with ``lengths`` where samples have them.
+        batch: samples per batch.
+        draw: gives the generator of the next pass.
+        num_workers: of the loader.
+        drop_last: leave out an incomplete batch, unless it is the only one.
+    """
+    lengths_N = lengths_of(dataset)
+    if lengths_N is not None:
+        return DataLoader(
+            dataset, batch_sampler=LengthBatches(lengths_N, batch, draw, drop_last), num_workers=num_workers
+        )
+    return DataLoader(
+        dataset,
+        batch_size=batch,
+        sampler=ExplicitOrder(len(dataset), draw),
+        num_workers=num_workers,
+        drop_last=drop_last and len(dataset) >= batch,
+    )
+
+
+def reading_loader(dataset: Any, batch: int, num_workers: int = 0) -> tuple[DataLoader[Any], Tensor]:
+    """A loader that runs through a data set once, the longest samples first where they have lengths.
+
+    Args:
+        dataset: with ``lengths`` where samples have them.
+        batch: samples per batch.
+        num_workers: of the loader.
+
+    Returns:
+        The loader, and ``back_N`` (int64 [N]): what was computed in the loader's order, indexed with it, is in the
+        order of the data set.
+    """
+    lengths_N = lengths_of(dataset)
+    order_N = torch.arange(len(dataset))
+    if lengths_N is not None:
+        order_N = lengths_N.argsort(descending=True, stable=True)
+    loader: DataLoader[Any] = DataLoader(dataset, batch_size=batch, sampler=order_N.tolist(), num_workers=num_workers)
+    return loader, order_N.argsort()
