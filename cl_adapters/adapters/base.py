@@ -100,10 +100,15 @@ def adapter_from(value: Any) -> AdapterType:
 
     Raises:
         UnknownName: no such type.
-        ConfigError: unknown option, wrong type or range.
+        ConfigError: unknown option, wrong type or range; a configuration of PEFT, which needs a backbone.
     """
     if isinstance(value, AdapterType):
         return value
+    if hasattr(value, "peft_type") or (isinstance(value, Mapping) and "peft_type" in value):
+        raise ConfigError(
+            "a configuration of PEFT names layers of one backbone; read it for yours with "
+            "cl_adapters.interchange.lora_from_peft(config, backbone), which gives the options adapter and blocks"
+        )
     options = {"type": value} if isinstance(value, str) else dict(value)
     return build(adapters.get(options.pop("type", "bottleneck")), options, "adapter")
 

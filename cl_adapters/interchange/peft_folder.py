@@ -13,7 +13,9 @@ value in one fused projection [q | k | v], our sites are its thirds; their adapt
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import get_args
 
+from cl_adapters.adapters.lora import Target
 from cl_adapters.backbone import FrozenBackbone
 from cl_adapters.errors import IncompatibleBackbone
 from cl_adapters.sites import Site, Tap
@@ -42,6 +44,18 @@ def by_module(sites: Iterable[Site]) -> dict[str, list[Site]]:
             )
         found.setdefault(module, []).append(site)
     return {module: sorted(at, key=lambda site: site.third or 0) for module, at in found.items()}
+
+
+def lora_layers(backbone: FrozenBackbone) -> dict[str, list[Site]]:
+    """The sites on each linear layer of the backbone that LoRA knows."""
+    return by_module(site for kind in get_args(Target) for site in _sites(backbone, kind))
+
+
+def _sites(backbone: FrozenBackbone, kind: str) -> tuple[Site, ...]:
+    try:
+        return backbone.sites(kind)
+    except IncompatibleBackbone:
+        return ()
 
 
 def rows_of(site: Site) -> slice:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import json
-import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -19,6 +17,15 @@ from cl_adapters.adapters.lora import LoRA, Target
 from cl_adapters.backbone import FrozenBackbone
 from cl_adapters.errors import ClAdaptersError, IncompatibleBackbone, StorageError
 from cl_adapters.files import read_json
+from cl_adapters.interchange.peft_config import (
+    PATTERNS,
+    PLAIN,
+    beyond_lora,
+    dropout_of,
+    keeps_base,
+    read_config,
+    scale_of,
+)
 from cl_adapters.interchange.peft_folder import (
     CONFIG,
     OURS,
@@ -26,26 +33,12 @@ from cl_adapters.interchange.peft_folder import (
     PREFIX,
     SCHEMA_VERSION,
     TENSORS,
-    by_module,
     height_of,
+    lora_layers,
     rows_of,
 )
 from cl_adapters.merge.adapters import Factors
 from cl_adapters.sites import Site
-
-LIMIT = 2**20
-"""Most bytes of a configuration that is read."""
-TAKEN = {"r", "lora_alpha", "use_rslora", "alpha_pattern", "rank_pattern", "lora_dropout", "init_lora_weights"}
-"""Fields of the configuration that matter and are understood."""
-HARMLESS = {
-    *("peft_type", "peft_version", "task_type", "auto_mapping", "base_model_name_or_path", "revision"),
-    *("inference_mode", "target_modules", "exclude_modules", "layers_to_transform", "layers_pattern"),
-    *("megatron_config", "megatron_core", "qalora_group_size", "ensure_weight_tying"),
-    *("loftq_config", "eva_config", "corda_config", "lora_ga_config"),
-}
-"""Fields that say what the tensors say anyway, or where they came from."""
-KEEPS_BASE = {True, False, None, "gaussian", "orthogonal", "eva", "mica"}
-"""Initialisations that leave the backbone's weights alone."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -70,27 +63,28 @@ def import_peft(folder: str | Path, backbone: FrozenBackbone, adapter: LoRA | No
 
     Args:
         folder: with adapter_config.json and adapter_model.safetensors.
-        backbone: the one that it was trained on. Module names may have a prefix ("bert.encoder.layer.0...").
+        backbone: the one that it was trained on. Where it was trained inside a model with a head, the names of all its
+            layers begin with the encoder's name there ("model.layers.0..." of LlamaForCausalLM, "bert.encoder...").
         adapter: the type that the result shall have, such as that of a bank; default: what fits.
 
     Raises:
         StorageError: files that are missing, damaged or pickles, or more than plain LoRA.
-        IncompatibleBackbone: layers that are not the backbone's query, key and value projections, or another backbone
-            than the one noted at the export.
+        IncompatibleBackbone: layers that are not known as sites of the backbone, or another backbone than the one noted
+            at the export.
         ClAdaptersError: the adapter does not fit the given type.
     """
     folder = Path(folder)
     config = _read_config(folder)
     _check_origin(folder, backbone)
-    layers = by_module(site for kind in get_args(Target) for site in _sites(backbone, kind))
+    layers = lora_layers(backbone)
     if not layers:
-        raise IncompatibleBackbone(f"backbone {backbone.name!r} has no query, key or value projections to adapt")
-    factors = _compact(_by_site(_read_pairs(folder, config), layers))
+        raise IncompatibleBackbone(f"backbone {backbone.name!r} has no linear layers that LoRA knows")
+    factors = _compact(_by_site(_named_as_here(_read_pairs(folder, config), layers), layers))
     kinds = {site.kind for site in factors}
     found = LoRA(
         rank=max(len(a_RD) for a_RD, _ in factors.values()),
         targets=tuple(kind for kind in get_args(Target) if kind in kinds),
-        dropout=_dropout(config, folder / CONFIG),
+        dropout=dropout_of(config, str(folder / CONFIG)),
     )
     if adapter is not None:
         _check_fits(found, adapter)
@@ -103,22 +97,22 @@ def import_peft(folder: str | Path, backbone: FrozenBackbone, adapter: LoRA | No
     return ImportedAdapter(adapter=found, tensors=tensors)
 
 
-# --- thirds ------------------------------------------------------------------------------------------------------
+# --- names and thirds -------------------------------------------------------------------------------------------
 
 
 def _by_site(pairs: Mapping[str, Factors], layers: Mapping[str, list[Site]]) -> dict[Site, Factors]:
     """Every layer's factors at its sites: A whole, of B their rows; without the thirds that are nowhere changed."""
     found: dict[Site, Factors] = {}
     for module, (a_RD, b_OR) in pairs.items():
-        at = layers[_layer(module, layers)]
-        if (a_RD.shape[1], len(b_OR)) != (at[0].width, height_of(at)) or at[0] in found:
+        at = layers[module]
+        if (a_RD.shape[1], len(b_OR)) != (at[0].width, height_of(at)):
             raise IncompatibleBackbone(
                 f"the adapter changes a matrix of {len(b_OR)} x {a_RD.shape[1]} at {module!r}, the backbone has one "
                 f"of {height_of(at)} x {at[0].width} there"
             )
         found |= {site: (a_RD, b_OR[rows_of(site)]) for site in at}
     changed = {site.kind for site, (_, b_OR) in found.items() if b_OR.any()}
-    return {site: pair for site, pair in found.items() if not changed or site.kind in changed}
+    return {site: pair for site, pair in found.items() if site.third is None or not changed or site.kind in changed}
 
 
 def _compact(factors: dict[Site, Factors]) -> dict[Site, Factors]:
@@ -147,20 +141,30 @@ def _check_fits(found: LoRA, adapter: LoRA) -> None:
         )
 
 
-def _sites(backbone: FrozenBackbone, kind: str) -> tuple[Site, ...]:
-    try:
-        return backbone.sites(kind)
-    except IncompatibleBackbone:
-        return ()
+def _named_as_here(pairs: Mapping[str, Factors], layers: Mapping[str, list[Site]]) -> dict[str, Factors]:
+    """The factors by the backbone's names of its layers: without what stands before all of them."""
+    found: dict[str, Factors] = {}
+    before: dict[str, str] = {}
+    for module, pair in pairs.items():
+        known = _layer(module, layers)
+        before[module.removesuffix(known)] = module
+        found[known] = pair
+    if len(before) > 1:  # two towers, or two encoders in one model: which of them is the backbone?
+        raise IncompatibleBackbone(
+            f"the adapter changes {' and '.join(map(repr, list(before.values())[:2]))}, which are layers of different "
+            "encoders; only an adapter of one encoder can be imported"
+        )
+    return found
 
 
 def _layer(module: str, layers: Mapping[str, list[Site]]) -> str:
     for known in layers:
         if module == known or module.endswith(f".{known}"):
             return known
+    kinds = dict.fromkeys(site.kind for at in layers.values() for site in at)
     raise IncompatibleBackbone(
-        f"the adapter changes {module!r}, but LoRA is known here only for the attention's query, key and value "
-        f"projections, such as {next(iter(layers))!r}"
+        f"the adapter changes {module!r}, but of this backbone LoRA knows only the layers {', '.join(kinds)}, such as "
+        f"{next(iter(layers))!r}"
     )
 
 
@@ -168,25 +172,14 @@ def _layer(module: str, layers: Mapping[str, list[Site]]) -> str:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    path = folder / CONFIG
-    try:
-        if path.stat().st_size > LIMIT:
-            raise StorageError(f"{path} is larger than {LIMIT} bytes; that is no adapter's configuration")
-        config = json.loads(path.read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
-        raise StorageError(f"{path} is missing; a PEFT folder has it") from error
-    except (OSError, ValueError, RecursionError) as error:
-        raise StorageError(f"{path} cannot be read as JSON: {error}") from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else None
-        raise StorageError(f"{path} is of peft_type {kind!r}; only LORA can be read (PEFT's convert_to_lora may help)")
-    for field, value in config.items():
-        if field not in TAKEN | HARMLESS and value not in (None, False, "none", "", [], {}):
-            raise StorageError(f"{path} uses {field}={value!r}; only plain LoRA can be read")
+    config, where = read_config(folder / CONFIG)
+    problem = beyond_lora(config, PLAIN | PATTERNS)
+    if problem is not None:
+        raise StorageError(f"{where} {problem}")
     start = config.get("init_lora_weights")
-    if not isinstance(start, bool | str | None) or start not in KEEPS_BASE:
+    if not keeps_base(start):
         raise StorageError(
-            f"{path} was initialised with {start!r}, which also changes the backbone; save it in PEFT with "
+            f"{where} was initialised with {start!r}, which also changes the backbone; save it in PEFT with "
             "path_initial_model_for_weight_conversion, as a change of the original backbone"
         )
     return config
@@ -242,13 +235,6 @@ def _read_tensors(folder: Path) -> dict[str, Tensor]:
         raise StorageError(f"{path} is not a readable safetensors file: {error}") from error
 
 
-def _dropout(config: Mapping[str, Any], path: Path) -> float:
-    rate = config.get("lora_dropout") or 0.0
-    if not isinstance(rate, int | float) or not 0 <= rate < 1:
-        raise StorageError(f"{path}: lora_dropout must be in [0, 1), got {rate!r}")
-    return float(rate)
-
-
 def _scaling(module: str, rank: int, config: Mapping[str, Any], path: Path) -> float:
     ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
     if not isinstance(ranks, dict) or not isinstance(alphas, dict):
@@ -256,9 +242,7 @@ def _scaling(module: str, rank: int, config: Mapping[str, Any], path: Path) -> f
     noted, alpha = (_of_module(module, *one) for one in ((ranks, config.get("r")), (alphas, config.get("lora_alpha"))))
     if noted != rank:
         raise StorageError(f"{path} says that {module!r} has rank {noted!r}, its tensors have {rank}")
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise StorageError(f"{path}: lora_alpha must be a number, got {alpha!r}")
-    return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return scale_of(config, rank, alpha, str(path))
 
 
 def _of_module(module: str, patterns: Mapping[str, Any], default: Any) -> Any:
