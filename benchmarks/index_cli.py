@@ -15,6 +15,7 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cl_adapters.benchmarks.predict_cli import TextFile, Texts, given_texts
 from cl_adapters.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -87,8 +88,10 @@ def build_command(
 def query_command(
     pool: Pool,
     inputs: Annotated[
-        list[Path], typer.Argument(help="Image files, folders of them, or .npy files of features [N, D].")
-    ],
+        list[Path] | None, typer.Argument(help="Image files, folders of them, or .npy files of features [N, D].")
+    ] = None,
+    text: Texts = None,
+    text_file: TextFile = None,
     k: Annotated[int, typer.Option(help="Nearest keys per input.", min=1)] = 5,
     tag: Annotated[list[str] | None, typer.Option(help="Only adapters with this tag; may be repeated.")] = None,
     threshold: Annotated[
@@ -98,10 +101,13 @@ def query_command(
     name: Name = "default",
     as_json: Json = False,
 ) -> None:
-    """Show the nearest classes and adapters of images or features."""
+    """Show the nearest classes and adapters of images, texts or features."""
+    texts = given_texts(text, text_file)
+    if bool(inputs) == bool(texts):
+        raise ConfigError("give image files or .npy files of features, or --text TEXT" + (", not both" * bool(texts)))
     opened = _pool(pool)
     index = _index(opened, name, stale)
-    names, features = _features(opened, inputs)
+    names, features = (texts, _encoded_texts(opened.backbone, texts)) if texts else _features(opened, inputs or [])
     threshold = index.threshold if threshold is None else threshold
     answers = index.hits(index.search_features(features, k, tags=tag or ()))
     known = [_is_known(hits, threshold) for hits in answers]
@@ -197,16 +203,29 @@ def _images(inputs: Sequence[Path]) -> list[Path]:
 def _encoded(backbone: FrozenBackbone, files: Sequence[Path]) -> Tensor:
     import torch
 
+    from cl_adapters.answers import image_preprocessing
     from cl_adapters.images import decode_image
 
-    if backbone.preprocessing is None:
-        raise ConfigError("the pool's backbone has no image preprocessing: give features as a .npy file")
-    transform = backbone.preprocessing.eval_transform()
+    transform = image_preprocessing(backbone).eval_transform()
     parts = []
     with torch.no_grad():
         for start in range(0, len(files), BATCH):
             images = [transform(decode_image(file)) for file in files[start : start + BATCH]]
             parts.append(backbone.features(torch.stack(images)))
+    return torch.cat(parts)
+
+
+def _encoded_texts(backbone: FrozenBackbone, texts: Sequence[str]) -> Tensor:
+    import torch
+
+    from cl_adapters.answers import text_preprocessing
+
+    preprocessing = text_preprocessing(backbone)
+    with torch.no_grad():
+        parts = [
+            backbone.features(preprocessing.encode(texts[start : start + BATCH]).to(backbone.device)).float().cpu()
+            for start in range(0, len(texts), BATCH)
+        ]
     return torch.cat(parts)
 
 
