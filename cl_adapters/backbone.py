@@ -102,7 +102,12 @@ class FrozenBackbone(nn.Module):
         """
         from cl_adapters.backbone_sources import open_source
 
-        options = {"pooling": pooling, "max_length": max_length, "dtype": dtype, "quantization": quantization}
+        options: dict[str, Any] = {
+            "pooling": pooling,
+            "max_length": max_length,
+            "dtype": dtype,
+            "quantization": quantization,
+        }
         opened = open_source(name, weights=weights, img_size=img_size, crop_pct=crop_pct, **options)
         return cls.wrap(
             opened.encoder,

@@ -209,7 +209,7 @@ def require_transformers(encoder: nn.Module) -> None:
 
 
 @functools.cache
-def _parameters(cls: type[nn.Module]) -> frozenset[str]:
+def _parameters(cls: Any) -> frozenset[str]:
     return frozenset(inspect.signature(cls.forward).parameters)
 
 

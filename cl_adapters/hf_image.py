@@ -48,7 +48,8 @@ def _side(size: Any) -> int | None:
     if size is None or isinstance(size, int):
         return size
     named = dict(size) if isinstance(size, dict) else {key: getattr(size, key, None) for key in _KEYS}
-    return next((int(named[key]) for key in _KEYS if named.get(key)), None)
+    sides = (named.get(key) for key in _KEYS)
+    return next((int(side) for side in sides if side), None)
 
 
 _KEYS = ("shortest_edge", "height", "width")

@@ -137,11 +137,14 @@ def _without_random_parts(encoder: Any, missing: list[str], place: str) -> nn.Mo
 def _text_preprocessing(library: Any, place: str, encoder: nn.Module, max_length: int | None) -> TextPreprocessing:
     try:
         tokenizer = library.AutoTokenizer.from_pretrained(place, trust_remote_code=False)
+        reason = "" if set(tokenizer.get_vocab()) - set(tokenizer.all_special_tokens) else "it knows no word"
     except Exception as error:  # what is raised differs with the kind of tokenizer that is missing
+        reason = f"{type(error).__name__}: {_short(error)}"
+    if reason:
         raise BackboneUnavailable(
-            f"{place} takes texts, but no tokenizer can be loaded from it ({type(error).__name__}: "
-            f"{_short(error)}): save the model's tokenizer there with tokenizer.save_pretrained"
-        ) from error
+            f"{place} takes texts, but no tokenizer can be loaded from it ({reason}): save the model's tokenizer there "
+            "with tokenizer.save_pretrained"
+        )
     places = positions_of(encoder)
     if max_length is not None and places is not None and max_length > places:
         raise ConfigError(f"max_length={max_length}, but {place} has {places} positions: choose at most {places}")
