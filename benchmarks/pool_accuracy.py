@@ -1,4 +1,4 @@
-"""What a change of a pool does to its accuracy: the test images of a benchmark, answered before and after."""
+"""What a change of a pool does to its accuracy: the test samples of a benchmark, answered before and after."""
 
 from __future__ import annotations
 
@@ -10,7 +10,8 @@ import torch
 from torch.utils.data import DataLoader
 
 from cl_adapters.benchmarks.base import BenchmarkData, benchmarks
-from cl_adapters.benchmarks.datasets import ImageDataset, task_indices
+from cl_adapters.benchmarks.datasets import as_dataset, task_indices
+from cl_adapters.benchmarks.prepared import prepare
 from cl_adapters.benchmarks.spec import parse_benchmark
 from cl_adapters.errors import ClAdaptersError, ConfigError, PoolError
 from cl_adapters.model import AdapterModel
@@ -24,11 +25,11 @@ BATCH = 128
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkItems:
-    """Test images of some classes.
+    """Test samples of some classes.
 
     Attributes:
         data: the benchmark.
-        indices: positions in its test images, by class.
+        indices: positions among its test samples, by class.
     """
 
     data: BenchmarkData
@@ -42,26 +43,26 @@ class Change:
     Attributes:
         before: percent right.
         after: percent right.
-        images: how many were asked.
+        samples: how many were asked.
         benchmark: where they are from.
         predictor: registered name of the inference rule of both.
     """
 
     before: float
     after: float
-    images: int
+    samples: int
     benchmark: str
     predictor: str
 
 
 def items_for(records: Sequence[Record], benchmark: str | None, seed: int, limit: int | None) -> BenchmarkItems:
-    """The test images of the records' classes.
+    """The test samples of the records' classes.
 
     Args:
         records: whose classes are asked for.
         benchmark: "NAME" or "NAME:ARGUMENT"; None: the one that all records name.
         seed: of the benchmark.
-        limit: images per class; None: all.
+        limit: samples per class; None: all.
 
     Raises:
         UnknownName, ConfigError: no such benchmark; the records name none, or several; or its classes are others.
@@ -87,7 +88,7 @@ def change(
     after: tuple[AdapterPool, Sequence[str] | None],
     items: BenchmarkItems,
 ) -> Change:
-    """Answer the same images by some records of one pool and by some of another.
+    """Answer the same samples by some records of one pool and by some of another.
 
     Both models predict by the pool's own rule; where one of them cannot, because its rule needs an adapter that is not
     among the records, both take the adapter of the nearest key.
@@ -99,7 +100,7 @@ def change(
 
     Raises:
         PoolError: the records make no model.
-        ConfigError: the backbone takes no images.
+        ConfigError: the backbone takes no such samples.
     """
     models = _models(before, after)
     right = [_right(model, items) for model in models]
@@ -107,7 +108,7 @@ def change(
     return Change(
         before=shares[0],
         after=shares[1],
-        images=len(items.indices),
+        samples=len(items.indices),
         benchmark=items.data.name,
         predictor=predictors.name_of(models[0].predictor),
     )
@@ -121,7 +122,7 @@ def benchmark_text(name: str, config: object) -> str:
         config: its settings.
     """
     argument = benchmarks.get(name).argument
-    if argument is None or not hasattr(type(config), argument):  # no default: a path
+    if argument is None or not hasattr(type(config), argument):  # no default: a path of the user's
         return name
     value = getattr(config, argument)
     return name if value == getattr(type(config), argument) else f"{name}:{value}"
@@ -138,12 +139,10 @@ def _models(*pools: tuple[AdapterPool, Sequence[str] | None]) -> list[AdapterMod
 
 
 def _right(model: AdapterModel, items: BenchmarkItems) -> int:
-    preprocessing = model.backbone.preprocessing
-    if preprocessing is None:
-        raise ConfigError(f"backbone {model.backbone.name!r} takes no images")
     if not items.indices:
-        raise ClAdaptersError("there are no test images to ask")
-    dataset = ImageDataset(items.data.test, items.indices, preprocessing.eval_transform())
+        raise ClAdaptersError("there are no test samples to ask")
+    data, _, transform = prepare(items.data, model.backbone)
+    dataset = as_dataset(data.test, items.indices, transform)
     labels = torch.tensor(model.classes)
     found = 0
     for x, y in DataLoader(dataset, batch_size=BATCH):

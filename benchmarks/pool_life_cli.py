@@ -32,7 +32,7 @@ Benchmark = Annotated[
     str | None, typer.Option(help="Measures the accuracy before and after; default the one that the adapters name.")
 ]
 Seed = Annotated[int, typer.Option(help="Of the benchmark.", min=0)]
-Limit = Annotated[int | None, typer.Option(help="Test images per class; default all.", min=1)]
+Limit = Annotated[int | None, typer.Option(help="Test samples per class; default all.", min=1)]
 Accuracy = Annotated[bool, typer.Option("--accuracy/--no-accuracy", help="Measure it.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would come out, write nothing.")]
 
@@ -244,7 +244,7 @@ def _accuracy_line(measured: Change | str) -> str:
         return f"accuracy not measured: {measured}"
     return (
         f"accuracy {measured.before:.2f} % -> {measured.after:.2f} % ({measured.after - measured.before:+.2f}) on "
-        f"{measured.images} test images of {measured.benchmark}, predictor {measured.predictor}"
+        f"{measured.samples} test samples of {measured.benchmark}, predictor {measured.predictor}"
     )
 
 

@@ -143,7 +143,9 @@ def test_predict_with_a_file_that_is_no_image(place: Path, tmp_path: Path) -> No
     assert "config.json is missing" in failure("predict", "--run", str(tmp_path), str(tmp_path / "x.png"))
 
 
-@pytest.mark.parametrize("kind", ["strategies", "benchmarks", "adapters", "merges", "parts", "predictors"])
+@pytest.mark.parametrize(
+    "kind", ["strategies", "benchmarks", "adapters", "codecs", "indexes", "merges", "parts", "predictors"]
+)
 def test_every_plugin_is_listed_with_a_line(kind: str) -> None:
     result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["list", kind])
     assert result.exit_code == 0

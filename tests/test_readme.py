@@ -6,8 +6,10 @@ import re
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
 
 import pytest
+import typer
 from PIL import Image
 
 from cl_adapters.benchmarks.cli import app
@@ -35,7 +37,7 @@ def python(script: str, folder: Path) -> str:
 
 
 def test_the_python_of_the_readme_runs_as_printed(repo_root: Path, tmp_path: Path) -> None:
-    train, predict = blocks(repo_root, "python")
+    train, predict = blocks(repo_root, "python")[:2]
     assert len([line for line in train.splitlines() if line.strip()]) <= 11
     metrics = python(train, tmp_path)
     found = re.findall(r"Top1_Acc_Stream/eval_phase/test_stream\S* = ([0-9.]+)", metrics)
@@ -48,6 +50,17 @@ def test_the_python_of_the_readme_runs_as_printed(repo_root: Path, tmp_path: Pat
     assert name.isdigit()
 
 
+def test_the_pool_of_the_readme_prints_what_stands_there(repo_root: Path, tmp_path: Path) -> None:
+    """Trained in one process, asked in another; every line as printed, but for blanks at its end."""
+    train, ask = blocks(repo_root, "python")[2:]
+    (expected,) = blocks(repo_root, "text")
+    assert "avalanche" not in ask
+    assert python(train, tmp_path) == ""
+    guard = "\nimport sys\nassert 'avalanche' not in sys.modules\n"
+    printed = python(ask + guard, tmp_path)
+    assert [line.rstrip() for line in printed.splitlines()] == expected.splitlines()
+
+
 def test_the_readme_opens_with_exactly_two_commands(repo_root: Path) -> None:
     text = (repo_root / "README.md").read_text(encoding="utf-8")
     first = re.findall(r"```\n(.*?)```", text, flags=re.DOTALL)[:2]
@@ -55,10 +68,21 @@ def test_the_readme_opens_with_exactly_two_commands(repo_root: Path) -> None:
 
 
 def test_every_command_of_the_readme_exists(repo_root: Path) -> None:
-    known = {command.name for command in app.registered_commands}
-    used = re.findall(r"^cl-adapters (\w+)", "\n".join(blocks(repo_root, "")), flags=re.MULTILINE)
-    assert set(used) <= known
-    assert {"run", "resume", "report", "predict", "list"} <= set(used)
+    """With every option that stands there; a backslash joins lines, a # begins a comment."""
+    text = "\n".join(blocks(repo_root, "")).replace("\\\n", " ")
+    used = set()
+    for line in re.findall(r"^cl-adapters (.*)", text, flags=re.MULTILINE):
+        words = line.partition(" #")[0].split()
+        command: Any = typer.main.get_command(app)
+        path = []
+        while hasattr(command, "commands"):
+            path.append(words.pop(0))
+            command = command.commands[path[-1]]
+        used.add(" ".join(path))
+        known = {name for parameter in command.params for name in (*parameter.opts, *parameter.secondary_opts)}
+        assert {word for word in words if word.startswith("--")} <= known, line
+    assert {"run", "resume", "report", "predict", "list"} <= used
+    assert {"pool create", "pool merge", "pool compress", "pool forget", "index build", "index query"} <= used
 
 
 @pytest.mark.parametrize("name", ["docs/results.md", "CONTRIBUTING.md"])

@@ -177,7 +177,7 @@ def test_merge(place: Path, pool: AdapterPool) -> None:
     assert joined["key_class"].tolist() == [0, 1, 2, 3]
     # the accuracy is that of the two models, by a rule that both can follow
     accuracy = shown["accuracy"]
-    assert accuracy["images"] == 4 * 2, "two test images of each of four classes"
+    assert accuracy["samples"] == 4 * 2, "two test images of each of four classes"
     assert accuracy["predictor"] == "nearest_key"
     assert accuracy["before"] == right(pool, ["task-000", "task-002"], place)
     assert accuracy["after"] == right(pool, ["both"], place) == record.metrics["accuracy"]
@@ -277,7 +277,7 @@ def test_without_a_delta_only_one_lineage_is_merged(tmp_path: Path) -> None:
     pool.remove("a")  # b and c still name it
     done = json.loads(call("pool", "merge", pool.path, "b", "c", "--id", "new", "--json", "--limit", 2))
     assert done["report"]["space"] == "tensors"
-    assert done["accuracy"]["images"] == 4 * 2, "the records' benchmark is taken when none is given"
+    assert done["accuracy"]["samples"] == 4 * 2, "the records' benchmark is taken when none is given"
     assert done["accuracy"]["benchmark"] == "digits"
     name = next(iter(pool.tensors("new")))
     assert torch.allclose(pool.tensors("new")[name], (pool.tensors("b")[name] + pool.tensors("c")[name]) / 2)
@@ -329,7 +329,7 @@ def test_compress(place: Path, pool: AdapterPool, tmp_path: Path) -> None:
         assert row["after"] == (small.path / small.get(id).files[0]).stat().st_size < row["before"]
         assert small.get(id).knowledge_sha == pool.get(id).knowledge_sha
     accuracy = dry["accuracy"]
-    assert (accuracy["images"], accuracy["predictor"]) == (12, "self_refine")
+    assert (accuracy["samples"], accuracy["predictor"]) == (12, "self_refine")
     assert f"accuracy {accuracy['before']:.2f} % -> {accuracy['after']:.2f} %" in text
     call("pool", "compress", pool.path, "task-000", "--codec", "ternary", "--set", "density=0.3", "--no-accuracy")
     assert [record.compression for record in pool.records] == ["ternary", None, None]
@@ -360,7 +360,7 @@ def test_a_pool_with_a_merged_adapter_is_compressed(place: Path, pool: AdapterPo
     """No one model has a class twice: then the adapters that are compressed are asked alone."""
     merge_records(pool, ["task-001", "task-002"], id="both")
     words = ["pool", "compress", pool.path, "--codec", "fp16", "--benchmark", f"folder:{place / 'photos'}", "--dry-run"]
-    assert json.loads(call(*words, "both", "--json"))["accuracy"]["images"] == 8
+    assert json.loads(call(*words, "both", "--json"))["accuracy"]["samples"] == 8
     with pytest.raises(PoolError, match="choose one of them"):
         call(*words)
 
