@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cl_adapters.errors import ConfigError, StorageError
+from cl_adapters.errors import ClAdaptersError, ConfigError, StorageError
 from cl_adapters.interchange.peft_folder import CONFIG
 
 LIMIT = 2**20
@@ -93,26 +93,28 @@ def keeps_base(start: Any) -> bool:
     return isinstance(start, bool | str | None) and (start.lower() if isinstance(start, str) else start) in KEEPS_BASE
 
 
-def scale_of(config: Mapping[str, Any], rank: Any, alpha: Any, where: str) -> float:
+def scale_of(
+    config: Mapping[str, Any], rank: int, alpha: Any, where: str, error: type[ClAdaptersError] = ConfigError
+) -> float:
     """lora_alpha / r, or with use_rslora lora_alpha / sqrt(r) (Kalajdzievski 2023).
 
     Raises:
-        StorageError: no number.
+        error: no number.
     """
     if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha):
-        raise StorageError(f"{where}: lora_alpha must be a number, got {alpha!r}")
+        raise error(f"{where}: lora_alpha must be a number, got {alpha!r}")
     return float(alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def dropout_of(config: Mapping[str, Any], where: str) -> float:
+def dropout_of(config: Mapping[str, Any], where: str, error: type[ClAdaptersError] = ConfigError) -> float:
     """The rate in [0, 1).
 
     Raises:
-        StorageError: no such number.
+        error: no such number.
     """
     rate = config.get("lora_dropout") or 0.0
     if not isinstance(rate, int | float) or not 0 <= rate < 1:
-        raise StorageError(f"{where}: lora_dropout must be in [0, 1), got {rate!r}")
+        raise error(f"{where}: lora_dropout must be in [0, 1), got {rate!r}")
     return float(rate)
 
 

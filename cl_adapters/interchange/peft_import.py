@@ -84,7 +84,7 @@ def import_peft(folder: str | Path, backbone: FrozenBackbone, adapter: LoRA | No
     found = LoRA(
         rank=max(len(a_RD) for a_RD, _ in factors.values()),
         targets=tuple(kind for kind in get_args(Target) if kind in kinds),
-        dropout=dropout_of(config, str(folder / CONFIG)),
+        dropout=dropout_of(config, str(folder / CONFIG), StorageError),
     )
     if adapter is not None:
         _check_fits(found, adapter)
@@ -242,7 +242,7 @@ def _scaling(module: str, rank: int, config: Mapping[str, Any], path: Path) -> f
     noted, alpha = (_of_module(module, *one) for one in ((ranks, config.get("r")), (alphas, config.get("lora_alpha"))))
     if noted != rank:
         raise StorageError(f"{path} says that {module!r} has rank {noted!r}, its tensors have {rank}")
-    return scale_of(config, rank, alpha, str(path))
+    return scale_of(config, rank, alpha, str(path), StorageError)
 
 
 def _of_module(module: str, patterns: Mapping[str, Any], default: Any) -> Any:

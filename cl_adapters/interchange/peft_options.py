@@ -50,9 +50,9 @@ def lora_from_peft(config: Any, backbone: FrozenBackbone) -> LoRAOptions:
         adapter and blocks.
 
     Raises:
-        ConfigError: more than plain LoRA, or names of no layer.
+        ConfigError: more than plain LoRA, names of no layer, or numbers out of range.
         IncompatibleBackbone: layers that are no sites of the backbone, or other ones from block to block.
-        StorageError: a file that is missing or damaged, or numbers out of range.
+        StorageError: a file that is missing or damaged.
     """
     values, where = read_config(config)
     values["target_modules"] = _named(values.get("target_modules"), backbone)
