@@ -28,8 +28,9 @@ from torch import Tensor, nn
 from cl_adapters.adapters.bottleneck import Bottleneck
 from cl_adapters.backbone import FrozenBackbone
 from cl_adapters.errors import PoolError, UnknownName
-from cl_adapters.pool import AdapterPool, PoolClass, Record, manifest
+from cl_adapters.pool import AdapterPool, NewAdapter, PoolClass, Record, manifest
 from cl_adapters.pool.disk import locked
+from cl_adapters.pool.model_card import CARD
 from cl_adapters.sites import Site, Tap
 
 SMALL = Bottleneck(bottleneck=1)
@@ -142,10 +143,21 @@ def with_first(pool: AdapterPool) -> Record:
     return dataclasses.replace(pool.get("first"), benchmark="other")
 
 
-# Copying and importing write as adding does, tagging as renaming.
+def three(pool: AdapterPool) -> tuple[Record, ...]:
+    """Three adapters: the files of one are there in part, and two share theirs."""
+    values = ((1, 5), (3, 1), (3, 6))
+    return pool.add_all(
+        NewAdapter(tensors=make_tensors(a), adapter=SMALL, classes=CLASSES, knowledge=make_knowledge(b))
+        for a, b in values
+    )
+
+
+# Importing writes as adding does, tagging as renaming.
 OPERATIONS: dict[str, Callable[[Path], object]] = {
     "create": lambda path: AdapterPool.create(path, BACKBONE),
     "merge": do(lambda pool: add(pool, 1.5, id="mean", parents=["first", "second"], merge={"method": "mean"})),
+    "add_all": do(three),
+    "copy": do(lambda pool: AdapterPool.open(pool.path.with_name("source")).copy_to(pool)),
     "replace": do(lambda pool: pool.replace(with_first(pool), make_tensors(4), make_knowledge(4))),
     "rename": do(lambda pool: pool.rename("first", "renamed")),
     "remove": do(lambda pool: pool.remove("first")),
@@ -165,7 +177,11 @@ def template(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def prepare(template: Path, pool: Path, operation: str = "") -> Path:
     """A fresh copy of the pool, or none where the operation makes it."""
     shutil.rmtree(pool, ignore_errors=True)
-    if operation != "create":
+    if operation == "copy":
+        shutil.copytree(template, pool.with_name("source"), dirs_exist_ok=True)
+        (pool.with_name("source") / CARD).write_text('{"schema_version": 1}')
+        AdapterPool.create(pool, BACKBONE)
+    elif operation != "create":
         shutil.copytree(template, pool)
     if operation == "migrate":
         to_schema_0(pool)
@@ -213,9 +229,14 @@ def test_killed_at_every_point(template: Path, tmp_path: Path, operation: str) -
             state = state_or_none(pool, operation)
             assert state in (old, new), (point, torn)
             seen.add(state == new)
+            assert operation != "copy" or state == old or (pool / CARD).read_text() == '{"schema_version": 1}'
             survivor = AdapterPool.open(pool, timeout=5)  # the lock of the dead writer is gone
             survivor.gc()
             assert {f"{path.parent.name}/{path.name}" for path in pool.glob("*/*")} == set(files_of(survivor))
+            assert {path.name for path in pool.glob("*.json*")} | {path.name for path in pool.glob(".*.json.*")} <= {
+                "manifest.json",
+                CARD,
+            }
         assert point > (2 if torn else 9)
     assert operation == "migrate" or seen == {False, True}
 

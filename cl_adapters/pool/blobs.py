@@ -133,7 +133,7 @@ def orphans(pool: Path, named: frozenset[str]) -> tuple[str, ...]:
     Returns:
         Paths below the pool, sorted.
     """
-    found = [path.name for path in pool.glob(".manifest.json.*")]
+    found = [path.name for name in ("manifest", "model") for path in pool.glob(f".{name}.json.*")]
     for folder in FOLDERS:
         if not (pool / folder).is_symlink() and (pool / folder).is_dir():
             with os.scandir(pool / folder) as entries:

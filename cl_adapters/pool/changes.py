@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
+from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
 from cl_adapters.errors import PoolError
-from cl_adapters.pool.blobs import write_blob
+from cl_adapters.pool.blobs import delete, write_blob
 from cl_adapters.pool.disk import Disk
-from cl_adapters.pool.manifest import Broken, Manifest
+from cl_adapters.pool.manifest import Broken, Manifest, check_free
 from cl_adapters.pool.record import Record, adapter_file, check_id, knowledge_file, shown
 
 Files = tuple[tuple[Callable[[str], str], bytes | None], ...]
@@ -28,29 +29,51 @@ def write(pool: Path, new: Files) -> None:
             write_blob(pool, place, content)
 
 
-def add(disk: Disk, record: Record, new: Files, *, named: bool) -> Record:
-    """Add a record with its files.
+@dataclass(frozen=True)
+class Addition:
+    """A record that is to be added.
 
-    Args:
-        disk: the pool.
+    Attributes:
         record: complete but for the id where it is not ``named``.
         new: its files.
         named: False: the record gets the first free of "task-000", "task-001", ...
+    """
+
+    record: Record
+    new: Files
+    named: bool
+
+
+def add(disk: Disk, additions: Iterable[Addition]) -> tuple[Record, ...]:
+    """Add records with their files: all of them in one new manifest, or none.
+
+    Args:
+        disk: the pool.
+        additions: read one by one, each stored before the next is made; the pool has no other writer meanwhile.
 
     Raises:
-        PoolError: the id is taken.
+        PoolError: an id is taken.
     """
     added: list[Record] = []
 
     def edit(manifest: Manifest) -> Manifest:
-        final = record if named else dataclasses.replace(record, id=_free(manifest))
-        manifest.check_free(final.id)
-        write(disk.path, new)
-        added.append(final)
-        return manifest.plus([final])
+        taken, written = set(manifest.by_id), set[str]()
+        try:
+            for each in additions:
+                final = each.record if each.named else dataclasses.replace(each.record, id=_free(taken))
+                check_free(final.id, taken)
+                written |= set(final.files)
+                write(disk.path, each.new)
+                taken.add(final.id)
+                added.append(final)
+        except BaseException:
+            for name in sorted(written - manifest.files):
+                delete(disk.path, name)
+            raise
+        return manifest.plus(added)
 
     disk.change(edit)
-    return added[0]
+    return tuple(added)
 
 
 def replace(disk: Disk, record: Record, new: Files) -> Record:
@@ -132,8 +155,8 @@ def migrate(disk: Disk) -> int:
     return found[0]
 
 
-def _free(manifest: Manifest) -> str:
-    return next(id for id in (f"task-{number:03d}" for number in count()) if id not in manifest.by_id)
+def _free(taken: Container[str]) -> str:
+    return next(id for id in (f"task-{number:03d}" for number in count()) if id not in taken)
 
 
 def _check_kept(what: str, present: str | None, given: str | None, id: str) -> None:

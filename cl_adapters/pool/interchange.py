@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cl_adapters.errors import PoolError
+from cl_adapters.files import write_bytes
 from cl_adapters.pool.blobs import from_bytes, read_blob, read_file
-from cl_adapters.pool.changes import add, files, write
+from cl_adapters.pool.changes import Addition, add, files, write
 from cl_adapters.pool.checks import adapter_check, check_fingerprint, check_knowledge, check_positions
 from cl_adapters.pool.disk import Disk
 from cl_adapters.pool.manifest import Manifest, manifest_to_plain, parse_manifest
+from cl_adapters.pool.model_card import CARD, card_bytes, has_card
 from cl_adapters.pool.record import Record, adapter_file, check_id, knowledge_file, shown
 from cl_adapters.pool.store import decode_checked
 
@@ -30,6 +32,8 @@ def copy(source: Disk, target: Disk, ids: tuple[str, ...]) -> tuple[Record, ...]
     manifest = source.manifest()
     check_fingerprint(target.manifest().backbone, manifest.backbone, f"pool {source.path} with backbone")
     records = [manifest.get(id) for id in dict.fromkeys(ids)]
+    whole = set(manifest.by_id) == {record.id for record in records}
+    card = card_bytes(source.path) if whole else None
     added: list[Record] = []
 
     def edit(present: Manifest) -> Manifest:
@@ -40,6 +44,9 @@ def copy(source: Disk, target: Disk, ids: tuple[str, ...]) -> tuple[Record, ...]
             added.append(record)
         for record in added:
             write(target.path, files(*_contents(source.path, record)))
+        # Before the manifest: all adapters are never there without their rule.
+        if card is not None and set(present.by_id) <= set(manifest.by_id) and not has_card(target.path):
+            write_bytes(target.path / CARD, card)
         return present.plus(added)
 
     target.change(edit)
@@ -85,7 +92,7 @@ def import_folder(disk: Disk, folder: Path, id: str | None, backbone: FrozenBack
     if id is not None:
         check_id(id)
         record = dataclasses.replace(record, id=id)
-    return add(disk, record, files(adapter, rows), named=True)
+    return add(disk, [Addition(record, files(adapter, rows), named=True)])[0]
 
 
 def _contents(pool: Path, record: Record) -> tuple[bytes | None, bytes | None]:

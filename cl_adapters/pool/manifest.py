@@ -12,7 +12,7 @@ from __future__ import annotations
 import json
 import math
 from collections import Counter
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Container, Iterable
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -168,8 +168,7 @@ class Manifest:
         Raises:
             PoolError: it is taken.
         """
-        if id in self.by_id:
-            raise PoolError(f"there is an adapter {id!r} already: choose another id, or replace or remove that one")
+        check_free(id, self.by_id)
 
     def plus(self, records: Iterable[Record]) -> Manifest:
         """This manifest with more records."""
@@ -179,6 +178,16 @@ class Manifest:
         """This manifest with every usable record replaced by what ``change`` returns; None leaves it out."""
         kept = (change(entry) if isinstance(entry, Record) else entry for entry in self.entries)
         return Manifest(self.backbone, tuple(entry for entry in kept if entry is not None))
+
+
+def check_free(id: str, taken: Container[str]) -> None:
+    """Check that an id can be given to a new record.
+
+    Raises:
+        PoolError: it is taken.
+    """
+    if id in taken:
+        raise PoolError(f"there is an adapter {id!r} already: choose another id, or replace or remove that one")
 
 
 def load_manifest(pool: Path) -> bytes:

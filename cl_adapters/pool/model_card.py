@@ -13,13 +13,9 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cl_adapters.bank import BARE
 from cl_adapters.config import to_plain
 from cl_adapters.errors import PoolError
-from cl_adapters.parts.abstention import Abstention
-from cl_adapters.parts.keys import Keys
 from cl_adapters.pool.blobs import read_file
-from cl_adapters.predictors.base import predictors
 
 if TYPE_CHECKING:
     from cl_adapters.model import AdapterModel
@@ -35,14 +31,35 @@ def read_card(pool: Path) -> dict[str, Any]:
     Raises:
         PoolError: it cannot be read, or is of a newer schema.
     """
+    content = card_bytes(pool)
+    return {} if content is None else _parsed(content, pool / CARD)
+
+
+def has_card(pool: Path) -> bool:
+    """Whether something stands in its place."""
+    return (pool / CARD).exists() or (pool / CARD).is_symlink()
+
+
+def card_bytes(pool: Path) -> bytes | None:
+    """The bytes of a card that :func:`read_card` understands; None where there is none.
+
+    Raises:
+        PoolError: it cannot be read, or is of a newer schema.
+    """
     if not (pool / CARD).exists():
-        return {}
+        return None
+    content = read_file(pool, CARD)
+    _parsed(content, pool / CARD)
+    return content
+
+
+def _parsed(content: bytes, where: Path) -> dict[str, Any]:
     try:
-        plain = json.loads(read_file(pool, CARD))
+        plain = json.loads(content)
     except (ValueError, RecursionError) as error:
-        raise PoolError(f"{pool / CARD} cannot be read as JSON; delete it to use the default predictor") from error
+        raise PoolError(f"{where} cannot be read as JSON; delete it to use the default predictor") from error
     if not isinstance(plain, dict) or plain.get("schema_version") != SCHEMA:
-        raise PoolError(f"{pool / CARD} is not of schema {SCHEMA}: upgrade cl-adapters, or delete it")
+        raise PoolError(f"{where} is not of schema {SCHEMA}: upgrade cl-adapters, or delete it")
     return plain
 
 
@@ -57,6 +74,11 @@ def card_of(model: AdapterModel, pool: AdapterPool, names: Mapping[int, str]) ->
     Returns:
         JSON-ready. The predictor's own adapter is named by id and, should that change, by content.
     """
+    from cl_adapters.bank import BARE  # torch, which copying a pool does without
+    from cl_adapters.parts.abstention import Abstention
+    from cl_adapters.parts.keys import Keys
+    from cl_adapters.predictors.base import predictors
+
     anchor = model.predictor.anchor
     parts = dict(model.parts.items())
     threshold, keys = parts.get("abstention"), parts.get("class_keys")

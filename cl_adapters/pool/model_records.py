@@ -6,6 +6,7 @@ A class belongs to the newest adapter that was made up to its task.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
 
 import torch
@@ -17,6 +18,7 @@ from cl_adapters.model import AdapterModel
 from cl_adapters.origins import Origin
 from cl_adapters.parts.keys import Keys
 from cl_adapters.pool.model_card import CARD, card_of
+from cl_adapters.pool.new_adapter import NewAdapter
 from cl_adapters.pool.pool import AdapterPool
 from cl_adapters.pool.record import PoolClass
 from cl_adapters.predictors.base import predictors
@@ -53,28 +55,56 @@ def save_pool(
     _check_by_class(model)
     with new_folder(path) as scratch:
         pool = AdapterPool.create(scratch, model.backbone)
-        names: dict[int, str] = {}
-        for slot, columns in _groups(model):
-            task = _task_of(model, slot, columns)
-            origin = model.origins.get(slot, Origin())
-            record = pool.add(
-                {} if model.bank is None or slot == BARE else model.bank.export(slot),
-                None if model.bank is None or slot == BARE else model.bank.adapter,
-                [PoolClass(label=model.classes[c], name=model.class_names.get(model.classes[c])) for c in columns],
-                id=_name(model, slot),
-                knowledge=_knowledge(model, columns),
-                tags=tags,
-                parents=[names[parent] for parent in origin.parents if parent in names],
-                merge=origin.merge,
-                compression=None if slot == BARE else compression,
+        groups = list(_groups(model))
+        ids = _ids(model, [slot for slot, _ in groups])
+        names = {slot: id for (slot, _), id in zip(groups, ids, strict=True) if slot != BARE}
+        pool.add_all(
+            _new(
+                model,
+                slot,
+                columns,
+                id,
+                names,
+                tags=tuple(tags),
                 benchmark=benchmark,
-                metrics=None if task is None else (metrics or {}).get(task),
-                task=task,
+                metrics=metrics or {},
+                compression=compression,
             )
-            if slot != BARE:
-                names[slot] = record.id
+            for (slot, columns), id in zip(groups, ids, strict=True)
+        )
         write_json(scratch / CARD, card_of(model, pool, names))
     return AdapterPool.open(path, backbone=model.backbone)
+
+
+def _new(
+    model: AdapterModel,
+    slot: int,
+    columns: list[int],
+    id: str,
+    names: Mapping[int, str],
+    *,
+    tags: tuple[str, ...],
+    benchmark: str | None,
+    metrics: Mapping[int, Mapping[str, float]],
+    compression: str | None,
+) -> NewAdapter:
+    """One adapter of a model, or the bare backbone, with its classes."""
+    task, origin = _task_of(model, slot, columns), model.origins.get(slot, Origin())
+    bank = None if slot == BARE else model.bank
+    return NewAdapter(
+        tensors={} if bank is None else bank.export(slot),
+        adapter=None if bank is None else bank.adapter,
+        classes=[PoolClass(label=model.classes[c], name=model.class_names.get(model.classes[c])) for c in columns],
+        id=id,
+        knowledge=_knowledge(model, columns),
+        tags=tags,
+        parents=[names[parent] for parent in origin.parents if parent in names],
+        merge=origin.merge,
+        compression=None if slot == BARE else compression,
+        benchmark=benchmark,
+        metrics=None if task is None else metrics.get(task),
+        task=task,
+    )
 
 
 def _check_by_class(model: AdapterModel) -> None:
@@ -104,9 +134,11 @@ def _task_of(model: AdapterModel, slot: int, columns: list[int]) -> int | None:
     return model.task_of_slot[slot] if slot < len(model.task_of_slot) else None
 
 
-def _name(model: AdapterModel, slot: int) -> str | None:
-    """The id that it had in the pool that it came from; None: the next free one."""
-    return model.record_of_slot[slot] if 0 <= slot < len(model.record_of_slot) else None
+def _ids(model: AdapterModel, slots: list[int]) -> list[str]:
+    """Ids of the records: those that the adapters had in the pool that they came from; else the next free ones."""
+    known = model.record_of_slot
+    free = (id for id in (f"task-{number:03d}" for number in count()) if id not in known)
+    return [known[slot] if 0 <= slot < len(known) else next(free) for slot in slots]
 
 
 def _knowledge(model: AdapterModel, columns: list[int]) -> dict[str, Tensor]:

@@ -13,20 +13,19 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Mapping
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cl_adapters._version import __version__
 from cl_adapters.errors import PoolError
 from cl_adapters.pool import changes, interchange
 from cl_adapters.pool.blobs import FOLDERS, delete, orphans, sha_of
 from cl_adapters.pool.checks import adapter_of, card_of
 from cl_adapters.pool.disk import LOCK, locked
 from cl_adapters.pool.manifest import MANIFEST, Manifest, write_manifest
+from cl_adapters.pool.new_adapter import NewAdapter, addition, pack
 from cl_adapters.pool.reader import PoolReader
 from cl_adapters.pool.record import PoolClass, Record, shown
-from cl_adapters.pool.store import PackedAdapter, named_codec, pack_adapter, pack_knowledge
+from cl_adapters.pool.store import named_codec, pack_knowledge
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -123,32 +122,35 @@ class AdapterPool(PoolReader):
         Raises:
             PoolError: tensors that are not the type's at the backbone's sites, an id that is taken, bad values.
         """
-        from cl_adapters.adapters.base import adapter_to_plain
-
-        known = tuple(classes)
-        codec, compressed = named_codec(compression)
-        packed = self._pack(tensors, adapter, codec)
-        rows = pack_knowledge(knowledge, len(known), self.backbone_card) if knowledge else None
-        record = Record(
-            id="unnamed" if id is None else id,
-            adapter=None if adapter is None else adapter_to_plain(adapter),
-            blocks=() if packed is None else packed.blocks,
-            classes=known,
-            task=task,
-            adapter_sha=None if packed is None else packed.sha,
-            knowledge_sha=None if rows is None else sha_of(rows),
-            num_parameters=0 if packed is None else packed.num_parameters,
-            tags=tuple(tags),
-            parents=tuple(parents),
-            merge=None if merge is None else dict(merge),
-            compression=compressed,
+        new = NewAdapter(
+            tensors=tensors,
+            adapter=adapter,
+            classes=classes,
+            id=id,
+            knowledge=knowledge,
+            tags=tags,
+            parents=parents,
+            merge=merge,
+            compression=compression,
             benchmark=benchmark,
-            metrics=dict(metrics or {}),
-            created=datetime.now(timezone.utc).isoformat(timespec="seconds"),
-            library_version=__version__,
+            metrics=metrics,
+            task=task,
         )
-        new = changes.files(None if packed is None else packed.content, rows)
-        return changes.add(self._disk, record, new, named=id is not None)
+        return changes.add(self._disk, [self._addition(new)])[0]
+
+    def add_all(self, adapters: Iterable[NewAdapter]) -> tuple[Record, ...]:
+        """Add several adapters with one new manifest: all of them, or none where one cannot be.
+
+        Args:
+            adapters: taken one by one, and stored before the next is asked for; nobody else can write meanwhile.
+
+        Returns:
+            Their records.
+
+        Raises:
+            PoolError: as for :meth:`add`.
+        """
+        return changes.add(self._disk, map(self._addition, adapters))
 
     def replace(
         self,
@@ -177,7 +179,7 @@ class AdapterPool(PoolReader):
         adapter = rows = None
         if tensors is not None:
             codec, compressed = named_codec(codec or record.compression)
-            packed = self._pack(tensors, adapter_of(record), codec)
+            packed = pack(tensors, adapter_of(record), codec, lambda: self.backbone)
             if packed is not None:
                 adapter = packed.content
                 record = dataclasses.replace(
@@ -225,6 +227,10 @@ class AdapterPool(PoolReader):
     def copy_to(self, other: AdapterPool, ids: Iterable[str] | None = None) -> tuple[Record, ...]:
         """Copy adapters into another pool of the same backbone: all of them, or none where one cannot be.
 
+        Where the other pool then has just the adapters of this one, and no inference rule of its own, it gets that of
+        this one too (with thresholds; see :meth:`AdapterModel.from_pool`): a whole copy predicts alike. A pool that has
+        other adapters or a rule keeps predicting as it did.
+
         Args:
             other: takes them under the same ids; what it has already, exactly so, is left out.
             ids: default all.
@@ -241,6 +247,9 @@ class AdapterPool(PoolReader):
 
     def export_to(self, folder: str | Path, id: str) -> Path:
         """Write one adapter as a new folder of its own: record.json and its files.
+
+        The pool's inference rule does not go along, nor does :meth:`import_from` take one: it is that of all adapters
+        together.
 
         Raises:
             UnknownName: no such adapter.
@@ -282,11 +291,5 @@ class AdapterPool(PoolReader):
                 delete(self.path, name)
         return found
 
-    def _pack(
-        self, tensors: Mapping[str, Tensor], adapter: AdapterType | None, codec: Codec | None
-    ) -> PackedAdapter | None:
-        if adapter is not None:
-            return pack_adapter(tensors, adapter, self.backbone, codec)
-        if tensors:
-            raise PoolError("tensors without an adapter type; pass adapter=..., or no tensors")
-        return None
+    def _addition(self, new: NewAdapter) -> changes.Addition:
+        return addition(new, lambda: self.backbone, self.backbone_card)

@@ -139,12 +139,54 @@ def test_a_predictor_whose_own_adapter_moves_or_is_missing(make_model: Make, x: 
     assert AdapterModel.from_pool(refined, predictor=SelfRefine(start="keys")).predict(x).shape == (len(x), 6)
 
 
+def test_a_whole_copy_predicts_alike(make_model: Make, x: Tensor, tmp_path: Path) -> None:
+    model = make_model()
+    calibrate(model, false_reject=0.2)
+    pool = model.save_pool(tmp_path / "pool")
+    other = AdapterPool.create(tmp_path / "other", model.backbone)
+    assert len(pool.copy_to(other)) == 4
+    loaded, whole = AdapterModel.from_pool(other), AdapterModel.from_pool(pool)
+    assert loaded.predictor == SelfRefine()
+    assert torch.equal(loaded.predict(x), whole.predict(x))
+    assert torch.equal(loaded.answer(x).abstained, whole.answer(x).abstained)  # type: ignore[arg-type]
+    assert other.verify().ok
+    (other.path / "model.json").unlink()
+    assert pool.copy_to(other) == ()
+    assert AdapterModel.from_pool(other).predictor == SelfRefine(), "copied again"
+
+
+def test_a_rule_is_not_copied_where_it_does_not_belong(make_model: Make, tmp_path: Path) -> None:
+    model = make_model()
+    pool = model.save_pool(tmp_path / "pool")
+    part, mixed, ruled = (AdapterPool.create(tmp_path / name, model.backbone) for name in ("part", "mixed", "ruled"))
+    pool.copy_to(part, ["task-001", "task-002"])
+    mixed.add({}, None, [PoolClass(label=1)], id="own")
+    pool.copy_to(mixed)
+    make_model(predictor=NearestPrototype()).save_pool(tmp_path / "source").copy_to(ruled)
+    before = (ruled.path / "model.json").read_bytes()
+    for id in ruled.ids:
+        ruled.remove(id)
+    pool.copy_to(ruled)
+    for target in (part, mixed):
+        assert not (target.path / "model.json").exists()
+    assert (ruled.path / "model.json").read_bytes() == before
+    assert AdapterModel.from_pool(ruled).predictor == NearestPrototype()
+    assert AdapterModel.from_pool(part).predictor == NearestKey(), "the default"
+    (pool.path / "model.json").write_text("{")
+    empty = AdapterPool.create(tmp_path / "empty", model.backbone)
+    with pytest.raises(PoolError, match="cannot be read as JSON"):
+        pool.copy_to(empty)
+    assert len(empty) == 0
+    assert not (empty.path / "model.json").exists()
+
+
 def test_without_the_saved_predictor(make_model: Make, x: Tensor, tmp_path: Path) -> None:
-    """A pool that was copied or put together by hand."""
+    """A pool that was put together by hand."""
     model = make_model()
     pool = model.save_pool(tmp_path / "pool")
     other = AdapterPool.create(tmp_path / "other", model.backbone)
-    pool.copy_to(other)
+    for id in pool.ids:
+        other.import_from(pool.export_to(tmp_path / id, id))
     loaded = AdapterModel.from_pool(other)
     assert loaded.predictor == NearestKey()
     assert torch.allclose(loaded.predict(x), model.predict(x, predictor=NearestKey()), atol=1e-5)
