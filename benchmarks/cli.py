@@ -14,6 +14,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from cl_adapters.benchmarks.index_cli import app as index_app
+from cl_adapters.benchmarks.instruct_cli import instruct_command
 from cl_adapters.benchmarks.pool_life_cli import app as pool_app
 from cl_adapters.benchmarks.predict_cli import predict_command
 from cl_adapters.benchmarks.settings import parse_settings
@@ -104,6 +105,7 @@ def report_command(folder: RunFolder) -> None:
 
 
 app.command("predict")(predict_command)
+app.command("instruct")(instruct_command)
 
 
 @app.command("list")

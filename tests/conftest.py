@@ -68,3 +68,59 @@ def tiny_vit() -> Callable[..., torch.nn.Module]:
         return model.eval()
 
     return build
+
+
+DECODER_WORDS = (
+    "the a is was of what text label answer : film good bad dull great colour sky grass fire night red green blue "
+    "black number one two three four count first next after before yes no price high low cheap dear"
+)
+
+
+@pytest.fixture(scope="session")
+def tiny_decoder(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
+    """Folder of a tiny causal language model of random weights with a tokenizer of words: ``tiny_decoder("llama")``.
+
+    Kinds: "llama", "gpt2". Hidden 32, 2 layers, 64 positions; the words are ``DECODER_WORDS``; weights drawn wide, so
+    that another adapter or another token is seen in every answer.
+    """
+    made: dict[str, Path] = {}
+
+    def build(kind: str) -> Path:
+        if kind not in made:
+            made[kind] = _save_decoder(kind, tmp_path_factory.mktemp(kind))
+        return made[kind]
+
+    return build
+
+
+def _save_decoder(kind: str, folder: Path) -> Path:
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    vocabulary = {word: place for place, word in enumerate(["<pad>", "<unk>", "<s>", "</s>", *DECODER_WORDS.split()])}
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel(vocabulary, unk_token="<unk>"))
+    words.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    if kind == "llama":  # its texts begin with a token of their own
+        words.post_processor = tokenizers.processors.TemplateProcessing(single="<s> $A", special_tokens=[("<s>", 2)])
+    transformers.PreTrainedTokenizerFast(
+        tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", bos_token="<s>", eos_token="</s>"
+    ).save_pretrained(folder)
+    shared = {"vocab_size": len(vocabulary), "bos_token_id": 2, "eos_token_id": 3, "initializer_range": 0.2}
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        if kind == "llama":
+            config = transformers.LlamaConfig(
+                hidden_size=32,
+                intermediate_size=48,
+                num_hidden_layers=2,
+                num_attention_heads=4,
+                num_key_value_heads=2,
+                max_position_embeddings=64,
+                pad_token_id=0,
+                **shared,
+            )
+            model = transformers.LlamaForCausalLM(config)
+        else:
+            config = transformers.GPT2Config(n_embd=32, n_layer=2, n_head=4, n_positions=64, **shared)
+            model = transformers.GPT2LMHeadModel(config)
+    model.save_pretrained(folder)
+    return folder
