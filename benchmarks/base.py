@@ -95,6 +95,15 @@ class TextSet:
     def __len__(self) -> int:
         return len(self.labels)
 
+    @property
+    def images(self) -> UInt8Images:
+        """None: who asks for the pictures of a benchmark is told that it has texts.
+
+        Raises:
+            DataError: always.
+        """
+        raise DataError("these samples are texts, which have no images")
+
 
 SampleSet: TypeAlias = ImageSet | TextSet
 

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from cl_adapters.adapters.bottleneck import Bottleneck
+from cl_adapters.answers import image_preprocessing
 from cl_adapters.backbone import FrozenBackbone
 from cl_adapters.bank import AdapterBank, Route
 from cl_adapters.model import AdapterModel
@@ -76,8 +77,7 @@ def measure(path: Path, batch: int, limit: int, repeats: int) -> None:
     """Print every figure."""
     card = AdapterPool.open(path).backbone_card
     backbone = FrozenBackbone.load(**card.source)
-    assert backbone.preprocessing is not None
-    x = torch.randn(batch, *backbone.preprocessing.input_size, generator=torch.Generator().manual_seed(0))
+    x = torch.randn(batch, *image_preprocessing(backbone).input_size, generator=torch.Generator().manual_seed(0))
     with torch.inference_mode():
         backbone(x)
     start = memory()

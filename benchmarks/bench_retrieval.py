@@ -25,9 +25,9 @@ from cl_adapters.abstention import OpenSet, calibrate, open_set
 from cl_adapters.adapters.bottleneck import Bottleneck
 from cl_adapters.backbone import FrozenBackbone
 from cl_adapters.bank import Route
-from cl_adapters.benchmarks.augmentation import train_transform
 from cl_adapters.benchmarks.base import BenchmarkData
-from cl_adapters.benchmarks.datasets import ImageDataset, task_indices
+from cl_adapters.benchmarks.datasets import as_dataset, task_indices
+from cl_adapters.benchmarks.prepared import prepare
 from cl_adapters.benchmarks.spec import parse_benchmark
 from cl_adapters.benchmarks.streams import to_avalanche
 from cl_adapters.features import LazyFeatures
@@ -105,7 +105,6 @@ def trained(
     backbone: FrozenBackbone, data: BenchmarkData, options: argparse.Namespace, blocks: tuple[int, ...] | None
 ) -> AdapterModel:
     """MOS on all tasks but the last."""
-    assert backbone.preprocessing is not None
     keys = KeysConfig(kind=options.keys)
     strategy = MOS(
         model=backbone,
@@ -118,9 +117,7 @@ def trained(
         adapter_momentum=options.momentum,
         blocks=blocks,
     )
-    transform = backbone.preprocessing.eval_transform()
-    augmented = train_transform(backbone.preprocessing, data.augmentation)
-    for experience in to_avalanche(data, augmented, transform).train_stream[: len(data.tasks) - 1]:
+    for experience in to_avalanche(*prepare(data, backbone)).train_stream[: len(data.tasks) - 1]:
         strategy.train(experience)
     model: AdapterModel = strategy.model
     return model
@@ -165,11 +162,10 @@ def show(name: str, found: OpenSet) -> None:
 def batches(
     model: AdapterModel, data: BenchmarkData, tasks: tuple[tuple[int, ...], ...]
 ) -> Iterator[tuple[Tensor, Tensor]]:
-    """Test images of these tasks."""
-    assert model.backbone.preprocessing is not None
+    """Test samples of these tasks."""
+    prepared = prepare(data, model.backbone)
     indices = [index for labels in tasks for index in task_indices(data.test, labels)]
-    dataset = ImageDataset(data.test, indices, model.backbone.preprocessing.eval_transform())
-    yield from DataLoader(dataset, batch_size=128)
+    yield from DataLoader(as_dataset(prepared.data.test, indices, prepared.eval_transform), batch_size=128)
 
 
 def images(known: list[tuple[Tensor, Tensor]]) -> int:

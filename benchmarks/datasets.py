@@ -15,14 +15,14 @@ from cl_adapters.benchmarks.base import ImageSet, SampleSet
 from cl_adapters.benchmarks.tokenised import TokenSet
 from cl_adapters.errors import DataError
 
-Transform = Callable[[Image.Image], Any]
+Transform = Callable[[Any], Any]
 
 
 class ImageDataset(Dataset[tuple[Any, int]]):
     """Some images of an ``ImageSet``, transformed one by one when they are asked for.
 
     Args:
-        images: the decoded images.
+        images: the decoded images, an ``ImageSet``.
         indices: positions to take, in this order; None takes all.
         transform: from an RGB Pillow image to a tensor (or anything); None gives the Pillow image.
 
@@ -31,7 +31,7 @@ class ImageDataset(Dataset[tuple[Any, int]]):
     """
 
     def __init__(
-        self, images: ImageSet, indices: Sequence[int] | None = None, transform: Transform | None = None
+        self, images: SampleSet, indices: Sequence[int] | None = None, transform: Transform | None = None
     ) -> None:
         self.images = images
         self.indices = list(range(len(images)) if indices is None else map(int, indices))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import shutil
 import tempfile
 import weakref
@@ -76,8 +77,14 @@ def _token_set(part: TextSet, preprocessing: TextPreprocessing) -> TokenSet:
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
-    weakref.finalize(made, shutil.rmtree, folder, ignore_errors=True)
+    weakref.finalize(made, _remove, folder, os.getpid())
     return made
+
+
+def _remove(folder: Path, owner: int) -> None:
+    """Delete the folder, but not from a loader's worker, whose copy of the set ends earlier."""
+    if os.getpid() == owner:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _write(texts: Sequence[str], path: Path, preprocessing: TextPreprocessing) -> npt.NDArray[np.int64]:

@@ -104,7 +104,7 @@ class Views:
             Places in :meth:`everything`, int64.
         """
         if self._lengths_N is None:
-            parts = self.draw(generator).split(batch)
+            parts: Sequence[Tensor] = self.draw(generator).split(batch)
             return parts[: len(self) // batch] if drop_last else parts
         rows = length_batches(self._lengths_N, batch, generator, drop_last=drop_last)
         chosen = torch.randint(self.views, (len(self),), generator=generator)

@@ -9,15 +9,16 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from cl_adapters.answers import image_preprocessing
 from cl_adapters.backbone import FrozenBackbone
-from cl_adapters.benchmarks.base import BenchmarkData, ImageSet
+from cl_adapters.benchmarks.base import BenchmarkData, SampleSet
 from cl_adapters.benchmarks.data.repeats import LOOKS, Look, Repeats
 from cl_adapters.errors import ConfigError
 
 SMALL = Repeats(tasks=7, classes_per_task=2, looks=3, train_per_class=2, test_per_class=1)
 
 
-def looks_in(part: ImageSet, data: BenchmarkData, task: int) -> set[str]:
+def looks_in(part: SampleSet, data: BenchmarkData, task: int) -> set[str]:
     """The looks that the image names of a task tell."""
     return {part.names[int(i)].split("/")[2] for i in np.flatnonzero(np.isin(part.labels, data.tasks[task]))}
 
@@ -65,8 +66,7 @@ def test_a_texture_covers_the_image_and_leaves_its_form(look: Look, size: int) -
 def test_a_look_moves_the_features_more_than_new_characters_do() -> None:
     """Nearest mean of pooled tokens: tasks 5..9 are each closest to the task of 0..4 that has their look, by far."""
     backbone = FrozenBackbone.load("vit_glyph_tiny")
-    assert backbone.preprocessing is not None
-    transform = backbone.preprocessing.eval_transform()
+    transform = image_preprocessing(backbone).eval_transform()
     data = Repeats(tasks=10, looks=5, train_per_class=6, test_per_class=1).load(0)
     means = []
     for task in range(10):

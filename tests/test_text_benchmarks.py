@@ -313,7 +313,7 @@ def fake_library(monkeypatch: pytest.MonkeyPatch, names: list[str] | None = None
             raise ConnectionError("Couldn't reach the Hugging Face Hub\nand more")
         return Table({"text": [f"{split} {i}" for i in range(6)], "label": [0, 1] * 3}, names)
 
-    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))  # type: ignore[arg-type]
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
     return asked
 
 

@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cl_adapters.benchmarks.base import BenchmarkConfig, BenchmarkData, benchmarks
+from cl_adapters.benchmarks.base import BenchmarkConfig, BenchmarkData, SampleSet, TextSet, benchmarks
 from cl_adapters.benchmarks.data import cifar100
 from cl_adapters.benchmarks.spec import parse_benchmark
 from cl_adapters.config import build, to_plain
@@ -22,11 +22,21 @@ SMALL: dict[str, dict[str, Any]] = {"glyphs": {"classes": 4, "train_per_class": 
 """Options that make a slow benchmark quick. A benchmark that is not named here runs with its defaults."""
 
 
-def configure(name: str, tmp_path: Path) -> BenchmarkConfig:
+FOLDERS = {"clinc150": "text/clinc150", "banking77": "text/banking77"}
+"""Benchmarks that read the files of their authors: where those lie below the reference assets."""
+
+
+def configure(name: str, tmp_path: Path, assets: Path | None) -> BenchmarkConfig:
     """Return a small configuration of the benchmark, or skip with the reason why it cannot run here."""
     values = {"tasks": TASKS, **SMALL.get(name, {})}
     if name == "folder":
         values["path"] = str(write_folder(tmp_path / "images"))
+    if name == "text":
+        values["file"] = str(write_table(tmp_path / "intents.csv"))
+    if name in FOLDERS:
+        if assets is None or not (assets / FOLDERS[name]).is_dir():
+            pytest.skip(f"the reference assets hold no {FOLDERS[name]}")
+        values["folder"] = str(assets / FOLDERS[name])
     if name == "cifar100" and not (Path(cifar100.CIFAR100().root).expanduser() / cifar100.ARCHIVE).is_file():
         pytest.skip(f"{cifar100.ARCHIVE} is not in {cifar100.CIFAR100().root}, and tests download nothing")
     cls = benchmarks.get(name)
@@ -44,12 +54,25 @@ def write_folder(root: Path) -> Path:
     return root
 
 
+def write_table(path: Path) -> Path:
+    rows = [f"{name} number {position},{name}" for name in ("card payment", "late_card", "x") for position in range(5)]
+    path.write_text("\n".join(["text,label", *rows]), encoding="utf-8")
+    return path
+
+
+def samples(part: SampleSet) -> list[bytes]:
+    """Every byte of every sample."""
+    if isinstance(part, TextSet):
+        return [text.encode() for text in part.texts]
+    return [repr(image.shape).encode() + np.ascontiguousarray(image).tobytes() for image in part.images]
+
+
 def digest(data: BenchmarkData) -> str:
-    """Hash of every byte of the images, and of all that describes them."""
+    """Hash of every byte of the samples, and of all that describes them."""
     total = hashlib.sha256()
     for part in (data.train, data.test):
-        for image in part.images:
-            total.update(repr(image.shape).encode() + np.ascontiguousarray(image).tobytes())
+        for sample in samples(part):
+            total.update(sample + b"\0")
         total.update(part.labels.tobytes() + repr(list(part.names)).encode())
     total.update(repr((data.name, data.classes, data.class_order, data.task_sizes, data.licence)).encode())
     return total.hexdigest()
@@ -61,8 +84,8 @@ def name(request: pytest.FixtureRequest) -> str:
 
 
 @pytest.fixture
-def config(name: str, tmp_path: Path) -> BenchmarkConfig:
-    return configure(name, tmp_path)
+def config(name: str, tmp_path: Path, request: pytest.FixtureRequest) -> BenchmarkConfig:
+    return configure(name, tmp_path, request.getfixturevalue("assets") if name in FOLDERS else None)
 
 
 def test_configuration_is_a_frozen_keyword_only_dataclass_with_a_summary(name: str) -> None:
@@ -113,12 +136,15 @@ def test_specification_is_whole(name: str, config: BenchmarkConfig) -> None:
     assert sorted(label for task in data.tasks for label in task) == list(range(len(data.classes)))
 
 
-def test_images_are_rgb_bytes_with_labels_of_both_splits(config: BenchmarkConfig) -> None:
+def test_samples_are_rgb_bytes_or_texts_with_labels_of_both_splits(config: BenchmarkConfig) -> None:
     data = config.load(0)
     for part in (data.train, data.test):
         assert part.labels.dtype == np.int64
         assert set(part.labels.tolist()) == set(range(len(data.classes)))
         assert len(part.names) in (0, len(part))
+        if isinstance(part, TextSet):
+            assert all(isinstance(text, str) and text.strip() for text in part.texts)
+            continue
         for image in part.images:
             assert image.dtype == np.uint8
             assert image.ndim == 3
@@ -126,11 +152,10 @@ def test_images_are_rgb_bytes_with_labels_of_both_splits(config: BenchmarkConfig
             assert min(image.shape[:2]) > 0
 
 
-def test_no_test_image_is_a_training_image(config: BenchmarkConfig) -> None:
+def test_no_test_sample_is_a_training_sample(config: BenchmarkConfig) -> None:
     data = config.load(0)
-    train = {hashlib.sha256(np.ascontiguousarray(image).tobytes()).digest() for image in data.train.images}
-    test = {hashlib.sha256(np.ascontiguousarray(image).tobytes()).digest() for image in data.test.images}
-    # CIFAR-100 itself is known to repeat a few images across its official split.
+    train, test = ({hashlib.sha256(sample).digest() for sample in samples(part)} for part in (data.train, data.test))
+    # CIFAR-100 and CLINC150 themselves are known to repeat a few across their official splits.
     assert len(train & test) <= len(test) // 100
 
 

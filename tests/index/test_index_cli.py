@@ -14,6 +14,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from cl_adapters import AdapterIndex, AdapterPool, FrozenBackbone
+from cl_adapters.answers import image_preprocessing
 from cl_adapters.benchmarks.cli import app
 from cl_adapters.errors import ClAdaptersError, ConfigError, DataError, StorageError
 from cl_adapters.index.calibration import calibrate
@@ -35,8 +36,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A pool of two records with two classes each, photos by class, and features of each class as .npy."""
     root = tmp_path_factory.mktemp("index-cli")
     backbone = FrozenBackbone.load("vit_glyph_tiny")
-    assert backbone.preprocessing is not None
-    transform = backbone.preprocessing.eval_transform()
+    transform = image_preprocessing(backbone).eval_transform()
 
     def features(kind: int, seeds: range) -> Tensor:
         with torch.no_grad():
