@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cl_adapters.batches import Inputs
 from cl_adapters.errors import ClAdaptersError, IncompatibleBackbone
 from cl_adapters.fingerprint import fingerprint_of
-from cl_adapters.hf_forward import Pooling, check_pooling, modality_of, pooled, width_of
+from cl_adapters.hf_forward import Pooling, check_pooling, pooled, width_of
 from cl_adapters.passes import Pass, begin, go_on, how_blocks_return
 from cl_adapters.preprocessing import Preprocessing
 from cl_adapters.site_families import find_family, find_sites
@@ -89,9 +89,8 @@ class FrozenBackbone(nn.Module):
                 sees only those before it and else "mean", for images "cls" where there is a class token, else "mean".
             max_length: tokens kept of a text; default what the model takes, at most 512.
             dtype: of the frozen weights of a transformers model: "float32" (default), "bfloat16", "float16", or "auto":
-                bfloat16 if this machine has a GPU that computes with it, else float32 (no device is chosen here: move
-                the backbone with ``.to(device)``). bfloat16 halves the memory, and is faster where the hardware has it
-                (GPUs since Ampere, some CPUs), much slower elsewhere. Features are float32 all the same.
+                bfloat16 if this machine has a GPU that computes with it, else float32. Half the memory, faster where
+                the hardware has it, slower elsewhere; features are float32 all the same. No device is chosen here.
             quantization: "int8" or "nf4": such weights in 8 or 4 bit, by bitsandbytes (or torchao, optimum-quanto).
 
         Raises:
@@ -172,8 +171,7 @@ class FrozenBackbone(nn.Module):
                 tokenizer of transformers gives; or whatever tensor or mapping of tensors the encoder takes.
 
         Returns:
-            float [B, D], of a text the same whatever it is batched with; differentiable with respect to attached
-            adapters.
+            float [B, D], of a text the same in any batch; differentiable with respect to attached adapters.
 
         Raises:
             ClAdaptersError: the input's shape is not the encoder's.
@@ -295,9 +293,7 @@ class FrozenBackbone(nn.Module):
     def _returns(self) -> int | None:
         """How the blocks of an encoder of transformers return activations; None: it cannot be entered."""
         if self._outputs is None:
-            ours, recipe = modality_of(self.encoder) is not None, self.preprocessing
-            found = how_blocks_return(self.encoder, self._blocks(), self.pooling, recipe) if ours else None
-            self._outputs = (found,)
+            self._outputs = (how_blocks_return(self.encoder, self._blocks(), self.pooling, self.preprocessing),)
         return self._outputs[0]
 
     def _blocks(self) -> list[nn.Module]:

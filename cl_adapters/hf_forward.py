@@ -38,13 +38,13 @@ def call(encoder: nn.Module, x: Tensor, mask_BN: Tensor | None = None) -> Any:
         An object with ``last_hidden_state`` [B, N, D].
     """
     config: Any = encoder.config
-    options: dict[str, Any] = {"use_cache": False} if "use_cache" in _parameters(type(encoder)) else {}
+    options: dict[str, Any] = {"use_cache": False} if "use_cache" in _takes(encoder) else {}
     if mask_BN is not None:
         # Models that count positions from the ids (RoBERTa) tell empty places by the id that they were trained with
         filling = getattr(config, "pad_token_id", None)
         ids_BN = x.masked_fill(~mask_BN, 0 if filling is None else int(filling))
         return encoder(input_ids=ids_BN, attention_mask=mask_BN.long(), **options)
-    if "interpolate_pos_encoding" in _parameters(type(encoder)) and image_side(config) not in (None, *x.shape[-1:]):
+    if "interpolate_pos_encoding" in _takes(encoder) and image_side(config) not in (None, *x.shape[-1:]):
         options["interpolate_pos_encoding"] = True
     return encoder(**{str(encoder.main_input_name): x.to(dtype_of(encoder))}, **options)
 
@@ -110,10 +110,12 @@ def checked_tokens(encoder: nn.Module, tokens_BN: Tensor, name: str) -> Tensor:
     tokens_BN = packed(tokens_BN.long())
     check_rows(mask_of(tokens_BN))
     vocabulary = vocabulary_of(encoder)
-    highest = int(tokens_BN.max())
+    highest = int(tokens_BN.max()) if tokens_BN.numel() else 0
     if vocabulary is not None and highest >= vocabulary:
         raise DataError(f"token id {highest}, but backbone {name!r} knows the ids 0..{vocabulary - 1}")
-    places = positions_of(encoder)
+    stated: int | None = getattr(encoder.config, "max_position_embeddings", None)
+    close = stated is not None and tokens_BN.shape[1] > stated // 2  # else there is no need to look
+    places = positions_of(encoder) if close else None
     if places is not None and tokens_BN.shape[1] > places:
         raise DataError(
             f"a text of {tokens_BN.shape[1]} tokens, but backbone {name!r} has {places} positions: cut it, "
@@ -208,9 +210,15 @@ def require_transformers(encoder: nn.Module) -> None:
         )
 
 
+def _takes(encoder: nn.Module) -> frozenset[str]:
+    """Names of what its forward takes."""
+    kind: Any = type(encoder)
+    return _parameters(kind)
+
+
 @functools.cache
-def _parameters(cls: Any) -> frozenset[str]:
-    return frozenset(inspect.signature(cls.forward).parameters)
+def _parameters(kind: Any) -> frozenset[str]:
+    return frozenset(inspect.signature(kind.forward).parameters)
 
 
 def wide(values: Tensor) -> Tensor:

@@ -101,8 +101,11 @@ def how_blocks_return(encoder: nn.Module, blocks: Sequence[nn.Module], pooling: 
     """How the blocks of an encoder of transformers return their activations, found with a small made-up input.
 
     Returns:
-        As from :func:`cl_adapters.entering.outputs_of`; None where going on from a block does not give the features.
+        As from :func:`cl_adapters.entering.outputs_of`; None where going on from a block does not give the features, or
+        where it is no encoder of transformers.
     """
+    if modality_of(encoder) is None:
+        return None
     with without_hooks(encoder), torch.no_grad():
         try:
             first = begin(encoder, made_up(encoder, preprocessing), None, "")

