@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cl_adapters import attention_sites
 from cl_adapters.adapters.base import AdapterType
 from cl_adapters.errors import ClAdaptersError, IncompatibleBackbone
 from cl_adapters.routes import Route, Routes
@@ -90,6 +91,10 @@ class SiteAdapters(nn.Module):
             ) from error
         if self.site.rows is not None:
             encoder.get_submodule(self.site.rows.module).register_forward_pre_hook(self.note_rows)
+        if target.end == "inside":
+            adds.register_forward_pre_hook(self.enter_attention)
+            adds.register_forward_hook(self.leave_attention, always_call=True)
+            return
         if source != target and source.end == "in":
             reads.register_forward_pre_hook(self.read_input)
         elif source != target:
@@ -138,6 +143,22 @@ class SiteAdapters(nn.Module):
         """Forward hook: add the routed adapters' output."""
         return self._added(output)
 
+    def enter_attention(self, module: nn.Module, args: tuple[Any, ...]) -> None:
+        """Forward-pre-hook: let the routed adapters add inside this attention."""
+        if self._active.at(self.site.name) is not None:
+            attention_sites.enter(module, self.add_to_heads)
+
+    def leave_attention(self, module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        """Forward hook, run also after an error: the attention is as it was."""
+        attention_sites.leave(module)
+
+    def add_to_heads(self, heads_BNHd: Tensor, x_BND: Tensor) -> Tensor:
+        """Add the routed adapters' output to what the heads of an attention put out."""
+        route = self._active.at(self.site.name)
+        assert route is not None
+        delta = self._routed(_full(x_BND), _full(heads_BNHd.flatten(2)), route)
+        return heads_BNHd if delta is None else heads_BNHd + delta.reshape(heads_BNHd.shape).to(heads_BNHd.dtype)
+
     def _added(self, y: Tensor) -> Tensor | None:
         route = self._active.at(self.site.name)
         source, self._source = self._source, None
@@ -167,7 +188,7 @@ class SiteAdapters(nn.Module):
         if self.site.layout == "map":
             return x.flatten(2).mT
         if self.site.rows is not None and x.ndim == 2:
-            return x.unflatten(0, self._rows)
+            return x.reshape(*self._rows, -1)
         return x.flatten(1, -2) if x.ndim > 3 else x
 
     def _shaped(self, y: Tensor, x: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from cl_adapters.site_places import (
     MLP_LAYERS,
     branches,
     input_of,
+    inside,
     linear,
     post_norm,
     pre_norm,
@@ -44,7 +45,9 @@ TEXT_ENCODERS: tuple[Family, ...] = (
         parts=("attention.self.query", *_BERT_PARTS),
         places=post_norm(
             "attention",
-            linear(query="attention.self.query", key="attention.self.key", value="attention.self.value") | _BERT_LAYERS,
+            linear(query="attention.self.query", key="attention.self.key", value="attention.self.value")
+            | inside("attention.self", "attention.output.dense")
+            | _BERT_LAYERS,
         ),
     ),
     Family(
@@ -89,6 +92,7 @@ TEXT_ENCODERS: tuple[Family, ...] = (
         places=post_norm(
             "attention.q_lin",
             linear(query="attention.q_lin", key="attention.k_lin", value="attention.v_lin", output="attention.out_lin")
+            | inside("attention", "attention.out_lin")
             | linear(up="ffn.lin1", down="ffn.lin2"),
             attn_end="attention.out_lin",
             ffn="ffn",
@@ -104,7 +108,7 @@ TEXT_ENCODERS: tuple[Family, ...] = (
             ("attn_norm", "attn.Wo"),
             ("mlp_norm", "mlp"),
             input_of("mlp.Wi"),
-            thirds("attn.Wqkv", "attn.Wo") | linear(output="attn.Wo", down="mlp.Wo"),
+            thirds("attn.Wqkv", "attn.Wo") | inside("attn", "attn.Wo") | linear(output="attn.Wo", down="mlp.Wo"),
         ),
     ),
 )
@@ -118,7 +122,9 @@ TEXT_DECODERS: tuple[Family, ...] = (
             ("ln_1", "attn.c_proj"),
             ("ln_2", "mlp"),
             input_of("mlp.c_fc"),
-            thirds("attn.c_attn", "attn.c_proj") | linear(output="attn.c_proj", up="mlp.c_fc", down="mlp.c_proj"),
+            thirds("attn.c_attn", "attn.c_proj")
+            | inside("attn", "attn.c_proj")
+            | linear(output="attn.c_proj", up="mlp.c_fc", down="mlp.c_proj"),
         ),
         fits=unscaled("ln_1", "attn", "ln_2", "mlp"),
     ),
@@ -144,7 +150,9 @@ TEXT_DECODERS: tuple[Family, ...] = (
             ("input_layernorm", "self_attn.o_proj"),
             ("post_attention_layernorm", "mlp"),
             input_of("mlp.gate_up_proj"),
-            thirds("self_attn.qkv_proj", "self_attn.o_proj") | linear(output="self_attn.o_proj", down="mlp.down_proj"),
+            thirds("self_attn.qkv_proj", "self_attn.o_proj")
+            | inside("self_attn", "self_attn.o_proj")
+            | linear(output="self_attn.o_proj", down="mlp.down_proj"),
         ),
         fits=unscaled(*_LLAMA_CHILDREN),
     ),

@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import nn
 
+from cl_adapters.attention_sites import looks_up
 from cl_adapters.sites import Layout, Place, Sizes, Tap, has
 
 Measure = Callable[[nn.Module], Sizes]
@@ -194,9 +195,9 @@ def pre_norm(
 
 
 def projections(attention: str, output: str = "o_proj") -> dict[str, Place]:
-    """Query, key, value and output below an attention, as most call them."""
-    names = {"query": "q_proj", "key": "k_proj", "value": "v_proj", "output": output}
-    return linear(**{kind: f"{attention}.{name}" for kind, name in names.items()})
+    """Query, key, value and output below an attention, as most call them, and its inside."""
+    query, key, value, out = (f"{attention}.{name}" for name in ("q_proj", "k_proj", "v_proj", output))
+    return linear(query=query, key=key, value=value, output=out) | inside(attention, out)
 
 
 def unscaled(*children: str) -> Callable[[nn.Module], bool]:
@@ -211,6 +212,27 @@ def unscaled(*children: str) -> Callable[[nn.Module], bool]:
         return {name.partition(".")[0] for name in known} <= set(children) and not scales
 
     return fits
+
+
+def inside(attention: str, output: str) -> dict[str, Place]:
+    """The site inside an attention of transformers, at its path; ``output``: path of the projection of its heads."""
+
+    def width_of_head(block: nn.Module) -> int:
+        module: Any = block.get_submodule(attention)
+        own: Any = [getattr(module, name, None) for name in ("head_dim", "attention_head_size")]
+        return int(own[0] or own[1] or 0)
+
+    def fits(block: nn.Module) -> bool:
+        there = has(block, attention) and has(block, output)
+        return there and looks_up(block.get_submodule(attention)) and width_of_head(block) > 0
+
+    def sizes(block: nn.Module) -> Sizes:
+        out_width = features_of(block.get_submodule(output))[0]
+        heads = out_width // width_of_head(block)
+        return Sizes(out_width + heads, out_width, heads)
+
+    here = Tap(attention, "inside")
+    return {"attention": Place(here, here, "attention", sizes, fits)}
 
 
 def is_linear(layer: nn.Module) -> bool:

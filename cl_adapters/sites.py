@@ -25,15 +25,16 @@ Layout = Literal["tokens", "grid", "map"]
 
 @dataclass(frozen=True)
 class Tap:
-    """One end of a site: the first input ("in") or the output ("out") of a submodule.
+    """One end of a site: the first input ("in") or the output ("out") of a submodule, or the "inside" of an attention.
 
     Attributes:
         module: dotted path below the encoder, as in ``encoder.get_submodule``.
-        end: which end of that submodule.
+        end: which end of that submodule. Inside an attention of transformers (:mod:`cl_adapters.attention_sites`) the
+            queries and their mass are read, and what is added is added to the heads' output.
     """
 
     module: str
-    end: Literal["in", "out"]
+    end: Literal["in", "out", "inside"]
 
     def below(self, path: str) -> Tap:
         """The same end where the dotted path of the module starts at ``path``."""

@@ -13,6 +13,8 @@ attention and before its output projection:
     delta  = w softmax(T) P_V - lambda softmax(S) V
 
 Attention does not see positions, so where the prefix stands among the tokens (LAE: after the class token) is no option.
+Where queries and keys are rotated by their positions, the prefix's keys are learned as they are after it (as in PEFT);
+where several queries share a key, each has its own prefix; where logits are capped (Gemma 2), the prefix's are not.
 """
 
 from __future__ import annotations
@@ -56,7 +58,7 @@ class Prefix(AdapterType):
 
     @property
     def site_kinds(self) -> tuple[str, ...]:
-        """Inside the attention: reads its fused projection [q | k | v], adds to what its heads put out."""
+        """Inside the attention: reads its queries and what tells their mass, adds to what its heads put out."""
         return ("attention",)
 
     @property
@@ -95,10 +97,11 @@ class Prefix(AdapterType):
         """The difference to the attention without the prefix.
 
         Args:
-            x_BND: [B, N, 3 O], queries, keys and values side by side.
+            x_BND: [B, N, 3 O], queries, keys and values side by side; or [B, N, O + H], queries that are scaled already
+                and per head logsumexp(S), from an attention with a mask or with positions in its queries and keys.
             params: as from :meth:`shapes`, or each with one more leading dimension B.
             noise: not used.
-            y_BNO: [B, N, O], output of the heads without the prefix; computed from x where it is None.
+            y_BNO: [B, N, O], output of the heads without the prefix; of queries, keys and values computed where None.
 
         Returns:
             delta_BNO, [B, N, O].
@@ -107,12 +110,19 @@ class Prefix(AdapterType):
         if self.learn_scale:
             keys, values = keys * lifted(params["scale_key"], 3), values * lifted(params["scale_value"], 3)
         heads, width = keys.shape[-2:]
-        q, k, v = x_BND.unflatten(-1, (3, heads, width)).permute(2, 0, 3, 1, 4)  # each [B, H, N, hd]
-        q = q * width**-0.5
-        own = q @ k.mT  # S, [B, H, N, N]
+        if x_BND.shape[-1] == 3 * heads * width:
+            q, k, v = x_BND.unflatten(-1, (3, heads, width)).permute(2, 0, 3, 1, 4)  # each [B, H, N, hd]
+            q = q * width**-0.5
+            own = q @ k.mT  # S, [B, H, N, N]
+            total = own.logsumexp(-1, keepdim=True)
+            y = own.softmax(-1) @ v if y_BNO is None else y_BNO.unflatten(-1, (heads, width)).transpose(1, 2)
+        else:
+            assert y_BNO is not None  # what the heads put out without the prefix cannot be told from their queries
+            q = x_BND[..., : heads * width].unflatten(-1, (heads, width)).transpose(1, 2)
+            total = x_BND[..., heads * width :].mT.unsqueeze(-1)
+            y = y_BNO.unflatten(-1, (heads, width)).transpose(1, 2)
         ahead = q @ keys.transpose(-3, -2).mT  # T, [B, H, N, P]
-        mass = torch.sigmoid(ahead.logsumexp(-1, keepdim=True) - own.logsumexp(-1, keepdim=True))
-        y = own.softmax(-1) @ v if y_BNO is None else y_BNO.unflatten(-1, (heads, width)).transpose(1, 2)
+        mass = torch.sigmoid(ahead.logsumexp(-1, keepdim=True) - total)
         # LAE's floor: a prefix that no token sees at all stays without effect
         weight = mass / mass.clamp_min(1e-12) if self.compensate else mass
         delta: Tensor = weight * (ahead.softmax(-1) @ values.transpose(-3, -2)) - mass * y

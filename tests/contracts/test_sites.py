@@ -23,10 +23,6 @@ FFN = ("ffn_parallel", "ffn_sequential", "ffn_before")
 LINEAR = ("query", "key", "value")
 LAYERS = ("output", "up", "down")
 KINDS = (*AROUND, *FFN, "block_parallel", *LINEAR, *LAYERS, "gate", "attention")
-FAMILIES_OF_TRANSFORMERS = (
-    *("GPT-2", "Llama", "Mistral: sliding window", "Qwen2", "Qwen3", "Gemma", "Gemma 2", "Gemma 3", "OPT"),
-    *(f"transformers {name}" for name in ("ViT", "DINOv2", "DINOv2, SwiGLU", "CLIP", "SigLIP", "AST")),
-)
 GATED = (
     "Llama",
     "Mistral: sliding window",
@@ -60,23 +56,22 @@ LACKS: dict[str, tuple[str, ...]] = {
     "Swin: padded windows": ("attention",),
     "ConvNeXt": (*AROUND, *LINEAR, *LAYERS, "attention"),
     "ConvNeXt, MLP of convolutions": (*AROUND, *LINEAR, *LAYERS, "attention"),
-    "BERT": (*SHARED, "attention"),
-    "DistilBERT": (*SHARED, "attention"),
+    "BERT": SHARED,
+    "DistilBERT": SHARED,
     "MPNet": (*SHARED, "attention"),
     "DeBERTa": (*SHARED, *LINEAR, "attention"),  # query, key and value lie head by head in one projection
     "DeBERTa-v2": (*SHARED, "attention"),
     "DeBERTa-v3": (*SHARED, "query", "key", "attention"),  # these two run once more, on the positions
-    "ModernBERT": ("up", "attention"),  # up and gate are one layer
-    "Phi": (*SHARED, "attention"),
-    "Phi-3": ("up", "attention"),
-    "Phi-3, grouped keys": ("up", *LINEAR, "attention"),  # no thirds: keys are fewer than queries
+    "ModernBERT": ("up",),  # up and gate are one layer
+    "Phi": SHARED,
+    "Phi-3": ("up",),
+    "Phi-3, grouped keys": ("up", *LINEAR),  # no thirds: keys are fewer than queries
 }
 """The kinds of sites that a family does not have; those that are not named have all of them."""
 
 
 def lacks_of(family: str) -> tuple[str, ...]:
-    attention = () if family in LACKS or family not in FAMILIES_OF_TRANSFORMERS else ("attention",)
-    return LACKS.get(family, ()) + attention + (() if family in GATED else ("gate",))
+    return LACKS.get(family, ()) + (() if family in GATED else ("gate",))
 
 
 TYPES = [pytest.param(adapter_from(name), id=name) for name in adapters.names()]
@@ -317,6 +312,8 @@ def test_prefix_sites_are_plain_attention(case: Any) -> None:
     prefix = adapter_from("prefix")
     bank = fitting(case, prefix, lambda: AdapterBank(case.backbone, prefix))
     for site in bank.sites if bank is not None else ():
+        if site.target.end == "inside":
+            continue  # see test_text_adapters.py: compared with keys and values that transformers itself puts in front
         ends = {name: case.backbone.encoder.get_submodule(getattr(site, name).module) for name in ("source", "target")}
         seen = seen_by(ends, lambda: case.backbone.features(case.inputs(3)))
         q, k, v = seen["source", "out"].unflatten(-1, (3, site.heads, -1)).permute(2, 0, 3, 1, 4)
