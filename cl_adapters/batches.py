@@ -1,4 +1,4 @@
-"""Inputs of a backbone: a tensor with the batch first, or a mapping of such tensors (text)."""
+"""Inputs of a backbone: a tensor with the batch first (texts: token ids), or a mapping of such tensors."""
 
 from __future__ import annotations
 

@@ -120,7 +120,7 @@ def _backbone(card: Mapping[str, Any], given: FrozenBackbone | None) -> FrozenBa
     if given.fingerprint != card["fingerprint"]:
         raise IncompatibleBackbone(
             f"these adapters were trained on backbone {card['name']!r} with fingerprint {card['fingerprint'][:16]}, "
-            f"but {given.name!r} has {given.fingerprint[:16]}: same weights, image size and preprocessing are needed"
+            f"but {given.name!r} has {given.fingerprint[:16]}: same weights, preprocessing and pooling are needed"
         )
     return given
 

@@ -205,7 +205,7 @@ def check_fingerprint(card: BackboneCard, other: BackboneCard | FrozenBackbone, 
     if other.fingerprint != card.fingerprint:
         raise IncompatibleBackbone(
             f"the adapters of this pool belong to backbone {card.name!r} with fingerprint {card.fingerprint[:16]}, but "
-            f"{what} {other.name!r} has {other.fingerprint[:16]}: same weights, image size and preprocessing are needed"
+            f"{what} {other.name!r} has {other.fingerprint[:16]}: same weights, preprocessing and pooling are needed"
         )
 
 

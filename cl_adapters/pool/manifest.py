@@ -70,9 +70,9 @@ class BackboneCard:
     Attributes:
         name: as in :class:`cl_adapters.FrozenBackbone`.
         source: arguments of ``FrozenBackbone.load`` that give it again; empty for a wrapped module.
-        fingerprint: SHA-256 of weights, preprocessing and pooling.
+        fingerprint: SHA-256 of weights, preprocessing (with the tokenizer of texts) and pooling.
         num_features: D.
-        preprocessing: of images, as plain values; None where inputs are not images.
+        preprocessing: of images or texts, as plain values; None where inputs are neither.
     """
 
     name: str
