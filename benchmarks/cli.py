@@ -43,11 +43,11 @@ RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.")]
 @app.command("run")
 def run_command(
     strategy: Annotated[str, typer.Option(help="Strategy; see `cl-adapters list strategies`.")],
-    benchmark: Annotated[str, typer.Option(help="Benchmark, or NAME:ARGUMENT such as folder:photos.")],
+    benchmark: Annotated[str, typer.Option(help="Benchmark, or NAME:ARGUMENT such as folder:photos or text:FILE.")],
     preset: Annotated[
         str | None, typer.Option(help="Settings to start from, default BENCHMARK's; see `cl-adapters list presets`.")
     ] = None,
-    backbone: Annotated[str | None, typer.Option(help="Embedded name, or timm:MODEL.")] = None,
+    backbone: Annotated[str | None, typer.Option(help="Embedded name, timm:MODEL, or hf:FOLDER_OR_NAME.")] = None,
     weights: Annotated[Path | None, typer.Option(help="Local .safetensors weights of the backbone.")] = None,
     settings: Annotated[
         list[str] | None,

@@ -54,4 +54,6 @@ def _find(name: str, text: str) -> type[BenchmarkConfig]:
     except UnknownName as error:
         if Path(text).expanduser().is_dir():
             raise UnknownName(f"{error}. {text!r} is a folder: to use your own images write 'folder:{text}'") from None
+        if Path(text).expanduser().is_file():
+            raise UnknownName(f"{error}. {text!r} is a file: for a table of texts write 'text:{text}'") from None
         raise
