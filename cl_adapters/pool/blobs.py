@@ -72,6 +72,8 @@ def check_blob(pool: Path, name: str, sha: str, check: Check | None = None) -> N
 def write_blob(pool: Path, place: Callable[[str], str], content: bytes) -> str:
     """Store a tensor file under its SHA-256, which is returned; bytes that are there already are not written again.
 
+    :func:`sync_folders` has to follow before anything names the file.
+
     Args:
         pool: the pool.
         place: path below the pool for a SHA-256.
@@ -88,9 +90,15 @@ def write_blob(pool: Path, place: Callable[[str], str], content: bytes) -> str:
         check_blob(pool, place(sha), sha)
     except PoolError:  # not there, or damaged: this mends it
         write_bytes(path, content)
-        sync(path.parent)
-        sync(pool)  # the folder may be new
     return sha
+
+
+def sync_folders(pool: Path) -> None:
+    """Make the names of new tensor files survive a power cut."""
+    for folder in FOLDERS:
+        if (pool / folder).is_dir():
+            sync(pool / folder)
+    sync(pool)  # a folder may be new
 
 
 def sha_of(content: bytes) -> str:

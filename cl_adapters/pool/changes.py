@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Container, Iterable
+from collections.abc import Callable, Container, Iterable, Iterator
 from dataclasses import dataclass
 from itertools import count
 from pathlib import Path
 
 from cl_adapters.errors import PoolError
-from cl_adapters.pool.blobs import delete, write_blob
+from cl_adapters.pool.blobs import delete, sync_folders, write_blob
 from cl_adapters.pool.disk import Disk
 from cl_adapters.pool.manifest import Broken, Manifest, check_free
 from cl_adapters.pool.record import Record, adapter_file, check_id, knowledge_file, shown
@@ -22,11 +22,13 @@ def files(adapter: bytes | None, knowledge: bytes | None) -> Files:
     return ((adapter_file, adapter), (knowledge_file, knowledge))
 
 
-def write(pool: Path, new: Files) -> None:
-    """Store new files; to be called inside a change."""
-    for place, content in new:
-        if content is not None:
-            write_blob(pool, place, content)
+def write(pool: Path, new: Iterable[Files]) -> None:
+    """Store new files of records; to be called inside a change."""
+    for each in new:
+        for place, content in each:
+            if content is not None:
+                write_blob(pool, place, content)
+    sync_folders(pool)
 
 
 @dataclass(frozen=True)
@@ -58,14 +60,18 @@ def add(disk: Disk, additions: Iterable[Addition]) -> tuple[Record, ...]:
 
     def edit(manifest: Manifest) -> Manifest:
         taken, written = set(manifest.by_id), set[str]()
-        try:
+
+        def stored() -> Iterator[Files]:
             for each in additions:
                 final = each.record if each.named else dataclasses.replace(each.record, id=_free(taken))
                 check_free(final.id, taken)
-                written |= set(final.files)
-                write(disk.path, each.new)
+                written.update(final.files)
+                yield each.new
                 taken.add(final.id)
                 added.append(final)
+
+        try:
+            write(disk.path, stored())
         except BaseException:
             for name in sorted(written - manifest.files):
                 delete(disk.path, name)
@@ -94,7 +100,7 @@ def replace(disk: Disk, record: Record, new: Files) -> Record:
                     f"adapter {record.id!r} would have {len(record.classes)} classes, but its knowledge has rows for "
                     f"{len(present.classes)}: give the new knowledge to replace"
                 )
-        write(disk.path, new)
+        write(disk.path, [new])
         return manifest.mapped(lambda entry: record if entry.id == record.id else entry)
 
     disk.change(edit)

@@ -64,7 +64,14 @@ def forget(pool: AdapterPool, target: str | int) -> Forgotten:
             )
     if not pool.broken:  # what a broken record owns cannot be told from orphans
         removed += [f"file {name}, left by a writer that was killed" for name in pool.gc()]
-    removed += list(_indexes(pool))
+    what = f"adapter {target!r}" if isinstance(target, str) else _named(target)
+    for name, index in _indexes(pool):
+        if index is None:
+            removed.append(f"index {name!r}, which could not be made anew: build it again")
+            continue
+        removed.append(f"entries of index {name!r}, which was made anew")
+        if index.threshold is not None:
+            traces.append(f"the threshold of index {name!r} was calibrated when {what} was known; calibrate it again")
     return Forgotten(tuple(removed), tuple(dict.fromkeys(traces)))
 
 
@@ -116,8 +123,8 @@ def _descendants(pool: AdapterPool, id: str) -> set[str]:
     return found - {id}
 
 
-def _indexes(pool: AdapterPool) -> Iterator[str]:
-    """Make every index in the pool's folder anew; one that cannot be is deleted."""
+def _indexes(pool: AdapterPool) -> Iterator[tuple[str, AdapterIndex | None]]:
+    """Make every index in the pool's folder anew; None: one that cannot be, and is deleted."""
     folder = Path(pool.path) / "index"
     for place in sorted(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else ():
         if place.is_symlink() or not place.is_dir():
@@ -126,10 +133,10 @@ def _indexes(pool: AdapterPool) -> Iterator[str]:
             index = AdapterIndex.open(place, pool, mmap=False, stale="refresh")
             index.rebuild()
             index.save(place)
-            yield f"entries of index {place.name!r}, which was made anew"
+            yield place.name, index
         except ClAdaptersError:
             shutil.rmtree(place)
-            yield f"index {place.name!r}, which could not be made anew: build it again"
+            yield place.name, None
 
 
 def _named(label: int) -> str:

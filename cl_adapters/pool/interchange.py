@@ -42,8 +42,7 @@ def copy(source: Disk, target: Disk, ids: tuple[str, ...]) -> tuple[Record, ...]
                 continue
             present.check_free(record.id)
             added.append(record)
-        for record in added:
-            write(target.path, files(*_contents(source.path, record)))
+        write(target.path, (files(*_contents(source.path, record)) for record in added))
         # Before the manifest: all adapters are never there without their rule.
         if card is not None and set(present.by_id) <= set(manifest.by_id) and not has_card(target.path):
             write_bytes(target.path / CARD, card)

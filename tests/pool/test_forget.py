@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable, Iterable
 from pathlib import Path
 
@@ -14,12 +15,14 @@ from cl_adapters.adapters.bottleneck import Bottleneck
 from cl_adapters.backbone import FrozenBackbone
 from cl_adapters.bank import AdapterBank
 from cl_adapters.errors import UnknownName
+from cl_adapters.index.calibration import calibrate
 from cl_adapters.index.index import AdapterIndex
 from cl_adapters.model import AdapterModel
 from cl_adapters.origins import Origin
 from cl_adapters.parts.keys import Keys, KeysConfig
 from cl_adapters.pool import AdapterPool
 from cl_adapters.pool.forget import forget
+from cl_adapters.pool.record import record_to_plain
 from cl_adapters.predictors.nearest_key import NearestKey
 from cl_adapters.predictors.self_refine import SelfRefine
 
@@ -70,7 +73,9 @@ def test_an_adapter(pool: AdapterPool) -> None:
     own += [knowledge[key] for key in ("keys", "head.weight", "prototypes", "held_out")]
     before = contents(pool)
     assert len(traces(pool, own)) == 3, "adapter, knowledge and index; else this test sees nothing"
-    record = pool.get("task-001")
+    record, others = pool.get("task-001"), [pool.get(id) for id in ("task-000", "task-002")]
+    early = AdapterPool.open(pool.path, backbone=pool.backbone)  # another reader, with everything in memory
+    assert early.tensors("task-001")
     found = forget(pool, "task-001")
     assert found.removed[0].startswith("adapter 'task-001' (")
     assert "class 3, class 4, class 5" in found.removed[0]
@@ -79,8 +84,17 @@ def test_an_adapter(pool: AdapterPool) -> None:
     assert before.keys() - after.keys() == set(record.files)
     changed = {name for name in after if after[name] != before.get(name)}
     assert all(name == "manifest.json" or name.startswith("index/") for name in changed)
-    assert pool.verify().ok
-    assert not pool.verify().orphans
+    assert after["model.json"] == before["model.json"], "inference rule, thresholds, kind of keys"
+    for other in others:
+        assert {name: after[name] for name in other.files} == {name: before[name] for name in other.files}
+    assert [record_to_plain(other) for other in others] == json.loads(after["manifest.json"])["records"]
+    for reader in (pool, early):
+        assert reader.verify().ok
+        assert not reader.verify().orphans
+        assert reader.records == tuple(others)
+        for read in (reader.tensors, reader.knowledge, reader.get):
+            with pytest.raises(UnknownName):
+                read("task-001")
     index = AdapterIndex.open(None, pool)
     assert index.records == ("task-000", "task-002")
     assert not index.changes()
@@ -114,6 +128,8 @@ def test_a_class(pool: AdapterPool) -> None:
     own += [knowledge[key][[1]] for key in ("head.weight", "prototypes")]
     before = contents(pool)
     assert len(traces(pool, own)) == 2
+    early = AdapterPool.open(pool.path, backbone=pool.backbone)
+    assert early.knowledge("task-001").keys() == knowledge.keys()
     x = torch.randn(6, 3, 16, 16, generator=torch.Generator().manual_seed(1))
     whole = AdapterModel.from_pool(pool, predictor=NearestKey())
     found = forget(pool, 4)
@@ -128,8 +144,18 @@ def test_a_class(pool: AdapterPool) -> None:
     assert left["key_class"].tolist() == [0, 0, 0, 1, 1, 1]
     assert left["held_out_class"].tolist() == [0, 0, 0, 1, 1, 1]
     assert all(torch.equal(value, adapter[key]) for key, value in pool.tensors("task-001").items())
-    assert {name for name in before if name.startswith("adapters/")} <= contents(pool).keys()
+    after, kept = contents(pool), pool.get("task-001")
+    assert kept.adapter_sha is not None
+    rewritten = {"manifest.json", *kept.files[1:], *(name for name in after if name.startswith("index/"))}
+    assert {name for name in after if after[name] != before.get(name)} <= rewritten
+    assert len(before.keys() - after.keys()) == 1, "the old knowledge"
+    for id in ("task-000", "task-002"):
+        assert all(after[name] == before[name] for name in pool.get(id).files)
+    assert early.get("task-001").labels == (3, 5)
+    assert early.knowledge("task-001").keys() == left.keys()
     assert pool.verify().ok
+    hits = AdapterIndex.open(None, pool).query(own[0], 50)
+    assert {hit.label for row in hits for hit in row} == {0, 1, 2, 3, 5, 6, 7, 8}
     model = AdapterModel.from_pool(pool, predictor=NearestKey())
     assert model.classes == [0, 1, 2, 3, 5, 6, 7, 8]
     others = whole.answer(x).adapter != 1
@@ -147,6 +173,17 @@ def test_the_last_class_takes_its_record_along(pool: AdapterPool) -> None:
     assert pool.get("task-002").labels == (8,)
     assert forget(pool, 8).removed[0].startswith("adapter 'task-002'")
     assert pool.ids == ("task-000", "task-001")
+
+
+def test_thresholds_that_knew_it_are_named(pool: AdapterPool) -> None:
+    index = AdapterIndex.open(None, pool)
+    calibrate(index, 0.2)
+    index.save()
+    AdapterIndex.build(pool, backend="exact").save(pool.path / "index" / "bare")
+    for target, what in ((4, "class 4"), ("task-002", "adapter 'task-002'")):
+        told = [line for line in forget(pool, target).cannot_undo if "threshold" in line]
+        assert told == [f"the threshold of index 'default' was calibrated when {what} was known; calibrate it again"]
+    assert AdapterIndex.open(None, pool).threshold == index.threshold
 
 
 def test_an_index_that_cannot_be_made_anew_goes(pool: AdapterPool) -> None:
