@@ -159,10 +159,7 @@ def _joined(
 
 def _mean_rows(rows: Sequence[Tensor], places: Sequence[Tensor], classes: int) -> Tensor:
     """Rows [C_t, ...] of every record at the places of their classes, [C, ...]; several of one class: their mean."""
-    place = torch.cat(list(places))
-    if len(place) == classes:
-        return torch.cat(list(rows))[place.argsort()]
-    all_rows = torch.cat(list(rows))
+    place, all_rows = torch.cat(list(places)), torch.cat(list(rows))
     sums = torch.zeros(classes, *all_rows.shape[1:]).index_add(0, place, all_rows)
     counts = place.bincount(minlength=classes)
     return sums / counts.reshape(-1, *[1] * (all_rows.ndim - 1))
