@@ -42,7 +42,7 @@ INSTEAD = {
 """What to do without a field, where there is more to say than to leave it out."""
 KEEPS_BASE = (True, False, None, "gaussian", "orthogonal", "eva", "mica")
 """Starts that leave the backbone's weights alone; others, such as "pissa", change them."""
-EMPTY = (None, False, "none", "", [], {}, set(), ())
+EMPTY: tuple[Any, ...] = (None, False, "none", "", [], {}, set(), ())
 """Values of a field that is not used."""
 
 

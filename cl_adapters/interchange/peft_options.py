@@ -101,8 +101,8 @@ def _check_start(start: Any, where: str) -> None:
 
 def _targets(config: Mapping[str, Any], where: str, backbone: FrozenBackbone) -> list[Site]:
     """The sites on all layers that PEFT would adapt."""
-    targets = config.get("target_modules")
     _check_targets(config, where)
+    targets: str | Sequence[str] = config["target_modules"]
     encoder, layers = backbone.encoder, lora_layers(backbone)
     has = f"; LoRA knows its {', '.join(dict.fromkeys(name.rpartition('.')[2] for name in layers))}"
     names = [name for name, module in encoder.named_modules() if name and (targets != ALL_LINEAR or is_linear(module))]

@@ -47,7 +47,7 @@ FAMILIES = pytest.mark.parametrize("family", list(MAKE))
 def logits(model: Any) -> Tensor:
     """Of the texts in :func:`inputs`, float32 [3, 7, 50]."""
     with torch.no_grad():
-        found: Tensor = model(**dict(inputs(model))).logits  # type: ignore[arg-type]
+        found: Tensor = model(**dict(inputs(model))).logits
     return found
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from cl_adapters.adapters.base import adapter_from
-from cl_adapters.adapters.lora import LoRA
+from cl_adapters.adapters.lora import LoRA, Target
 from cl_adapters.backbone import FrozenBackbone
 from cl_adapters.bank import AdapterBank
 from cl_adapters.errors import ConfigError, IncompatibleBackbone, StorageError
@@ -22,7 +22,8 @@ from tests.interchange.conftest import bert, close, features, filled, gpt2, inpu
 
 MAKE = {"Llama": llama, "GPT-2": gpt2, "BERT": bert}
 QV = {"peft_type": "LORA", "r": 4, "lora_alpha": 8, "target_modules": ["q_proj", "v_proj"]}
-ATTENTION, EVERY = ("query", "key", "value"), ("query", "key", "value", "output", "up", "gate", "down")
+ATTENTION: tuple[Target, ...] = ("query", "key", "value")
+EVERY: tuple[Target, ...] = (*ATTENTION, "output", "up", "gate", "down")
 NO_GATE = tuple(kind for kind in EVERY if kind != "gate")
 
 
