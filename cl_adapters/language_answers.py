@@ -251,7 +251,7 @@ class Answering(nn.Module):
     def _logits(self, tokens_BN: Tensor, routes: Routes | None, noise: torch.Generator | None, keep: int) -> Tensor:
         """Logits [B, keep, V] of the last columns."""
         mask_BN = tokens_BN >= 0
-        known = _parameters(type(self.lm))
+        known = _parameters(self.lm.__class__)
         options: dict[str, Any] = {"use_cache": False}
         if not bool(mask_BN[:, 0].all()) and "position_ids" in known:
             options["position_ids"] = positions(tokens_BN)
@@ -295,5 +295,5 @@ def _ends(lm: Any) -> list[int]:
 
 
 @functools.cache
-def _parameters(cls: type[nn.Module]) -> frozenset[str]:
+def _parameters(cls: Any) -> frozenset[str]:
     return frozenset(inspect.signature(cls.forward).parameters)

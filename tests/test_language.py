@@ -13,6 +13,7 @@ from torch import Tensor
 from cl_adapters.adapters.base import AdapterType
 from cl_adapters.adapters.bottleneck import Bottleneck
 from cl_adapters.adapters.lora import LoRA
+from cl_adapters.adapters.prefix import Prefix
 from cl_adapters.backbone import FrozenBackbone
 from cl_adapters.errors import ClAdaptersError, ConfigError, DataError, IncompatibleBackbone
 from cl_adapters.language import LanguageModel
@@ -25,6 +26,7 @@ from cl_adapters.routes import BARE, Route
 ADAPTERS: dict[str, AdapterType] = {
     "lora": LoRA(rank=4, targets=("query", "value", "up", "down")),
     "bottleneck": Bottleneck(bottleneck=8, scale=1.0, dropout=0.0, init_scheme="normal"),
+    "prefix": Prefix(length=3),  # inside the attention: every token is computed from the whole text
 }
 PROMPTS = ["what is the colour of the sky :", "the film was dull label :", "count", "the number after one is two :"]
 ANSWERS = ["blue", "bad bad", "one two three", "three"]
@@ -116,8 +118,8 @@ def test_padding_on_either_side_is_the_same(language: LanguageModel, mixed: Rout
     right, left = joined(pairs), joined(pairs, left=True)
     assert int(right.tokens_BN[2, 0]) >= 0 and int(left.tokens_BN[2, 0]) < 0
     for routes in (None, mixed, summed([0, 2], len(PROMPTS))):
-        found = [language.answer_log_p(batch, routes)[0].sum(1) for batch in (right, left)]
-        assert torch.allclose(*found, atol=1e-5)
+        one, other = (language.answer_log_p(batch, routes)[0].sum(1) for batch in (right, left))
+        assert torch.allclose(one, other, atol=1e-5)
 
 
 @pytest.mark.parametrize("beams", [1, 3])
@@ -218,7 +220,7 @@ def test_only_the_routed_adapter_gets_a_gradient(make: Make) -> None:
     language = make("llama", "bottleneck")
     language.bank.requires_grad_(True)
     try:
-        language.loss(PROMPTS, ANSWERS, Route.single(1)).backward()  # type: ignore[no-untyped-call]
+        language.loss(PROMPTS, ANSWERS, Route.single(1)).backward()
         touched = [[value.grad is not None for value in language.bank.slot_parameters(slot)] for slot in range(3)]
         assert all(touched[1]) and not any(touched[0]) and not any(touched[2])
         assert all(value.grad is None for value in language.lm.parameters() if not value.requires_grad)

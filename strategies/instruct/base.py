@@ -192,7 +192,7 @@ class InstructMethod(ABC):
                 f"{self.config.lr}"
             )
         optimizer.zero_grad()
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss.backward()
         if self.config.max_norm is not None:
             nn.utils.clip_grad_norm_(parameters, self.config.max_norm)
         optimizer.step()
