@@ -1,4 +1,7 @@
-"""Two halves of an encoder: up to the input of a block, and on from there."""
+"""Two halves of an encoder: up to the input of a block, and on from there.
+
+What is changed in the encoder for that is undone at once, and only the thread that asked for it sees it.
+"""
 
 from __future__ import annotations
 
@@ -31,8 +34,11 @@ def input_of(block: nn.Module, run: Callable[[], Any]) -> Tensor:
     Raises:
         IncompatibleBackbone: the block is never reached.
     """
+    thread = threading.get_ident()
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if threading.get_ident() != thread:
+            return
         raise _Reached(args[0] if args else kwargs[_first_input(module)])
 
     handle = block.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
@@ -73,8 +79,11 @@ def run_from(blocks: Sequence[nn.Module], block: int, h: Tensor, outputs: int, r
         outputs: what a block returns, from :func:`outputs_of`.
         run: a forward pass with an input of the same shape.
     """
+    thread = threading.get_ident()
 
-    def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
+    def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        if threading.get_ident() != thread:
+            return None
         return ((h, *args[1:]), kwargs) if args else (args, kwargs | {_first_input(module): h})
 
     with _LOCK, ExitStack() as undo:

@@ -40,7 +40,7 @@ def call(encoder: nn.Module, x: Tensor, mask_BN: Tensor | None = None) -> Any:
     config: Any = encoder.config
     options: dict[str, Any] = {"use_cache": False} if "use_cache" in _takes(encoder) else {}
     if mask_BN is not None:
-        # Models that count positions from the ids (RoBERTa) tell empty places by the id that they were trained with
+        # some models tell empty places by the id: RoBERTa, which counts positions without them
         filling = getattr(config, "pad_token_id", None)
         ids_BN = x.masked_fill(~mask_BN, 0 if filling is None else int(filling))
         return encoder(input_ids=ids_BN, attention_mask=mask_BN.long(), **options)

@@ -22,7 +22,7 @@ LONGEST = 512
 """Tokens of a text by default, where the model takes more."""
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 TOWERS = ("vision_model", "language_model")
-"""Parts of models of two kinds of input, the first that is there is taken."""
+"""Parts of models with two kinds of input; the first that is there is taken."""
 
 
 def open_transformers(
@@ -114,6 +114,8 @@ def _encoder(library: Any, place: str, options: dict[str, Any]) -> nn.Module:
     for tower in TOWERS:
         if isinstance(getattr(model, tower, None), nn.Module) and len(list(model.children())) > 1:
             model, prefix = getattr(model, tower), f"{tower}."
+            if not hasattr(model, "main_input_name"):  # version 4 has a plain module there
+                model.main_input_name = "pixel_values"
             break
     missing = [key.removeprefix(prefix) for key in report["missing_keys"] if key.startswith(prefix)]
     return _without_random_parts(model, missing, place)

@@ -230,20 +230,39 @@ def test_a_failed_second_half_leaves_the_encoder_as_it_was(bert: FrozenBackbone)
     assert torch.equal(bert.features(x), plain)
 
 
-def test_a_pass_beside_a_second_half_in_another_thread(bert: FrozenBackbone) -> None:
+@pytest.mark.parametrize("half", ["first", "second"])
+def test_a_pass_in_another_thread_beside_a_half(half: str, bert: FrozenBackbone) -> None:
+    """A half changes the encoder while it runs: nobody else may see that."""
     x = tokens_of([5, 2], 5, first=4).clamp_max(11)
-    plain, h = bert.features(x), bert.enter(x, 2)
-    wrong: list[int] = []
+    plain, h, other = bert.features(x), bert.enter(x, 1), bert.features(x.flip(0))
+    seen: list[Tensor] = []
 
-    def forward() -> None:
-        wrong.extend(i for i in range(30) if not torch.equal(bert.features(x), plain))
+    def beside(*_: Any) -> None:
+        if threading.current_thread() is threading.main_thread() and not seen:
+            thread = threading.Thread(target=lambda: seen.append(bert.features(x.flip(0))))
+            thread.start()
+            thread.join()
 
-    thread = threading.Thread(target=forward)
-    thread.start()
-    for _ in range(30):
-        assert torch.equal(bert.resume(h, 2), plain)
-    thread.join()
-    assert not wrong
+    bert.encoder.get_submodule("embeddings" if half == "first" else "encoder.layer.1").register_forward_hook(beside)
+    there = bert.enter(x, 1) if half == "first" else bert.resume(h, 1)
+    assert len(seen) == 1 and torch.equal(seen[0], other)
+    assert torch.equal(there.nan_to_num(), h.nan_to_num() if half == "first" else plain)
+
+
+@pytest.mark.parametrize("family", TEXT | IMAGES)
+def test_a_second_half_costs_no_first(family: str) -> None:
+    backbone = FrozenBackbone.wrap(model_of(*(TEXT | IMAGES)[family]))
+    x = tokens_of([5, 2], 5) if family in TEXT else torch.zeros(2, 3, 16, 16)
+    h, last = backbone.enter(x, backbone.depth - 1), backbone.depth - 1
+    backbone.check_resumable()
+    ran: list[int] = []
+    for site in backbone.sites("ffn_parallel"):
+        tap = backbone.encoder.get_submodule(site.target.module)
+        tap.register_forward_pre_hook(lambda *_, block=site.block: ran.append(block))
+    backbone.resume(h, last)
+    assert ran == [last]
+    backbone.features(x)
+    assert ran == [last, *range(last + 1)]
 
 
 def test_the_mask_of_the_pass_in_progress(bert: FrozenBackbone) -> None:
