@@ -101,17 +101,14 @@ def _read(
 ) -> Tensor:
     """[B, N, H * hd + H]: queries, scaled, and per head the log of the sum of exp of a token's logits."""
     scale, cap, causal = (options.get(name) for name in ("scaling", "softcap", "is_causal"))
-    query = query.float() * (query.shape[-1] ** -0.5 if scale is None else scale)
-    key = key.float().repeat_interleave(query.shape[1] // key.shape[1], 1)
+    full = torch.promote_types(query.dtype, torch.float32)
+    query = query.to(full) * (query.shape[-1] ** -0.5 if scale is None else scale)
+    key = key.to(full).repeat_interleave(query.shape[1] // key.shape[1], 1)
     logits = query @ key.mT
     if cap is not None:
         logits = cap * torch.tanh(logits / cap)
-    if (
-        mask is None
-        and sdpa
-        and query.shape[2] > 1
-        and (getattr(module, "is_causal", True) if causal is None else causal)
-    ):
+    causal = getattr(module, "is_causal", True) if causal is None else causal
+    if mask is None and sdpa and causal and query.shape[2] > 1:  # as sdpa itself decides
         mask = torch.ones(logits.shape[-2:], dtype=torch.bool, device=logits.device).tril()
     if mask is not None:
         mask = mask[..., : logits.shape[-1]]

@@ -13,7 +13,6 @@ from cl_adapters.adapters.base import AdapterType, adapter_from
 from cl_adapters.backbone import FrozenBackbone
 from cl_adapters.bank import AdapterBank, Route
 from cl_adapters.errors import IncompatibleBackbone
-from cl_adapters.site_families import find_family
 from cl_adapters.tokens import NO_TOKEN
 
 transformers = pytest.importorskip("transformers")
@@ -193,6 +192,22 @@ def test_the_compensated_prefix_has_mass_one() -> None:
     assert not torch.allclose(outputs[0], backbone.features(IDS), atol=1e-3)
 
 
+def test_share_of_a_prefix_where_logits_are_capped() -> None:
+    """Capped to almost nothing all logits are 0, so the n-th token gives P keys of 0 the share P / (P + n)."""
+    options = {"attn_logit_softcapping": 1e-4, "num_key_value_heads": 2, "head_dim": 8, "attn_implementation": "eager"}
+    model: Any = make("Gemma2", **options)
+    bank = filled(
+        FrozenBackbone.wrap(model), adapter_from({"type": "prefix", "length": 3, "compensate": False}), 1, 0.0
+    )
+    seen: list[Tensor] = []
+    model.layers[0].self_attn.o_proj.register_forward_pre_hook(lambda module, args: seen.append(args[0]))
+    for route in (None, Route.single(0)):
+        with bank.route(route), torch.no_grad():
+            model(input_ids=IDS[:1], use_cache=False)
+    n = torch.arange(1, 6).reshape(1, 5, 1)
+    assert torch.allclose(seen[1], seen[0] * n / (n + 3), atol=1e-4)
+
+
 def test_eager_and_sdpa_agree_also_with_windows_caps_and_grouped_keys() -> None:
     options = {"num_key_value_heads": 2, "head_dim": 8, "sliding_window": 2}
     for name in ("Gemma3Text", "Mistral"):
@@ -252,74 +267,6 @@ def test_prefix_needs_an_attention_with_its_mask() -> None:
         pytest.raises(IncompatibleBackbone, match="attn_implementation 'eager' or 'sdpa'"),
     ):
         model.layers[0].self_attn(torch.zeros(1, 2, 32))
-
-
-# --- structures ---------------------------------------------------------------------------------------------
-
-
-def test_arrangements_that_look_alike_are_refused() -> None:
-    """Same parts, but a branch is scaled or has one more norm: adapters would add something else."""
-    for name in ("Granite", "Glm4"):
-        if hasattr(transformers, f"{name}Model"):
-            model = make(name, **({"head_dim": 8, "num_key_value_heads": 2} if name == "Glm4" else {}))
-            with pytest.raises(IncompatibleBackbone, match="no known adapter sites"):
-                find_family(model)
-    with pytest.raises(IncompatibleBackbone, match="no known adapter sites"):
-        find_family(make("OPT", do_layer_norm_before=False))
-
-
-class _Old(nn.Module):
-    """Modules of a block as version 4 of transformers names them."""
-
-    def __init__(self, *paths: str) -> None:
-        super().__init__()
-        for path in paths:
-            module: nn.Module = self
-            *above, last = path.split(".")
-            for step in above:
-                if step not in dict(module.named_children()):
-                    module.add_module(step, nn.Module())
-                module = module.get_submodule(step)
-            module.add_module(last, nn.LayerNorm(8) if "norm" in last else nn.Linear(8, 8))
-
-
-VIT_4 = [f"attention.attention.{name}" for name in ("query", "key", "value")] + ["attention.output.dense"]
-
-
-@pytest.mark.parametrize(
-    ("blocks", "paths", "family"),
-    [
-        (
-            "encoder.layer",
-            [*VIT_4, "layernorm_before", "layernorm_after", "intermediate.dense", "output.dense"],
-            "4 ViT",
-        ),
-        ("encoder.layer", [*VIT_4, "norm1", "layer_scale1", "norm2", "layer_scale2", "mlp.fc1", "mlp.fc2"], "4 DINOv2"),
-        (
-            "vision_model.encoder.layers",
-            [
-                *(f"self_attn.{n}_proj" for n in ("q", "k", "v", "out")),
-                "layer_norm1",
-                "layer_norm2",
-                "mlp.fc1",
-                "mlp.fc2",
-            ],
-            "CLIP",
-        ),
-    ],
-)
-def test_names_of_version_4(blocks: str, paths: list[str], family: str) -> None:
-    encoder = nn.Module()
-    *above, last = blocks.split(".")
-    module = encoder
-    for step in above:
-        module.add_module(step, nn.Module())
-        module = module.get_submodule(step)
-    module.add_module(last, nn.ModuleList(_Old(*paths) for _ in range(2)))
-    found = find_family(encoder)
-    assert found.name.endswith(family)
-    for kind in ("attn_parallel", "ffn_sequential", "block_parallel", "query", "value", "output", "up", "down"):
-        assert [site.width for site in found.sites(encoder, kind)] == [8, 8]
 
 
 def test_houlsby_has_two_adapters_per_block() -> None:

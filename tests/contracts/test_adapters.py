@@ -194,6 +194,22 @@ def test_prefix_needs_the_number_of_heads() -> None:
             adapter_from("prefix").shapes(Site("here", 0, "attention", 36, here, here, out_width=12, heads=heads))
 
 
+@pytest.mark.parametrize("options", [{}, {"compensate": False}, {"learn_scale": False}])
+def test_prefix_reads_queries_and_their_mass_as_well(options: dict[str, Any]) -> None:
+    """What attentions of transformers tell gives what queries, keys and values give, also one prefix per sample."""
+    prefix = adapter_from({"type": "prefix", **options})
+    x = inputs(prefix)
+    q, k, v = x.unflatten(-1, (3, 4, 3)).permute(2, 0, 3, 1, 4)
+    q = q * 3**-0.5
+    logits = q @ k.mT
+    read = torch.cat([q.transpose(1, 2).flatten(2), logits.logsumexp(-1).mT], -1)
+    heads = (logits.softmax(-1) @ v).transpose(1, 2).flatten(2)
+    own = [drawn(prefix, seed) for seed in range(3)]
+    gathered = {name: torch.stack([params[name] for params in own]) for name in own[0]}
+    for params in (own[0], gathered):
+        assert torch.allclose(prefix.apply(read, params, None, heads), prefix.apply(x, params), atol=1e-5)
+
+
 def test_dropout_keeps_the_expectation() -> None:
     """Inverted dropout at the given rate: the mean over many masks is the output without noise."""
     from cl_adapters.adapters.bottleneck import Bottleneck
