@@ -14,7 +14,7 @@ from cl_adapters.adapters.bottleneck import Bottleneck
 from cl_adapters.backbone import FrozenBackbone
 from cl_adapters.bank import BARE, AdapterBank, Route
 from cl_adapters.config import build
-from cl_adapters.errors import ClAdaptersError, ConfigError, DataError
+from cl_adapters.errors import ClAdaptersError, ConfigError, DataError, IncompatibleBackbone
 from cl_adapters.features import FeatureMemory
 from cl_adapters.model import AdapterModel
 from cl_adapters.parts.keys import Keys, KeysConfig, centroids
@@ -246,10 +246,16 @@ class Depths:
         self.images[place] += images
 
 
+def not_resumable() -> None:
+    raise IncompatibleBackbone("it cannot be entered at a block")
+
+
 @pytest.mark.parametrize(
     "predictor", [*RETRIEVAL, NearestPrototype(), NearestPrototype(slot=BARE)], ids=lambda p: repr(p)[:40]
 )
-def test_late_adapters_share_the_pass_before_them(make_model: Make, predictor: Predictor) -> None:
+def test_late_adapters_share_the_pass_before_them(
+    make_model: Make, predictor: Predictor, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Same answers as with whole passes, and the first blocks run once per image."""
     model, x = make_model(blocks=(3,)), images()
     depths = Depths(model)
@@ -258,8 +264,7 @@ def test_late_adapters_share_the_pass_before_them(make_model: Make, predictor: P
     assert float(answer.passes.sum()) == pytest.approx(sum(depths.images) / 4)
     if not isinstance(predictor, SelfRefine | NearestPrototype):
         assert answer.passes.tolist() == [1.25] * len(x), "one pass plus the last of four blocks"
-    model.backbone.pooling = "mean"  # then it cannot be entered at a block, and passes are whole ones
-    model.backbone._pooled = lambda output, mask: output  # type: ignore[method-assign]
+    monkeypatch.setattr(model.backbone, "check_resumable", not_resumable)  # then passes are whole ones
     whole = model.answer(x, predictor=predictor)
     assert whole.passes.tolist() == [1 + 4 * (p - 1) for p in answer.passes.tolist()]
     assert torch.allclose(whole.logits, answer.logits, atol=1e-6)
