@@ -5,7 +5,6 @@ B prompts, N tokens, V vocabulary.
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -50,6 +49,7 @@ class Answering(nn.Module):
         self.lm = lm
         self.model = model
         self.tokens = PromptTokens(text_preprocessing(model.backbone), _ends(lm))
+        self._options = frozenset(inspect.signature(type(lm).forward).parameters)
 
     @property
     def device(self) -> torch.device:
@@ -251,7 +251,7 @@ class Answering(nn.Module):
     def _logits(self, tokens_BN: Tensor, routes: Routes | None, noise: torch.Generator | None, keep: int) -> Tensor:
         """Logits [B, keep, V] of the last columns."""
         mask_BN = tokens_BN >= 0
-        known = _parameters(self.lm.__class__)
+        known = self._options
         options: dict[str, Any] = {"use_cache": False}
         if not bool(mask_BN[:, 0].all()) and "position_ids" in known:
             options["position_ids"] = positions(tokens_BN)
@@ -292,8 +292,3 @@ def _ends(lm: Any) -> list[int]:
     """Ids of the tokens that end an answer, from the model's own files."""
     found = getattr(getattr(lm, "generation_config", None), "eos_token_id", None)
     return [] if found is None else [int(token) for token in (found if isinstance(found, list) else [found])]
-
-
-@functools.cache
-def _parameters(cls: Any) -> frozenset[str]:
-    return frozenset(inspect.signature(cls.forward).parameters)
