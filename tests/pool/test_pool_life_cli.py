@@ -189,6 +189,16 @@ def test_merge(place: Path, pool: AdapterPool) -> None:
     assert index.records == ("both",)
 
 
+def test_the_accuracy_after_a_merge_is_that_of_the_merged(place: Path, pool: AdapterPool) -> None:
+    """A merge that ruins the adapter shows."""
+    words = ["pool", "merge", pool.path, "task-000", "task-002", "--id", "bad", "--json"]
+    words += ["--benchmark", f"folder:{place / 'photos'}", "--method", "task_arithmetic", "--set", "scale=-1000"]
+    accuracy = json.loads(call(*words))["accuracy"]
+    assert accuracy["before"] == right(pool, ["task-000", "task-002"], place)
+    assert accuracy["after"] == right(pool, ["bad"], place)
+    assert accuracy["after"] != accuracy["before"]
+
+
 def right(pool: AdapterPool, ids: list[str], place: Path) -> float:
     """Percent right on the test images of the records' classes, the long way."""
     from cl_adapters.benchmarks.spec import parse_benchmark
