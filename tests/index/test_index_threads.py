@@ -5,6 +5,7 @@ from __future__ import annotations
 import threading
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any
 
 import pytest
@@ -78,10 +79,7 @@ def test_a_change_and_a_query_never_meet(pool: MemoryPool, change: str, monkeypa
         backend, meeting = index.backend, Meeting()
         assert backend is not None
         changing, asking = (meeting.second, meeting.first) if query_first else (meeting.first, meeting.second)
-        acts: dict[str, Callable[[], Any]] = {
-            "remove": lambda index=index: index.remove(["task-000"]),
-            "add": lambda index=index: index.add(["task-000"]),
-        }
+        act = partial(getattr(index, change), ["task-000"])
         with monkeypatch.context() as patch:
             patch.setattr(backend, "search", asking(backend.search))
             for name in ("add", "remove"):
@@ -91,9 +89,9 @@ def test_a_change_and_a_query_never_meet(pool: MemoryPool, change: str, monkeypa
                 return index.query(QUERIES[6:], 1)
 
             if query_first:
-                answers, _ = run_beside(meeting, ask, acts[change])
+                answers, _ = run_beside(meeting, ask, act)
             else:
-                _, answers = run_beside(meeting, acts[change], ask)
+                _, answers = run_beside(meeting, act, ask)
         assert not meeting.met, (change, query_first)
         assert [row[0].label for row in answers] == LABELS[6:].tolist()
 

@@ -13,7 +13,8 @@ from torch import Tensor
 from cl_adapters.backbone import FrozenBackbone
 from cl_adapters.errors import PoolError
 from cl_adapters.model import AdapterModel
-from cl_adapters.pool import AdapterPool, NewAdapter, PoolClass, disk
+from cl_adapters.pool import AdapterPool, NewAdapter, PoolClass
+from cl_adapters.pool.manifest import write_manifest
 from tests.pool.conftest import BOTTLENECK, classes_of, make_knowledge, make_tensors
 
 
@@ -35,13 +36,12 @@ def contents(pool: AdapterPool) -> dict[str, bytes]:
 def writes(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
     """The pools whose manifest is written, in order."""
     written: list[Path] = []
-    real = disk.write_manifest
 
     def write(pool: Path, manifest: Any) -> bytes:
         written.append(pool)
-        return real(pool, manifest)
+        return write_manifest(pool, manifest)
 
-    monkeypatch.setattr(disk, "write_manifest", write)
+    monkeypatch.setattr("cl_adapters.pool.disk.write_manifest", write)
     return written
 
 
