@@ -1,4 +1,4 @@
-"""CLINC150 and Banking77 from the files of their authors, and data sets of the hub (with a stand-in for its library)."""
+"""CLINC150 and Banking77 from the files of their authors, and data sets of the hub (its library played)."""
 
 from __future__ import annotations
 

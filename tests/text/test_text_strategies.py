@@ -18,6 +18,7 @@ from cl_adapters.benchmarks.data.text import Text
 from cl_adapters.benchmarks.datasets import as_dataset
 from cl_adapters.benchmarks.evaluation import evaluate
 from cl_adapters.benchmarks.prepared import prepare
+from cl_adapters.features import FeatureMemory
 
 
 def prepared_data(table: Path, backbone: FrozenBackbone, tasks: int = 3) -> Any:
@@ -74,6 +75,17 @@ def test_cached_views_of_texts_give_the_numbers_without(name: str, backbone: Fro
     for views in (1, 3):
         cached = trained(name, backbone, table, blocks=(1,), cached_views=views)
         assert torch.allclose(cached.predict(x), expected, atol=1e-4), "texts are not augmented: all views are equal"
+
+
+def test_remembered_features_belong_to_their_texts(backbone: FrozenBackbone, table: Path) -> None:
+    model = trained("mos", backbone, table)
+    data = prepared_data(table, backbone)
+    memory = FeatureMemory(model)
+    evaluate(model, data, [1], batch_size=3, memory=memory)
+    found = evaluate(model, data, [0, 1, 2], batch_size=5, memory=memory)
+    expected = evaluate(model, data, [0, 1, 2], batch_size=64)
+    assert (found.accuracy, found.routing) == (expected.accuracy, expected.routing)
+    assert found.computed < expected.computed
 
 
 def test_training_reads_batches_of_similar_length(table: Path, backbone: FrozenBackbone) -> None:

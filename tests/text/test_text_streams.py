@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
-from cl_adapters import FrozenBackbone
+from cl_adapters import AdapterModel, FrozenBackbone
 from cl_adapters.benchmarks import load_benchmark
 from cl_adapters.benchmarks.base import TextSet
 from cl_adapters.benchmarks.data.text import Text
@@ -22,6 +22,7 @@ from cl_adapters.benchmarks.prepared import prepare
 from cl_adapters.benchmarks.tokenised import TokenSet
 from cl_adapters.errors import ConfigError, DataError
 from cl_adapters.strategies.order import length_batches, reading_loader
+from cl_adapters.strategies.views import Views
 from cl_adapters.text_preprocessing import TextPreprocessing
 
 
@@ -142,3 +143,11 @@ def test_reading_goes_from_long_to_short_and_back(table: Path, backbone: FrozenB
     assert torch.equal(
         torch.cat([x for x, _ in read])[back], torch.stack([dataset[place][0] for place in range(len(dataset))])
     )
+
+
+def test_texts_have_one_view(table: Path, backbone: FrozenBackbone) -> None:
+    dataset = as_dataset(prepared_data(table, backbone).train)
+    views = Views(AdapterModel(backbone), dataset, seeds=[0, 1, 2], batch=7, memory_mb=1)
+    assert views.views == 1, "they are not augmented, so all would be the same"
+    rows = torch.cat(list(views.batches(7, seeded())))
+    assert torch.equal(rows.sort().values, torch.arange(len(dataset)))
