@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
-import yaml
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
 from cl_adapters.benchmarks.predict_cli import TextFile, Texts, given_texts
+from cl_adapters.benchmarks.settings import parse_settings
 from cl_adapters.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -74,7 +74,7 @@ def build_command(
         **chosen,
         per_class=per_class,
         backend=backend,
-        options=_options(settings or []),
+        options=parse_settings(settings or ()),
         tags=tag or (),
         seed=seed,
     )
@@ -246,16 +246,6 @@ def _checked(name: str) -> str:
     if Path(name).name != name or name.startswith("."):
         raise ConfigError(f"an index's name is one word, not a path; got {name!r}")
     return name
-
-
-def _options(pairs: Sequence[str]) -> dict[str, Any]:
-    options: dict[str, Any] = {}
-    for pair in pairs:
-        key, equals, text = pair.partition("=")
-        if not equals or not key:
-            raise ConfigError(f"--set takes KEY=VALUE, got {pair!r}")
-        options[key] = yaml.safe_load(text)
-    return options
 
 
 def _is_known(hits: Sequence[Hit], threshold: float | None) -> bool | None:

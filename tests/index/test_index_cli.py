@@ -156,6 +156,8 @@ def test_errors_say_what_to_do(place: Path, tmp_path: Path) -> None:
         (("query", place / "pool", tmp_path / "empty"), DataError, "no image files"),
         (("query", place / "pool", photo, tmp_path / "flat.npy"), ConfigError, "not both"),
         (("build", place / "pool", "--set", "probes"), ConfigError, "KEY=VALUE"),
+        (("build", place / "pool", "--set", "probes=1", "--set", "probes=2"), ConfigError, "probes is given twice"),
+        (("build", place / "pool", "--set", "probes=[1"), ConfigError, "no YAML value; quote it"),
         (("build", place / "pool", "--metric", "cos"), ConfigError, "cosine"),
     ):
         with pytest.raises(kind, match=message):
