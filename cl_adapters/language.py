@@ -22,6 +22,7 @@ from cl_adapters.bank import AdapterBank
 from cl_adapters.errors import ClAdaptersError, DataError
 from cl_adapters.hf_forward import Pooling
 from cl_adapters.language_answers import BATCH, Answering
+from cl_adapters.language_routes import summed
 from cl_adapters.language_source import open_language_model
 from cl_adapters.model import AdapterModel
 from cl_adapters.parts.keys import Keys, KeysConfig, Kind
@@ -171,11 +172,13 @@ class LanguageModel(Answering):
         return torch.cat(parts) if parts else torch.empty(0, self.model.backbone.num_features)
 
     def route_of(self, prompts: Sequence[str]) -> Route:
-        """The adapter of the task whose key is nearest to each prompt.
+        """The adapter of the task whose key is nearest to each prompt; all of them where the model sums them.
 
         Raises:
             ClAdaptersError: no task was finished yet.
         """
+        if self.model.predictor.sums and self.model.num_slots:
+            return summed(range(self.model.num_slots), len(prompts), self.device)
         return Route.hard(self.model.slot_of_column[self._nearest(prompts)].to(self.device))
 
     def task_of(self, prompts: Sequence[str]) -> list[str]:

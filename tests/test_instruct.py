@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import shutil
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +25,6 @@ from cl_adapters.language import LanguageModel
 from cl_adapters.routes import Route
 from cl_adapters.strategies.instruct import Example, InstructTask, instruct_methods
 from cl_adapters.strategies.instruct.base import batches_by_length
-from cl_adapters.strategies.instruct.evaluation import evaluate
 from cl_adapters.strategies.instruct.o_lora import OLoRAConfig
 
 Rows = Sequence[tuple[str, str]]
@@ -134,35 +132,6 @@ def assert_summed(language: LanguageModel, routes: Any) -> None:
 def task_of(name: str) -> InstructTask:
     examples = tuple(Example(prompt=prompt, answer=answer) for prompt, answer in TASKS[name])
     return InstructTask(name=name, train=examples, test=examples)
-
-
-def test_every_method_is_a_function_of_its_seed(tiny_decoder: Callable[[str], Path]) -> None:
-    for name in instruct_methods.names():
-        cls = instruct_methods.get(name)
-        assert cls.summary
-        config = cls.Config(epochs=2, batch=2, adapter=LoRA(rank=2, dropout=0.2))
-        found: list[dict[str, torch.Tensor]] = []
-        for seed in (0, 0, 1):
-            torch.manual_seed(len(found))  # the state around it is of no matter
-            method = cls(LanguageModel.load(f"hf:{tiny_decoder('llama')}", adapter=config.adapter), config, seed)
-            with pytest.raises(ClAdaptersError, match="no task was learned"):
-                method.routes(["a"])
-            steps: list[tuple[str, int, int]] = []
-            method.learn(task_of("mood"), partial(_note, steps))
-            state = torch.random.get_rng_state()
-            evaluate(method, [task_of("mood")])
-            assert torch.equal(state, torch.random.get_rng_state())
-            method.learn(task_of("colour"))
-            assert steps == [("train", done, 4) for done in (1, 2, 3, 4)]
-            trained = [*method.language.bank.parameters(), *method.language.lm.parameters()]
-            assert not any(value.requires_grad for value in trained)
-            found.append(method.language.bank.state_dict())
-        assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
-        assert any(not torch.equal(found[0][key], found[2][key]) for key in found[0])
-
-
-def _note(steps: list[tuple[str, int, int]], phase: str, done: int, total: int) -> None:
-    steps.append((phase, done, total))
 
 
 def test_the_loss_counts_answers_only(tiny_decoder: Callable[[str], Path]) -> None:
@@ -288,7 +257,7 @@ class KillAfter:
         self.left -= 1
 
 
-@pytest.mark.parametrize("method", ["o_lora", "sequential", "retrieve"])
+@pytest.mark.parametrize("method", instruct_methods.names())
 def test_a_killed_run_goes_on(
     method: str, experiment: Callable[..., instruct.InstructExperiment], tmp_path: Path
 ) -> None:

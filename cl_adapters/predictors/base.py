@@ -41,11 +41,13 @@ class Predictor(ABC):
         remembers: whether its features are those of single adapters, which a memory can keep between evaluations.
         by_class: whether a class is answered by the adapter of its own task, so that a pool can hold the model adapter
             by adapter.
+        sums: whether all adapters act on every input at once, their outputs added.
     """
 
     summary: ClassVar[str] = ""
     remembers: ClassVar[bool] = True
     by_class: ClassVar[bool] = False
+    sums: ClassVar[bool] = False
 
     @property
     def anchor(self) -> int:

@@ -12,6 +12,7 @@ from torch import Tensor
 from cl_adapters.errors import ConfigError
 from cl_adapters.language import LanguageModel
 from cl_adapters.language_routes import summed
+from cl_adapters.predictors.summed import Summed
 from cl_adapters.routes import Routes
 from cl_adapters.strategies.instruct.base import InstructConfig, InstructMethod, check_learned, instruct_methods
 
@@ -58,6 +59,7 @@ class OLoRA(InstructMethod):
 
     def grow(self, name: str, task: int) -> int:
         """A fresh adapter; the down-projections of the earlier ones are kept at hand, one below the other."""
+        self.language.model.predictor = Summed()  # so that a saved model sums too, and is not taken for a pool
         earlier = [self._down_projections(slot) for slot in range(self.language.model.num_slots)]
         sites = earlier[0] if earlier else {}
         self._down = [(site, torch.cat([of_slot[site].detach() for of_slot in earlier])) for site in sites]
