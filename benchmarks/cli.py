@@ -112,7 +112,10 @@ app.command("instruct")(instruct_command)
 def list_command(
     kind: Annotated[
         str,
-        typer.Argument(help="strategies, benchmarks, adapters, codecs, indexes, merges, parts, predictors, presets."),
+        typer.Argument(
+            help="strategies, methods (of instruct), benchmarks, adapters, codecs, indexes, merges, parts, predictors, "
+            "presets."
+        ),
     ],
 ) -> None:
     """List the plug-ins of one kind or the presets, with one line each."""
@@ -232,9 +235,11 @@ def _registry(kind: str) -> Registry[Any]:
     from cl_adapters.merge import merges
     from cl_adapters.parts import parts
     from cl_adapters.predictors import predictors
+    from cl_adapters.strategies.instruct import instruct_methods
 
     known: dict[str, Any] = {"adapters": adapters, "benchmarks": benchmarks, "merges": merges}
     known |= {"codecs": codecs, "indexes": indexes, "parts": parts, "predictors": predictors}
+    known |= {"methods": instruct_methods}
     if kind == "strategies":
         from cl_adapters.strategies.base import strategies
 

@@ -144,7 +144,7 @@ def test_predict_with_a_file_that_is_no_image(place: Path, tmp_path: Path) -> No
 
 
 @pytest.mark.parametrize(
-    "kind", ["strategies", "benchmarks", "adapters", "codecs", "indexes", "merges", "parts", "predictors"]
+    "kind", ["strategies", "methods", "benchmarks", "adapters", "codecs", "indexes", "merges", "parts", "predictors"]
 )
 def test_every_plugin_is_listed_with_a_line(kind: str) -> None:
     result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["list", kind])
