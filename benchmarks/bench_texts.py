@@ -4,9 +4,9 @@
     python -m cl_adapters.benchmarks.bench_texts --clinc150 FOLDER --banking77 FOLDER --out runs/texts
 
 The encoder is all-MiniLM-L6-v2 (22.7 M parameters, 6 blocks, 384 wide) unless ``--backbone`` names another. Adapters
-sit in its last blocks. Texts are not augmented, so what lies before those blocks is computed once per text and task, which
-changes nothing. 50 training texts of each intent, 15 to test. One thread per run; finished runs found under ``--out``
-are not run again.
+sit in its last two blocks. Texts are not augmented, so what lies before those blocks is computed once per text and
+task, which changes nothing. 50 training texts of each intent, 15 to test. One thread per run; finished runs found
+under ``--out`` are not run again.
 """
 
 from __future__ import annotations
