@@ -14,6 +14,9 @@ from cl_adapters.errors import ConfigError, suggestion
 
 C = TypeVar("C")
 
+LATER = {"left out at its default": True}
+"""Metadata of a dataclass field that came later than files in use: at its default these stay as they were."""
+
 
 def build(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
     """Build the frozen dataclass ``cls`` from plain values, checking every key and type.
@@ -39,9 +42,17 @@ def build(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
 
 
 def to_plain(config: Any) -> dict[str, Any]:
-    """Return the dataclass as JSON-ready plain values; ``build`` of the same class gives it back."""
+    """Return the dataclass as JSON-ready plain values; ``build`` of the same class gives it back.
+
+    Its fields with the metadata :data:`LATER` are left out at their default.
+    """
     cls: Any = type(config)
-    plain = _adapter(cls).dump_python(config, mode="json", include=set(_options(cls)))
+    unsaid = {
+        field.name
+        for field in dataclasses.fields(cls)
+        if LATER.items() <= field.metadata.items() and getattr(config, field.name) == field.default
+    }
+    plain = _adapter(cls).dump_python(config, mode="json", include=set(_options(cls)) - unsaid)
     assert isinstance(plain, dict)
     return plain
 

@@ -9,6 +9,8 @@ from typing import Any, ClassVar, Literal
 
 import pytest
 
+from cl_adapters.adapters.base import adapter_to_plain
+from cl_adapters.adapters.lora import LoRA
 from cl_adapters.config import build, to_plain
 from cl_adapters.errors import ConfigError
 
@@ -144,3 +146,13 @@ def test_abstract_class_cannot_be_built() -> None:
 
     with pytest.raises(TypeError, match="abstract"):
         build(Unfinished, {})  # type: ignore[type-abstract]
+
+
+def test_an_option_that_came_later_is_written_where_it_is_set() -> None:
+    """So that what is saved with defaults stays the same, and is read by earlier versions."""
+    old = {"rank": 5, "targets": ["key", "value"], "scale": 1.0, "learn_scale": False, "dropout": 0.0}
+    assert to_plain(LoRA()) == old
+    assert build(LoRA, old) == LoRA()
+    changed = LoRA(init_scheme="gaussian")
+    assert adapter_to_plain(changed) == {"type": "lora"} | old | {"init_scheme": "gaussian"}
+    assert build(LoRA, to_plain(changed)) == changed

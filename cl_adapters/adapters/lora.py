@@ -9,7 +9,7 @@ A fused qkv projection has one site per third, so that what is not a target gets
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Literal
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cl_adapters.adapters.base import AdapterType, adapters
 from cl_adapters.adapters.bottleneck import affine, check_rate, dropped, kaiming_uniform, lifted
+from cl_adapters.config import LATER
 from cl_adapters.errors import ConfigError
 from cl_adapters.sites import Site
 
@@ -39,6 +40,9 @@ class LoRA(AdapterType):
         scale: s; PEFT calls it alpha / r.
         learn_scale: s is a trained number per projection that starts at ``scale``.
         dropout: rate on the projection's input while training, on the way to A only.
+        init_scheme: "kaiming" (A Kaiming-uniform with a = sqrt 5, B 0: the identity at the start, as in LAE and PEFT),
+            "gaussian" (A ~ N(0, 1 / r^2), B 0; PEFT's "gaussian"), or "random" (both Kaiming-uniform, no identity;
+            PEFT's False).
     """
 
     summary: ClassVar[str] = "low-rank update of the attention's projections or the feed-forward network's layers"
@@ -48,6 +52,7 @@ class LoRA(AdapterType):
     scale: float = 1.0
     learn_scale: bool = False
     dropout: float = 0.0
+    init_scheme: Literal["kaiming", "gaussian", "random"] = field(default="kaiming", metadata=LATER)
 
     def __post_init__(self) -> None:
         if self.rank < 1:
@@ -61,15 +66,25 @@ class LoRA(AdapterType):
         """The targets: one site per projection."""
         return self.targets
 
+    @property
+    def starts_as_identity(self) -> bool:
+        """Where B starts at zero."""
+        return self.init_scheme != "random"
+
     def shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
         """A [r, D] and B [O, r]; with ``learn_scale`` scale [1]."""
         shapes: dict[str, tuple[int, ...]] = {"A": (self.rank, site.width), "B": (site.out_width, self.rank)}
         return shapes | {"scale": (1,)} if self.learn_scale else shapes
 
     def init(self, site: Site, generator: torch.Generator) -> dict[str, Tensor]:
-        """A Kaiming-uniform with a = sqrt 5, B 0 (as in LAE and PEFT): the identity at the start."""
+        """Fresh tensors; see the attribute ``init_scheme``."""
         params = {name: torch.zeros(shape) for name, shape in self.shapes(site).items()}
-        params["A"] = kaiming_uniform((self.rank, site.width), generator)
+        if self.init_scheme == "gaussian":
+            params["A"].normal_(0, 1 / self.rank, generator=generator)
+        else:
+            params["A"] = kaiming_uniform((self.rank, site.width), generator)
+        if self.init_scheme == "random":
+            params["B"] = kaiming_uniform((site.out_width, self.rank), generator)
         if self.learn_scale:
             params["scale"].fill_(self.scale)
         return params

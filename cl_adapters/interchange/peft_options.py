@@ -5,7 +5,7 @@ from __future__ import annotations
 import importlib
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any, TypedDict, get_args
+from typing import Any, Literal, TypedDict, get_args
 
 from cl_adapters.adapters.lora import LoRA, Target
 from cl_adapters.backbone import FrozenBackbone
@@ -34,10 +34,10 @@ class LoRAOptions(TypedDict):
 def lora_from_peft(config: Any, backbone: FrozenBackbone) -> LoRAOptions:
     """A LoRA configuration of PEFT as options of ours: ``MOS(model=backbone, **lora_from_peft(config, backbone))``.
 
-    r, lora_alpha, use_rslora, lora_dropout, target_modules (names, an expression, "all-linear", or none: PEFT's choice
-    for the model, where PEFT is installed), exclude_modules, layers_to_transform and layers_pattern mean what they mean
-    in PEFT; names may be those of a model with a head ("model.layers.0.self_attn.q_proj"). The rest must have its
-    default: what would be lost is refused by name.
+    r, lora_alpha, use_rslora, lora_dropout, init_lora_weights (True, False, "gaussian"), target_modules (names, an
+    expression, "all-linear", or none: PEFT's choice for the model, where PEFT is installed), exclude_modules,
+    layers_to_transform and layers_pattern mean what they mean in PEFT; names may be those of a model with a head
+    ("model.layers.0.self_attn.q_proj"). The rest must have its default: what would be lost is refused by name.
 
     On a fused projection PEFT has one A of rank r for query, key and value together, we have one for each: more
     numbers, and exported an adapter of three times the rank.
@@ -59,7 +59,7 @@ def lora_from_peft(config: Any, backbone: FrozenBackbone) -> LoRAOptions:
     problem = beyond_lora(values, PLAIN)
     if problem is not None:
         raise ConfigError(f"{where} {problem}")
-    _check_start(values.get("init_lora_weights", True), where)
+    start = _start_of(values.get("init_lora_weights", True), where)
     rank = values.get("r", 8)
     if isinstance(rank, bool) or not isinstance(rank, int) or rank < 1:
         raise ConfigError(f"{where}: r must be a whole number of at least 1, got {rank!r}")
@@ -77,22 +77,27 @@ def lora_from_peft(config: Any, backbone: FrozenBackbone) -> LoRAOptions:
         targets=tuple(kind for kind in get_args(Target) if kind in kinds),
         scale=scale_of(values, rank, values.get("lora_alpha", 8), where),
         dropout=dropout_of(values, where),
+        init_scheme=start,
     )
     return {"adapter": adapter, "blocks": None if set(blocks) == every else tuple(blocks)}
 
 
-def _check_start(start: Any, where: str) -> None:
+def _start_of(start: Any, where: str) -> Literal["kaiming", "gaussian", "random"]:
+    """Our name of PEFT's ``init_lora_weights`` (its ``LoraLayer.reset_lora_parameters``)."""
     if start is True or start is None:
-        return
-    if not keeps_base(start):
-        reason = "it changes the weights of the backbone, which all adapters share"
-    elif isinstance(start, str):
-        reason = "adapters start with Kaiming-uniform A and B = 0 here"
-    else:
-        reason = "an adapter that changes something at its start would disturb what is known already"
+        return "kaiming"
+    if start is False:
+        return "random"
+    if isinstance(start, str) and start.lower() == "gaussian":
+        return "gaussian"
+    reason = (
+        "adapters cannot start so here"
+        if keeps_base(start)
+        else "it changes the weights of the backbone, which all adapters share"
+    )
     raise ConfigError(
-        f"{where} uses init_lora_weights={start!r}: {reason}. Set it to True; or let PEFT train the adapter, and read "
-        "it with import_peft"
+        f"{where} uses init_lora_weights={start!r}: {reason}. Set it to True, False or 'gaussian'; or let PEFT train "
+        "the adapter, and read it with import_peft"
     )
 
 

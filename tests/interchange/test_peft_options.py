@@ -149,6 +149,32 @@ def test_without_a_backbone_the_way_is_said(peft: Any) -> None:
             MOSConfig(adapter=adapter_from(config))
 
 
+@pytest.mark.parametrize(
+    ("start", "scheme"), [(True, "kaiming"), (None, "kaiming"), ("Gaussian", "gaussian"), (False, "random")]
+)
+def test_start_values_are_drawn_as_peft_draws_them(
+    peft: Any, backbone: FrozenBackbone, start: Any, scheme: str
+) -> None:
+    """The same spread of A and of B, and the same bound of both where they are uniform."""
+    config = QV | {"r": 8, "init_lora_weights": start}
+    adapter = lora_from_peft(config, backbone)["adapter"]
+    assert adapter == LoRA(rank=8, targets=("query", "value"), scale=1.0, init_scheme=scheme)
+    bank = AdapterBank(backbone, adapter)
+    draws = [bank.fresh(torch.Generator().manual_seed(seed)) for seed in range(20)]
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        options = {"r": 8, "target_modules": ["q_proj", "v_proj"]} | (
+            {} if start is None else {"init_lora_weights": start}
+        )
+        theirs = [peft.get_peft_model(llama(), peft.LoraConfig(**options)).state_dict() for _ in range(20)]
+    for ours, name in (("A", "lora_A"), ("B", "lora_B")):
+        mine = torch.cat([value.flatten() for draw in draws for key, value in draw.items() if key.endswith(f"/{ours}")])
+        other = torch.cat([value.flatten() for state in theirs for key, value in state.items() if name in key])
+        assert float(mine.std()) == pytest.approx(float(other.std()), rel=0.03), ours
+        assert float(mine.abs().max()) == pytest.approx(float(other.abs().max()), rel=0.3), ours
+        assert (mine == 0).all() == (other == 0).all()
+
+
 # --- refusals ------------------------------------------------------------------------------------------------------
 
 
@@ -168,9 +194,7 @@ def test_without_a_backbone_the_way_is_said(peft: Any) -> None:
         ({"peft_type": "LOHA"}, "peft_type 'LOHA'; only LORA.*peft.convert_to_lora"),
         ({"init_lora_weights": "pissa_niter_4"}, "'pissa_niter_4': it changes the weights of the backbone"),
         ({"init_lora_weights": "olora"}, "changes the weights"),
-        ({"init_lora_weights": "gaussian"}, "Kaiming-uniform A and B = 0.*import_peft"),
-        ({"init_lora_weights": "eva"}, "Kaiming-uniform A and B = 0.*import_peft"),
-        ({"init_lora_weights": False}, "would disturb"),
+        ({"init_lora_weights": "eva"}, "adapters cannot start so here.*True, False or 'gaussian'.*import_peft"),
         ({"init_lora_weights": []}, "changes the weights"),
         ({"r": 0}, "r must be a whole number of at least 1, got 0"),
         ({"r": True}, "r must be a whole number"),
