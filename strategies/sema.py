@@ -22,7 +22,7 @@ from cl_adapters.bank import AdapterBank, Route
 from cl_adapters.errors import ConfigError
 from cl_adapters.heads import kaiming_uniform
 from cl_adapters.model import AdapterModel
-from cl_adapters.parts.mixture import Mixture
+from cl_adapters.parts.mixture import Mixture, router_widths
 from cl_adapters.parts.novelty import Novelty, pooled, train_descriptors
 from cl_adapters.predictors.base import Predictor
 from cl_adapters.predictors.mixture import MixtureOfAdapters
@@ -110,7 +110,7 @@ class SEMA(AdapterStrategy):
         absent = sorted(set(chosen) - set(bank.blocks))
         if absent or not chosen:
             raise ConfigError(f"expandable blocks {absent or '()'} have no adapters; blocks with: {list(bank.blocks)}")
-        widths = {site.block: site.width for site in bank.sites if site.block in chosen}
+        widths = router_widths(bank, chosen)
         model.parts["mixture"] = Mixture(widths)
         model.parts["novelty"] = Novelty(widths, config.descriptor_dim, config.buffer)
         return model

@@ -157,3 +157,16 @@ def test_a_model_of_another_strategy_is_refused(make: Any, tiny_vit: Callable[..
     other.train(experiences[0])
     with pytest.raises(ClAdaptersError, match="no part 'mixture'"):
         make(other.model).train(experiences[1])
+
+
+def test_sites_of_different_widths_in_one_block_are_refused(make: Any) -> None:
+    """One router cannot read both; blocks that differ from one another are fine."""
+    mixed = {"type": "lora", "rank": 2, "targets": ["up", "down"]}
+    message = r"block 1 read inputs of different widths: up 16, down 64\. Choose sites \(of LoRA: targets\)"
+    with pytest.raises(ConfigError, match=message):
+        make(adapter=mixed)
+    strategy = make(adapter=mixed | {"targets": ["down"]}, threshold=0.01)
+    for experience in stream([0, 1]).train_stream:
+        strategy.train(experience)
+    assert strategy.mixture.widths == {1: 64, 2: 64}
+    assert len(strategy.expansions) > 0, "and such a width is routed and scanned like any other"

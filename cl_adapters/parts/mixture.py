@@ -7,7 +7,7 @@ released code sema_block.py:80-95 (growth) and 137-142 (mixture).
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl_adapters.bank import AdapterBank
-from cl_adapters.errors import ClAdaptersError
+from cl_adapters.errors import ClAdaptersError, ConfigError
 from cl_adapters.parts.base import parts
 from cl_adapters.parts.novelty import pooled
 from cl_adapters.parts.per_block import PerBlock, saved_entries, widths_of
@@ -105,6 +105,29 @@ class Mixture(PerBlock):
 
     def _in_training(self, block: int) -> bool:
         return any(parameter.requires_grad for parameter in self.entries(block).parameters())
+
+
+def router_widths(bank: AdapterBank, blocks: Sequence[int]) -> dict[int, int]:
+    """The one input width of all sites of each of these blocks, for :class:`Mixture`.
+
+    Args:
+        bank: with the sites.
+        blocks: the expandable ones.
+
+    Raises:
+        ConfigError: sites of one block read different widths.
+    """
+    found: dict[int, int] = {}
+    for block in sorted(blocks):
+        width_of = {site.kind: site.width for site in bank.sites if site.block == block}
+        if len(set(width_of.values())) > 1:
+            listed = ", ".join(f"{kind} {width}" for kind, width in width_of.items())
+            raise ConfigError(
+                f"all sites of an expandable block share its router, but the adapter's sites of block {block} read "
+                f"inputs of different widths: {listed}. Choose sites (of LoRA: targets) that read the same width"
+            )
+        found[block] = next(iter(width_of.values()))
+    return found
 
 
 class _Row(nn.Module):
