@@ -24,7 +24,7 @@ from cl_adapters.answers import image_preprocessing
 from cl_adapters.backbone import FrozenBackbone
 from cl_adapters.bank import AdapterBank, Route
 from cl_adapters.model import AdapterModel
-from cl_adapters.pool import AdapterPool, PoolClass
+from cl_adapters.pool import AdapterPool, NewAdapter, PoolClass
 
 CLASSES = 2
 
@@ -46,7 +46,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         make(Path(folder) / "pool", FrozenBackbone.load(options.backbone), options.adapters)
-        print(f"adding {options.adapters} adapters one by one     {time.perf_counter() - began:8.1f} s", flush=True)
+        print(f"adding {options.adapters} adapters in one change  {time.perf_counter() - began:8.1f} s", flush=True)
         sizes = [f"--{name}={getattr(options, name)}" for name in ("batch", "limit", "repeats")]
         command = [sys.executable, "-m", "cl_adapters.benchmarks.bench_pool", f"--pool={folder}/pool", *sizes]
         subprocess.run(command, check=True)
@@ -54,16 +54,16 @@ def main() -> None:
 
 def make(path: Path, backbone: FrozenBackbone, adapters: int) -> None:
     """A pool of random adapters with two random classes each."""
-    pool = AdapterPool.create(path, backbone)
     adapter = Bottleneck()
     bank = AdapterBank(backbone, adapter)
-    for task in range(adapters):
+
+    def one(task: int) -> NewAdapter:
         draw = torch.Generator().manual_seed(task)
         rows = torch.randn(CLASSES, backbone.num_features, generator=draw)
-        pool.add(
-            {key: 0.02 * torch.randn(value.shape, generator=draw) for key, value in bank.fresh(draw).items()},
-            adapter,
-            [PoolClass(label=CLASSES * task + c) for c in range(CLASSES)],
+        return NewAdapter(
+            tensors={key: 0.02 * torch.randn(value.shape, generator=draw) for key, value in bank.fresh(draw).items()},
+            adapter=adapter,
+            classes=[PoolClass(label=CLASSES * task + c) for c in range(CLASSES)],
             knowledge={
                 "keys": rows,
                 "key_class": torch.arange(CLASSES),
@@ -71,6 +71,8 @@ def make(path: Path, backbone: FrozenBackbone, adapters: int) -> None:
                 "head.bias": torch.zeros(CLASSES),
             },
         )
+
+    AdapterPool.create(path, backbone).add_all(map(one, range(adapters)))
 
 
 def measure(path: Path, batch: int, limit: int, repeats: int) -> None:
