@@ -9,73 +9,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cl_adapters.adapters import adapters
-from cl_adapters.adapters.base import AdapterType, adapter_from
-from cl_adapters.backbone import FrozenBackbone
-from cl_adapters.bank import BARE, AdapterBank, Route
-from cl_adapters.batches import Inputs, take
+from cl_adapters.adapters.base import adapter_from
+from cl_adapters.bank import AdapterBank, Route
 from cl_adapters.errors import IncompatibleBackbone
 from cl_adapters.site_families import find_family
-from cl_adapters.sites import Layout
-
-AROUND = ("attn_parallel", "attn_sequential", "attn_before")
-FFN = ("ffn_parallel", "ffn_sequential", "ffn_before")
-LINEAR = ("query", "key", "value")
-LAYERS = ("output", "up", "down")
-KINDS = (*AROUND, *FFN, "block_parallel", *LINEAR, *LAYERS, "gate", "attention")
-GATED = (
-    "Llama",
-    "Mistral: sliding window",
-    "Qwen2",
-    "Qwen3",
-    "Gemma",
-    "Gemma 2",
-    "Gemma 3",
-    "transformers DINOv2, SwiGLU",
-)
-"""The families with a gate of its own beside the way up."""
-SHARED = ("attn_before", "ffn_before")
-"""Missing where the input of the branches is the residual stream, or belongs to both."""
-
-LACKS: dict[str, tuple[str, ...]] = {
-    "ViT, normed queries and keys": ("attention",),
-    "ViT, normed attention": ("attention",),
-    "DINOv2 giant: SwiGLU": ("up",),  # up and gate are one layer
-    "EVA: rotary, SwiGLU": (*LINEAR, "up", "attention"),  # computes with qkv.weight, the module is never called
-    "EVA, post-norm": (*LINEAR, "attention"),
-    "EVA, one projection without a bias": ("attention",),
-    "EVA, three projections": (*LINEAR, "attention"),
-    "BEiT: relative positions": (*LINEAR, "attention"),
-    "BEiT: shared relative positions, no bias": ("attention",),
-    "relative positions": ("attention",),
-    "relative positions, residual post-norm": ("attention",),
-    "XCiT: attention over channels": ("attention",),
-    "Hiera: fewer and wider tokens": (*AROUND, "block_parallel", *LINEAR, "output", "attention"),
-    "SAM: windows and a neck": (*AROUND, "block_parallel", *LINEAR, "output", "attention"),
-    "Swin: shifted windows": ("attention",),
-    "Swin: padded windows": ("attention",),
-    "ConvNeXt": (*AROUND, *LINEAR, *LAYERS, "attention"),
-    "ConvNeXt, MLP of convolutions": (*AROUND, *LINEAR, *LAYERS, "attention"),
-    "BERT": SHARED,
-    "DistilBERT": SHARED,
-    "MPNet": (*SHARED, "attention"),
-    "DeBERTa": (*SHARED, *LINEAR, "attention"),  # query, key and value lie head by head in one projection
-    "DeBERTa-v2": (*SHARED, "attention"),
-    "DeBERTa-v3": (*SHARED, "query", "key", "attention"),  # these two run once more, on the positions
-    "ModernBERT": ("up",),  # up and gate are one layer
-    "Phi": SHARED,
-    "Phi-3": ("up",),
-    "Phi-3, grouped keys": ("up", *LINEAR),  # no thirds: keys are fewer than queries
-}
-"""The kinds of sites that a family does not have; those that are not named have all of them."""
-
-
-def lacks_of(family: str) -> tuple[str, ...]:
-    return LACKS.get(family, ()) + (() if family in GATED else ("gate",))
-
-
-TYPES = [pytest.param(adapter_from(name), id=name) for name in adapters.names()]
-IDS = torch.tensor([2, BARE, 1, 0, 2])
+from tests.contracts.family_sites import AROUND, FFN, KINDS, LAYERS, LINEAR, fitting, lacks_of, layout_of, routed
 
 
 def seen_by(modules: Mapping[str, nn.Module], run: Callable[[], object]) -> dict[tuple[str, str], Tensor]:
@@ -96,24 +34,6 @@ def seen_by(modules: Mapping[str, nn.Module], run: Callable[[], object]) -> dict
     return seen
 
 
-def routed(bank: AdapterBank, backbone: FrozenBackbone, x: Inputs, route: Any) -> Tensor:
-    with bank.route(route):
-        return backbone.features(x)
-
-
-def fitting(case: Any, adapter: AdapterType, make: Callable[[], AdapterBank]) -> AdapterBank | None:
-    """The bank; None where the family has no such sites, and then the error says which it has."""
-    lacks = lacks_of(case.family)
-    missing = [kind for kind in adapter.site_kinds if kind in lacks]
-    in_a_row = adapter.layout == "map" and layout_of(case.family, adapter.site_kinds[0]) == "tokens"
-    if not missing and not in_a_row:
-        return make()
-    message = rf"no sites of kind '{missing[0]}'.*; it has: .*ffn_parallel" if missing else "needs feature maps"
-    with pytest.raises(IncompatibleBackbone, match=message):
-        make()
-    return None
-
-
 def test_kinds_of_every_family(case: Any) -> None:
     """One site per block and kind, each with a name of its own; or a refusal that says what there is."""
     lacks = lacks_of(case.family)
@@ -130,12 +50,6 @@ def test_kinds_of_every_family(case: Any) -> None:
         assert all(site.heads > 0 for site in sites) == (kind == "attention")
     with pytest.raises(IncompatibleBackbone, match="no sites of kind 'qkv'"):
         case.backbone.sites("qkv")
-
-
-def layout_of(family: str, kind: str) -> Layout:
-    if family.startswith("Swin"):
-        return "tokens" if kind in (*LINEAR, *LAYERS, *FFN) else "grid"
-    return "map" if family.startswith("ConvNeXt") else "tokens"
 
 
 # --- where a site reads and adds ----------------------------------------------------------------------------
@@ -319,60 +233,3 @@ def test_prefix_sites_are_plain_attention(case: Any) -> None:
         q, k, v = seen["source", "out"].unflatten(-1, (3, site.heads, -1)).permute(2, 0, 3, 1, 4)
         heads = torch.softmax(q @ k.mT / q.shape[-1] ** 0.5, -1) @ v
         assert torch.allclose(heads.transpose(1, 2).flatten(2), seen["target", "in"], atol=1e-5)
-
-
-# --- every family with every type ---------------------------------------------------------------------------
-
-
-def with_parts(bank: AdapterBank, backbone: FrozenBackbone) -> int:
-    """Fill a bank with three random adapters and a fourth at block 1 only; its number."""
-    for seed in range(4):
-        generator = torch.Generator().manual_seed(seed)
-        fresh = bank.fresh(generator, blocks=[1] if seed == 3 else None)
-        bank.add_slot({key: 0.5 * torch.randn(value.shape, generator=generator) for key, value in fresh.items()})
-    return 3
-
-
-@pytest.mark.parametrize("adapter", TYPES)
-def test_every_type_on_every_family(case: Any, adapter: AdapterType) -> None:
-    """Refused before anything else, or felt by the features, in mixed batches as one by one."""
-    backbone, x = case.backbone, case.inputs(5)
-    plain = backbone.features(x)
-    bank = fitting(case, adapter, lambda: AdapterBank(backbone, adapter))
-    if bank is None:
-        assert torch.equal(backbone.features(x), plain), "no hook was left behind"
-        return
-    partial = with_parts(bank, backbone)
-    for ids in (IDS, torch.tensor([partial, 0, partial, BARE, 2])):
-        mixed = routed(bank, backbone, x, Route.hard(ids))
-        for i, slot in enumerate(ids.tolist()):
-            alone = routed(bank, backbone, take(x, torch.tensor([i])), Route.single(slot))
-            assert (mixed[i] - alone[0]).abs().max() < 1e-5 * (1 + alone.abs().max())
-            changed = (mixed[i] - plain[i]).abs().max()
-            assert changed < 1e-5 if slot == BARE else changed > 1e-4, slot
-    weights = torch.rand(5, 4, generator=torch.Generator().manual_seed(0)) * torch.tensor([1, 0, 1, 1])
-    soft = routed(bank, backbone, x, Route.soft(weights))
-    for i in range(5):
-        alone = routed(bank, backbone, take(x, torch.tensor([i])), Route.soft(weights[i : i + 1]))
-        assert (soft[i] - alone[0]).abs().max() < 1e-5 * (1 + alone.abs().max())
-    assert torch.equal(routed(bank, backbone, x, Route.single(BARE)), plain)
-    assert torch.equal(backbone.features(x), plain), "nothing is left behind by a route"
-
-
-@pytest.mark.parametrize("adapter", TYPES)
-def test_every_type_starts_and_trains_on_every_family(case: Any, adapter: AdapterType) -> None:
-    """Bit-equal features at the start where the type says so; gradients in every tensor, at every site."""
-    backbone, x = case.backbone, case.inputs(4)
-    bank = fitting(case, adapter, lambda: AdapterBank(backbone, adapter))
-    if bank is None:
-        return
-    fresh = bank.add_slot(bank.fresh(torch.Generator().manual_seed(0)))
-    with torch.no_grad():  # a convolution may take another algorithm where it needs a gradient
-        unchanged = torch.equal(routed(bank, backbone, x, Route.single(fresh)), backbone.features(x))
-    assert unchanged == adapter.starts_as_identity
-    partial = with_parts(bank, backbone)
-    for slot in (1, partial + 1):
-        routed(bank, backbone, x, Route.single(slot)).square().sum().backward()
-        for key, parameter in bank.named_slot(slot):
-            assert parameter.grad is not None and parameter.grad.any(), key
-    assert all(p.grad is None for p in [*bank.slot_parameters(fresh), *backbone.parameters()])
