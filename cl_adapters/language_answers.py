@@ -5,56 +5,27 @@ B prompts, N tokens, V vocabulary.
 
 from __future__ import annotations
 
-import inspect
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
-from cl_adapters.answers import text_preprocessing
-from cl_adapters.errors import ClAdaptersError, ConfigError, DataError
+from cl_adapters.errors import ConfigError, DataError
+from cl_adapters.language_choices import shared_scores
+from cl_adapters.language_passes import Passes
 from cl_adapters.language_routes import check_rows, has_router, taken
 from cl_adapters.language_source import generation_options
-from cl_adapters.language_tokens import Joined, PromptTokens, choice_lists, filled, joined, positions
-from cl_adapters.model import AdapterModel
+from cl_adapters.language_tokens import Joined, Pair, choice_lists, filled, joined
 from cl_adapters.routes import Routes
 
 BATCH = 16
 """Rows computed at a time where nothing flows back."""
 
 
-class Answering(nn.Module):
-    """What a causal language model with adapters says to prompts; changes no state.
-
-    Args:
-        lm: of transformers, whose encoder is that of ``model.backbone``.
-        model: the encoder with a bank of adapters, or without one.
-
-    Attributes:
-        tokens: how prompts and answers become tokens.
-
-    Raises:
-        ClAdaptersError: two different encoders.
-    """
-
-    def __init__(self, lm: nn.Module, model: AdapterModel) -> None:
-        super().__init__()
-        if getattr(lm, "base_model", None) is not model.backbone.encoder:
-            raise ClAdaptersError(
-                "the language model's encoder is not that of the backbone; use LanguageModel.of(model)"
-            )
-        self.lm = lm
-        self.model = model
-        self.tokens = PromptTokens(text_preprocessing(model.backbone), _ends(lm))
-        self._options = frozenset(inspect.signature(type(lm).forward).parameters)
-
-    @property
-    def device(self) -> torch.device:
-        """Where it computes."""
-        return self.model.device
+class Answering(Passes):
+    """What a causal language model with adapters says to prompts; changes no state."""
 
     # --- likelihood ----------------------------------------------------------------------------------------------
 
@@ -111,14 +82,17 @@ class Answering(nn.Module):
         """
         check_rows(routes, len(prompts))
         pairs = self.tokens.pairs(prompts, answers, end=end)
+        found_B = self._scores(pairs, routes, batch)
+        return found_B / _lengths(pairs) if normalised else found_B
+
+    def _scores(self, pairs: Sequence[Pair], routes: Routes | None, batch: int) -> Tensor:
+        """log p of each answer, float32 [B] on the CPU."""
         order_B = torch.tensor([len(prompt) + len(answer) for prompt, answer in pairs]).argsort(descending=True)
         found_B = torch.zeros(len(pairs))
         with torch.no_grad():
             for rows in order_B.split(batch) if pairs else ():
                 part = joined([pairs[row] for row in rows.tolist()])
-                log_p_BN, counted_BN = self.answer_log_p(part, taken(routes, rows))
-                total_B = log_p_BN.sum(1)
-                found_B[rows] = (total_B / counted_BN.sum(1) if normalised else total_B).cpu()
+                found_B[rows] = self.answer_log_p(part, taken(routes, rows))[0].sum(1).cpu()
         return found_B
 
     def answer_log_p(
@@ -137,7 +111,8 @@ class Answering(nn.Module):
         """
         batch = batch.to(self.device)
         first = batch.first
-        logits_BnV = self._logits(batch.tokens_BN, routes, noise, keep=batch.tokens_BN.shape[1] - first + 1)[:, :-1]
+        keep = batch.tokens_BN.shape[1] - first + 1
+        logits_BnV = self.output(batch.tokens_BN, routes, noise, keep=keep).logits[:, -keep:-1]
         targets_Bn, counted_Bn = batch.tokens_BN[:, first:], batch.answer_BN[:, first:]
         loss_Bn = F.cross_entropy(
             logits_BnV.float().flatten(0, 1), targets_Bn.clamp_min(0).flatten(), reduction="none"
@@ -155,6 +130,8 @@ class Answering(nn.Module):
     ) -> list[str]:
         """The likeliest of some answers, each with its end token; of equal ones the first.
 
+        A prompt is computed once for all its answers, where its keys and values can be kept as in :meth:`generate`.
+
         Args:
             prompts: B prompts.
             choices: the answers that are possible, for all prompts or for each.
@@ -169,14 +146,14 @@ class Answering(nn.Module):
         lists = choice_lists(choices, len(prompts))
         rows_M = torch.tensor([row for row, answers in enumerate(lists) for _ in answers], dtype=torch.long)
         flat = [answer for answers in lists for answer in answers]
-        scores_M = self.log_likelihood(
-            [prompts[row] for row in rows_M.tolist()],
-            flat,
-            taken(routes, rows_M),
-            normalised=normalised,
-            end=True,
-            batch=batch,
-        )
+        pairs = self.tokens.pairs([prompts[row] for row in rows_M.tolist()], flat, end=True)
+        scores_M = None
+        if len(flat) > len(prompts) and not (has_router(routes) or self.sees_other_tokens()):
+            scores_M = shared_scores(self, pairs, rows_M, routes, batch)
+        if scores_M is None:
+            scores_M = self._scores(pairs, taken(routes, rows_M), batch)
+        if normalised:
+            scores_M = scores_M / _lengths(pairs)
         parts = scores_M.split([len(answers) for answers in lists]) if flat else ()
         return [answers[int(part.argmax())] for answers, part in zip(lists, parts, strict=True)]
 
@@ -221,7 +198,7 @@ class Answering(nn.Module):
             num_beams=num_beams,
             end=self.tokens.end,
             fill=self.tokens.fill,
-            use_cache=not (has_router(routes) or self._sees_other_tokens()),
+            use_cache=not (has_router(routes) or self.sees_other_tokens()),
         )
         found: dict[int, str] = {}
         for rows in order_B.split(batch) if ids else ():
@@ -234,7 +211,7 @@ class Answering(nn.Module):
     def _generated(self, tokens_BN: Tensor, routes: Routes | None, options: Any) -> list[str]:
         lm: Any = self.lm
         mask_BN = tokens_BN >= 0
-        with torch.no_grad(), self._pass(routes, None):
+        with torch.no_grad(), self.routed(routes, None):
             made = lm.generate(
                 input_ids=tokens_BN.masked_fill(~mask_BN, self.tokens.fill),
                 attention_mask=mask_BN.long(),
@@ -242,53 +219,7 @@ class Answering(nn.Module):
             )
         return [self.tokens.text(row) for row in made[:, tokens_BN.shape[1] :].tolist()]
 
-    def _sees_other_tokens(self) -> bool:
-        """Whether the adapters are inside the attention, where what they add to a token depends on those before it."""
-        return self.model.bank is not None and any(site.kind == "attention" for site in self.model.bank.sites)
 
-    # --- one pass ------------------------------------------------------------------------------------------------
-
-    def _logits(self, tokens_BN: Tensor, routes: Routes | None, noise: torch.Generator | None, keep: int) -> Tensor:
-        """Logits [B, keep, V] of the last columns."""
-        mask_BN = tokens_BN >= 0
-        known = self._options
-        options: dict[str, Any] = {"use_cache": False}
-        if not bool(mask_BN[:, 0].all()) and "position_ids" in known:
-            options["position_ids"] = positions(tokens_BN)
-        options |= {name: keep for name in ("logits_to_keep", "num_logits_to_keep") if name in known}
-        with self._pass(routes, noise):
-            output = self.lm(
-                input_ids=tokens_BN.masked_fill(~mask_BN, self.tokens.fill), attention_mask=mask_BN.long(), **options
-            )
-        logits: Tensor = output.logits
-        return logits[:, -keep:]
-
-    @contextmanager
-    def _pass(self, routes: Routes | None, noise: torch.Generator | None) -> Iterator[None]:
-        """The routed adapters act inside, and know which places of each call of the encoder hold tokens."""
-        backbone, bank = self.model.backbone, self.model.bank
-        if bank is None and routes is not None:
-            raise ClAdaptersError("this language model has no adapters to route to")
-        outer = backbone.token_mask
-
-        def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            mask, ids = kwargs.get("attention_mask"), args[0] if args else kwargs.get("input_ids")
-            fits = isinstance(mask, Tensor) and isinstance(ids, Tensor) and mask.shape == ids.shape
-            backbone.token_mask = mask.bool() if isinstance(mask, Tensor) and fits else None
-
-        handle = backbone.encoder.register_forward_pre_hook(note, with_kwargs=True)
-        try:
-            if bank is None:
-                yield
-            else:
-                with bank.route(routes, noise):
-                    yield
-        finally:
-            handle.remove()
-            backbone.token_mask = outer
-
-
-def _ends(lm: Any) -> list[int]:
-    """Ids of the tokens that end an answer, from the model's own files."""
-    found = getattr(getattr(lm, "generation_config", None), "eos_token_id", None)
-    return [] if found is None else [int(token) for token in (found if isinstance(found, list) else [found])]
+def _lengths(pairs: Sequence[Pair]) -> Tensor:
+    """Tokens of each answer, float32 [B]."""
+    return torch.tensor([float(len(answer)) for _, answer in pairs])

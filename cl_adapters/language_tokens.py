@@ -14,6 +14,8 @@ from cl_adapters.text_preprocessing import TextPreprocessing
 from cl_adapters.tokens import NO_TOKEN, from_rows
 
 Ids = list[int]
+Pair = tuple[Ids, Ids]
+"""Prompt and answer."""
 
 
 @dataclass(frozen=True)
@@ -73,7 +75,7 @@ class PromptTokens:
         """
         return self._fitting(texts, self._plain(texts), [room] * len(texts))
 
-    def pairs(self, prompts: Sequence[str], answers: Sequence[str], *, end: bool) -> list[tuple[Ids, Ids]]:
+    def pairs(self, prompts: Sequence[str], answers: Sequence[str], *, end: bool) -> list[Pair]:
         """Ids of prompts and of their answers, together at most ``max_length``.
 
         Args:
@@ -132,7 +134,7 @@ class PromptTokens:
         return found
 
 
-def joined(pairs: Sequence[tuple[Ids, Ids]], *, left: bool = False) -> Joined:
+def joined(pairs: Sequence[Pair], *, left: bool = False) -> Joined:
     """Prompts and answers in one tensor, filled on the right, or with ``left`` on the left."""
     tokens_BN = filled([prompt + answer for prompt, answer in pairs], left=left)
     flags_BN = filled([[0] * len(prompt) + [1] * len(answer) for prompt, answer in pairs], left=left)

@@ -90,7 +90,7 @@ def model_of(name: str, sizes: dict[str, Any], suffix: str = "Model") -> Any:
 
 def tokenizer() -> Any:
     """One that knows ``WORDS``."""
-    import transformers
+    transformers = pytest.importorskip("transformers", reason="needs transformers: pip install cl-adapters[text]")
     from tokenizers import Tokenizer, models, pre_tokenizers, processors
 
     tool = Tokenizer(models.WordLevel({word: i for i, word in enumerate(WORDS)}, unk_token="[UNK]"))
