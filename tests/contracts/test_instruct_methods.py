@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -63,7 +64,7 @@ def test_is_a_function_of_its_seed(make: Callable[..., InstructMethod]) -> None:
         with pytest.raises(ClAdaptersError, match="no task was learned"):
             method.routes(["a"])
         steps: list[tuple[str, int, int]] = []
-        method.learn(task("mood", MOOD), lambda phase, done, total, steps=steps: steps.append((phase, done, total)))
+        method.learn(task("mood", MOOD), functools.partial(_note, steps))
         state = torch.random.get_rng_state()
         evaluate(method, [task("mood", MOOD)])
         assert torch.equal(state, torch.random.get_rng_state())
@@ -72,6 +73,10 @@ def test_is_a_function_of_its_seed(make: Callable[..., InstructMethod]) -> None:
         found.append(method.language.bank.state_dict())
     assert all(torch.equal(found[0][key], found[1][key]) for key in found[0])
     assert any(not torch.equal(found[0][key], found[2][key]) for key in found[0])
+
+
+def _note(steps: list[tuple[str, int, int]], phase: str, done: int, total: int) -> None:
+    steps.append((phase, done, total))
 
 
 def test_trains_adapters_and_nothing_else(make: Callable[..., InstructMethod]) -> None:

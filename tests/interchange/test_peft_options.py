@@ -153,7 +153,7 @@ def test_without_a_backbone_the_way_is_said(peft: Any) -> None:
     ("start", "scheme"), [(True, "kaiming"), (None, "kaiming"), ("Gaussian", "gaussian"), (False, "random")]
 )
 def test_start_values_are_drawn_as_peft_draws_them(
-    peft: Any, backbone: FrozenBackbone, start: Any, scheme: str
+    peft: Any, backbone: FrozenBackbone, start: Any, scheme: Any
 ) -> None:
     """The same spread of A and of B, and the same bound of both where they are uniform."""
     config = QV | {"r": 8, "init_lora_weights": start}
