@@ -23,6 +23,7 @@ import torch
 from torch import Tensor
 
 from cl_adapters.backbone import FrozenBackbone
+from cl_adapters.benchmarks.base import TextSet
 from cl_adapters.benchmarks.bench_texts import encoder
 from cl_adapters.benchmarks.data.clinc150 import Clinc150
 from cl_adapters.benchmarks.prepared import prepare
@@ -59,14 +60,18 @@ def main() -> None:
     for experience in to_avalanche(*prepared).train_stream:
         strategy.train(experience)
     model: AdapterModel = strategy.model
-    known, strangers = list(prepared.data.test.texts), benchmark.out_of_scope()
+    test = prepared.data.test
+    assert isinstance(test, TextSet)
+    known, strangers = list(test.texts), benchmark.out_of_scope()
     print(f"{options.strategy}: {len(known):,} queries in scope, {len(strangers):,} out of scope")
     answers = model.predict_texts(known)
-    right = np.mean([answer.label == label for answer, label in zip(answers, prepared.data.test.labels, strict=True)])
+    right = np.mean([answer.label == label for answer, label in zip(answers, test.labels, strict=True)])
     print(f"accuracy in scope, nothing refused: {100 * right:.2f} %")
     print("| " + " | ".join(HEAD) + " |\n|" + "---|" * len(HEAD))
-    confidence = [torch.tensor([answer.score for answer in some]) for some in (answers, model.predict_texts(strangers))]
-    show("softmax of the model's answer", *confidence, None)
+    sure, unsure = (
+        torch.tensor([answer.score for answer in some]) for some in (answers, model.predict_texts(strangers))
+    )
+    show("softmax of the model's answer", sure, unsure, None)
     with tempfile.TemporaryDirectory() as folder:
         pool = strategy.save_pool(Path(folder) / "pool", benchmark="clinc150")
         inside, outside = (features(backbone, texts) for texts in (known, strangers))
@@ -79,8 +84,8 @@ def look_up(pool: AdapterPool, keys: str, metric: str, inside: Tensor, outside: 
     chosen: dict[str, Any] = {"keys": keys, "metric": metric}
     index = AdapterIndex.build(pool, **chosen)
     threshold = calibrate(index, false_reject=REFUSED)
-    scores = [index.search_features(f_BD, 1).scores[:, 0] for f_BD in (inside, outside)]
-    show(f"nearest of the {keys}, {metric}", *scores, threshold)
+    near, far = (index.search_features(f_BD, 1).scores[:, 0] for f_BD in (inside, outside))
+    show(f"nearest of the {keys}, {metric}", near, far, threshold)
 
 
 def show(name: str, inside: Tensor, outside: Tensor, threshold: float | None) -> None:
