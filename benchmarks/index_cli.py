@@ -92,7 +92,7 @@ def query_command(
     ] = None,
     text: Texts = None,
     text_file: TextFile = None,
-    k: Annotated[int, typer.Option(help="Nearest keys per input.", min=1)] = 5,
+    k: Annotated[int, typer.Option(help="Nearest classes per input.", min=1)] = 5,
     tag: Annotated[list[str] | None, typer.Option(help="Only adapters with this tag; may be repeated.")] = None,
     threshold: Annotated[
         float | None, typer.Option(help="Lowest score that counts; default the calibrated one.")
@@ -109,7 +109,7 @@ def query_command(
     index = _index(opened, name, stale)
     names, features = (texts, _encoded_texts(opened.backbone, texts)) if texts else _features(opened, inputs or [])
     threshold = index.threshold if threshold is None else threshold
-    answers = index.hits(index.search_features(features, k, tags=tag or ()))
+    answers = index.hits(index.search_features(features, k, classes=True, tags=tag or ()))
     known = [_is_known(hits, threshold) for hits in answers]
     if as_json:
         rows = [

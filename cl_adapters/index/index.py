@@ -12,14 +12,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
-import torch
 from torch import Tensor
 
 from cl_adapters.errors import DataError, StorageError, UnknownName
 from cl_adapters.index.answers import Changes, Hit, IndexConfig, IndexStats, Neighbours
 from cl_adapters.index.base import Ids, IndexBackend
+from cl_adapters.index.classes import nearest_classes
 from cl_adapters.index.contents import Contents
 from cl_adapters.index.index_files import default_folder, open_index, save_index
+from cl_adapters.index.inputs import features_of
 from cl_adapters.index.keys import KeyRule, Keys, KeySource, digest
 from cl_adapters.index.locks import ReadersWriter
 from cl_adapters.index.space import Similarity, Space
@@ -89,14 +90,21 @@ class AdapterIndex:
     # --- asking --------------------------------------------------------------------------------------------------
 
     def query(
-        self, x: Any, k: int = 5, *, tags: Iterable[str] = (), records: Iterable[str] | None = None
+        self,
+        x: Any,
+        k: int = 5,
+        *,
+        classes: bool = False,
+        tags: Iterable[str] = (),
+        records: Iterable[str] | None = None,
     ) -> list[list[Hit]]:
-        """The k nearest keys of every input, best first.
+        """What is nearest to every input, best first.
 
         Args:
-            x: features [B, D] under the bare backbone, or what the backbone takes (images float32 [B, C, H, W], a
-                mapping of tensors); two dimensions mean features.
+            x: features float [B, D] under the bare backbone; or what the backbone takes (images float32 [B, C, H, W],
+                tokens int64 [B, N], a mapping of tensors); or a list of texts.
             k: at least 1.
+            classes: the k nearest classes of adapters, each by its best key, instead of the k nearest keys.
             tags: only records that have all of these in the pool now.
             records: only these.
 
@@ -107,30 +115,27 @@ class AdapterIndex:
             DataError: features of another width, or not finite.
             UnknownName: a record that the index does not have.
         """
-        if np.ndim(x) != 2 or isinstance(x, Mapping):
-            with torch.no_grad():
-                x = self.pool.backbone.features(x)
-        return self.hits(self.search_features(x, k, tags=tags, records=records))
+        f_BD = features_of(self.pool, x)
+        return self.hits(self.search_features(f_BD, k, classes=classes, tags=tags, records=records))
 
     def search_features(
-        self, f_BD: Any, k: int = 5, *, tags: Iterable[str] = (), records: Iterable[str] | None = None
+        self,
+        f_BD: Any,
+        k: int = 5,
+        *,
+        classes: bool = False,
+        tags: Iterable[str] = (),
+        records: Iterable[str] | None = None,
     ) -> Neighbours:
-        """As :meth:`query`, for features, with arrays for an answer.
-
-        Args:
-            f_BD: float32 [B, D], tensor or array.
-            k: at least 1.
-            tags: only records that have all of these in the pool now.
-            records: only these.
-
-        Raises:
-            DataError: features of another width, or not finite.
-            UnknownName: a record that the index does not have.
-        """
+        """As :meth:`query`, for features float32 [B, D] (tensor or array), with arrays for an answer."""
         features = f_BD.detach().float().cpu().numpy() if isinstance(f_BD, Tensor) else np.asarray(f_BD)
         with self._lock.reading():
             allowed = self._allowed(set(tags), records)
-            return self._contents.search(features, k, allowed, self.threads)
+
+            def search(wanted: int) -> Neighbours:
+                return self._contents.search(features, wanted, allowed, self.threads)
+
+            return nearest_classes(search, k, len(self._contents)) if classes else search(k)
 
     def hits(self, neighbours: Neighbours) -> list[list[Hit]]:
         """The same answers with names, without the places where fewer than k were found."""
