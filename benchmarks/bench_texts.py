@@ -30,7 +30,7 @@ STRATEGIES = (
     f"mos:{SGD}",
     f"joint:{LATE},train_mb_size=32,lr=0.03,adapter.scale=1.0,train_epochs=2,head_lr_factor=1.0",
 )
-"""Chosen by a few runs on CLINC150 with seed 0 (learning rate of MOS, that of the heads), so that seed flatters them."""
+"""Learning rates were chosen by a few runs on CLINC150 with seed 0, so that seed flatters them."""
 
 
 def main() -> int:
