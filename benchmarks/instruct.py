@@ -11,21 +11,18 @@ from __future__ import annotations
 
 import dataclasses
 import platform
-import shutil
 import time
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
-from filelock import FileLock, Timeout
-
 from cl_adapters._version import __version__
 from cl_adapters.benchmarks.data_instruct import read_tasks, tasks_fingerprint
 from cl_adapters.benchmarks.instruct_results import FILE_NAME, InstructResults, judged, write
 from cl_adapters.benchmarks.result_parts import BackboneInfo
+from cl_adapters.benchmarks.run_folder import exclusive
 from cl_adapters.config import build, to_plain
 from cl_adapters.errors import ConfigError, StorageError
 from cl_adapters.hf_forward import Pooling
@@ -161,7 +158,7 @@ class _Session:
 
     def go(self) -> InstructResults:
         """Learn and judge the tasks that are not complete."""
-        with self._exclusive():
+        with exclusive(self.out):
             done = _complete(self.out)
             rows = [read_json(path / "row.json", schema_version=SCHEMA) for path in done]
             method = self._method(done)
@@ -242,17 +239,6 @@ class _Session:
             "versions": {"python": platform.python_version(), "cl-adapters": __version__}
             | {name: version(name) for name in packages},
         }
-
-    @contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        """One writer per run folder."""
-        try:
-            with FileLock(self.out / ".lock", timeout=0):
-                for scratch in (self.out / "tasks").glob(".*"):
-                    shutil.rmtree(scratch, ignore_errors=True)  # what a killed process left half-written
-                yield
-        except Timeout as error:
-            raise StorageError(f"another process is writing {self.out}; wait for it or stop it") from error
 
 
 def _complete(out: Path) -> list[Path]:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from cl_adapters import metrics
-from cl_adapters.benchmarks.result_parts import BackboneInfo, Row, Rows
+from cl_adapters.benchmarks.result_parts import BackboneInfo, Row, Rows, agree, figures
 from cl_adapters.config import build, to_plain
 from cl_adapters.errors import ConfigError, StorageError
 from cl_adapters.files import read_json
@@ -42,16 +38,7 @@ class Judged:
     backward_transfer: float | None = field(init=False)
 
     def __post_init__(self) -> None:
-        matrix = np.array(self.accuracy_matrix, dtype=np.float64)
-        curve = metrics.average_curve(matrix, self.test_counts)
-        derived = {
-            "a_curve": _row(curve),
-            "a_bar": _number(metrics.average_accuracy(curve)),
-            "a_last": _number(metrics.last_accuracy(curve)),
-            "forgetting_per_task": _row(metrics.forgetting_per_task(matrix)),
-            "forgetting": _number(metrics.forgetting(matrix)),
-            "backward_transfer": _number(metrics.backward_transfer(matrix)),
-        }
+        derived = figures(self.accuracy_matrix, self.test_counts)
         for name, value in derived.items():
             object.__setattr__(self, name, value)
 
@@ -131,7 +118,7 @@ def read(path: Path) -> InstructResults:
     for way in ("likelihood", "generation"):
         judged = getattr(results, way)
         for name in DERIVED if judged is not None else ():
-            if not _agree(plain[way].get(name), _listed(getattr(judged, name))):
+            if not agree(plain[way].get(name), _listed(getattr(judged, name))):
                 raise StorageError(f"{path} was altered: {way}.{name} does not follow from its accuracy matrix")
     return results
 
@@ -146,19 +133,3 @@ def judged(rows: Sequence[Sequence[float | None]], counts: Sequence[int]) -> Jud
 
 def _listed(value: Any) -> Any:
     return [_listed(entry) for entry in value] if isinstance(value, tuple) else value
-
-
-def _agree(stored: Any, computed: Any) -> bool:
-    if isinstance(computed, list):
-        return isinstance(stored, list) and len(stored) == len(computed) and all(map(_agree, stored, computed))
-    if computed is None or not isinstance(stored, int | float):
-        return stored is None and computed is None
-    return math.isclose(stored, computed, rel_tol=1e-9, abs_tol=1e-6)
-
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)
-
-
-def _row(values: metrics.Vector) -> Row:
-    return tuple(_number(float(value)) for value in values)

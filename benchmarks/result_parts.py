@@ -5,9 +5,60 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, fields
+from typing import Any
+
+import numpy as np
+
+from cl_adapters import metrics
 
 Row = tuple[float | None, ...]
 Rows = tuple[Row, ...]
+
+AGREE_WITHIN = 1e-6
+"""Percentage points, between stored and recomputed figures."""
+
+
+def figures(accuracy_matrix: Rows, counts: Sequence[int]) -> dict[str, Any]:
+    """What follows from an accuracy matrix, by name, ready for JSON (:mod:`cl_adapters.metrics`).
+
+    Args:
+        accuracy_matrix: [T, T] in percent; None or NaN where nothing was measured.
+        counts: [T] test samples per task.
+    """
+    matrix = np.array(accuracy_matrix, dtype=np.float64)
+    curve = metrics.average_curve(matrix, counts)
+    return {
+        "accuracy_matrix": tuple(_row(line) for line in matrix),
+        "a_curve": _row(curve),
+        "a_bar": _number(metrics.average_accuracy(curve)),
+        "a_last": _number(metrics.last_accuracy(curve)),
+        "forgetting_per_task": _row(metrics.forgetting_per_task(matrix)),
+        "forgetting": _number(metrics.forgetting(matrix)),
+        "backward_transfer": _number(metrics.backward_transfer(matrix)),
+    }
+
+
+def agree(stored: Any, computed: Any) -> bool:
+    """Whether a stored figure, or a table of such, is what the rest of its file gives."""
+    if isinstance(computed, dict):
+        return (
+            isinstance(stored, dict)
+            and stored.keys() == computed.keys()
+            and all(agree(stored[key], computed[key]) for key in computed)
+        )
+    if isinstance(computed, list):
+        return isinstance(stored, list) and len(stored) == len(computed) and all(map(agree, stored, computed))
+    if computed is None or stored is None or isinstance(stored, bool) or not isinstance(stored, int | float):
+        return stored is None and computed is None
+    return math.isclose(stored, computed, rel_tol=1e-9, abs_tol=AGREE_WITHIN)
+
+
+def _number(value: float) -> float | None:
+    return None if math.isnan(value) else float(value)
+
+
+def _row(values: metrics.Vector) -> Row:
+    return tuple(_number(float(value)) for value in values)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -1,7 +1,7 @@
 """``results.json``: what one run measured, in a documented and versioned schema (docs/results.md).
 
-The figures that follow from the accuracy matrix are computed here and nowhere else; ``read`` computes them again
-and refuses a file in which they do not agree.
+The figures that follow from the accuracy matrix are computed when results are made; ``read`` computes them again and
+refuses a file in which they do not agree.
 """
 
 from __future__ import annotations
@@ -17,7 +17,17 @@ from typing import Any
 import numpy as np
 
 from cl_adapters import metrics
-from cl_adapters.benchmarks.result_parts import BackboneInfo, Expansion, Passes, Routing, Row, Rows, Seconds
+from cl_adapters.benchmarks.result_parts import (
+    BackboneInfo,
+    Expansion,
+    Passes,
+    Routing,
+    Row,
+    Rows,
+    Seconds,
+    agree,
+    figures,
+)
 from cl_adapters.config import build, to_plain
 from cl_adapters.errors import ConfigError, StorageError
 from cl_adapters.files import read_json, write_bytes
@@ -27,7 +37,6 @@ __all__ = ["BackboneInfo", "Expansion", "Passes", "Results", "Routing", "Row", "
 SCHEMA_VERSION = 2
 _NEW_IN_2 = ("adapters", "adapter_parameters", "adapters_per_block")
 FILE_NAME = "results.json"
-_AGREE_WITHIN = 1e-6  # percentage points, between stored and recomputed figures
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -78,16 +87,7 @@ class Results:
 
     def __post_init__(self) -> None:
         self._check_lengths()
-        matrix = np.array(self.accuracy_matrix, dtype=np.float64)
-        curve = metrics.average_curve(matrix, self.test_counts)
-        derived = {
-            "accuracy_matrix": tuple(_row(line) for line in matrix),
-            "a_curve": _row(curve),
-            "a_bar": _number(metrics.average_accuracy(curve)),
-            "a_last": _number(metrics.last_accuracy(curve)),
-            "forgetting_per_task": _row(metrics.forgetting_per_task(matrix)),
-            "forgetting": _number(metrics.forgetting(matrix)),
-            "backward_transfer": _number(metrics.backward_transfer(matrix)),
+        derived = figures(self.accuracy_matrix, self.test_counts) | {
             "seconds": Seconds.sum(self.seconds_per_task),
             "cpu_seconds": Seconds.sum(self.cpu_seconds_per_task),
         }
@@ -183,7 +183,7 @@ def read(path: str | os.PathLike[str]) -> Results:
         raise StorageError(f"{place} does not follow the schema of results: {error}") from error
     for name in DERIVED:
         computed = _derived(results, name)
-        if not _agree(plain[name], computed):
+        if not agree(plain[name], computed):
             raise StorageError(
                 f"{place} was altered: {name} is {_short(plain[name])}, the rest gives {_short(computed)}"
             )
@@ -200,20 +200,6 @@ def _migrated(plain: dict[str, Any]) -> dict[str, Any]:
 def _derived(results: Results, name: str) -> Any:
     value = getattr(results, name)
     return asdict(value) if isinstance(value, Seconds) else list(value) if isinstance(value, tuple) else value
-
-
-def _agree(stored: Any, computed: Any) -> bool:
-    if isinstance(computed, dict):
-        return (
-            isinstance(stored, dict)
-            and stored.keys() == computed.keys()
-            and all(_agree(stored[key], computed[key]) for key in computed)
-        )
-    if isinstance(computed, list):
-        return isinstance(stored, list) and len(stored) == len(computed) and all(map(_agree, stored, computed))
-    if computed is None or stored is None or isinstance(stored, bool) or not isinstance(stored, int | float):
-        return stored is None and computed is None
-    return math.isclose(stored, computed, rel_tol=1e-9, abs_tol=_AGREE_WITHIN)
 
 
 def _refuse_non_finite(value: Any, place: str) -> None:
@@ -237,11 +223,3 @@ def _dump(value: Any) -> str:
 def _short(value: Any) -> str:
     text = json.dumps(value)
     return text if len(text) <= 80 else text[:77] + "..."
-
-
-def _number(value: float) -> float | None:
-    return None if math.isnan(value) else float(value)
-
-
-def _row(values: metrics.Vector) -> Row:
-    return tuple(_number(float(value)) for value in values)

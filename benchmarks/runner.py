@@ -15,15 +15,11 @@ import dataclasses
 import datetime
 import os
 import platform
-import shutil
-from collections.abc import Iterator
-from contextlib import contextmanager
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from filelock import FileLock, Timeout
 
 from cl_adapters._version import __version__
 from cl_adapters.backbone import FrozenBackbone
@@ -33,6 +29,7 @@ from cl_adapters.benchmarks.prepared import prepare
 from cl_adapters.benchmarks.report import write_report
 from cl_adapters.benchmarks.results import BackboneInfo, Results, write
 from cl_adapters.benchmarks.rows import growth, to_results
+from cl_adapters.benchmarks.run_folder import exclusive
 from cl_adapters.benchmarks.streams import to_avalanche
 from cl_adapters.errors import ConfigError, StorageError
 from cl_adapters.features import FeatureMemory
@@ -127,7 +124,7 @@ class _Session:
 
     def go(self, strategy: AdapterStrategy | None = None) -> Results:
         """Train and evaluate the tasks that are not complete, then write the report."""
-        with self._exclusive():
+        with exclusive(self.out):
             done = complete_tasks(self.out)
             results = self._results([read_json(path / "row.json", schema_version=SCHEMA) for path in done])
             if len(done) < len(self.data.tasks):
@@ -231,17 +228,6 @@ class _Session:
                 "device": self.device,
             },
         }
-
-    @contextmanager
-    def _exclusive(self) -> Iterator[None]:
-        """One writer per run folder."""
-        try:
-            with FileLock(self.out / ".lock", timeout=0):
-                for scratch in (self.out / "tasks").glob(".*"):
-                    shutil.rmtree(scratch, ignore_errors=True)  # what a killed process left half-written
-                yield
-        except Timeout as error:
-            raise StorageError(f"another process is writing {self.out}; wait for it or stop it") from error
 
 
 def _now() -> str:
