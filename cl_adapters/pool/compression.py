@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING
 
 from cl_adapters.codecs import codec_from, codecs
 from cl_adapters.errors import PoolError
-from cl_adapters.pool.model_card import CARD, read_card
+from cl_adapters.pool.model_card import CARD, anchor_of, read_card
 from cl_adapters.pool.pool import AdapterPool
 from cl_adapters.pool.record import adapter_file
 from cl_adapters.storage import write_json
@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cl_adapters.codecs import Codec
+    from cl_adapters.pool.record import Record
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -67,14 +68,14 @@ def compress_records(
     for record in records:
         if record.adapter is None:
             raise PoolError(f"{record.id!r} is answered by the bare backbone: there are no tensors to compress")
-    done = []
+    done, anchor = [], anchor_of(read_card(pool.path), pool.records)
     for record in records:
         full, before = pool.tensors(record.id), _stored(pool, record.adapter_sha)
         new = pool.replace(replace(record, compression=codecs.name_of(chosen)), full, codec=chosen)
         error = _relative(pool.tensors(record.id), full)
         after = _stored(pool, new.adapter_sha)
         done.append(Compressed(id=record.id, codec=codecs.name_of(chosen), before=before, after=after, error=error))
-    _follow(pool)
+    _follow(pool, anchor)
     return tuple(done)
 
 
@@ -88,10 +89,9 @@ def _relative(now: Mapping[str, Tensor], full: Mapping[str, Tensor]) -> float:
     return math.sqrt(lost / size) if size else 0.0
 
 
-def _follow(pool: AdapterPool) -> None:
+def _follow(pool: AdapterPool, anchor: Record | None) -> None:
     """The predictor's own adapter is named by content too, which may be another now."""
-    card = read_card(pool.path)
-    if card.get("anchor") and card["anchor"][0] in pool:
-        now = [card["anchor"][0], pool.get(card["anchor"][0]).adapter_sha]
-        if now != card["anchor"]:
+    if anchor is not None and anchor.id in pool:
+        card, now = read_card(pool.path), [anchor.id, pool.get(anchor.id).adapter_sha]
+        if now != card.get("anchor"):
             write_json(pool.path / CARD, card | {"anchor": now})

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from cl_adapters.errors import ClAdaptersError, UnknownName
 from cl_adapters.index.index import AdapterIndex
-from cl_adapters.pool.model_card import read_card
+from cl_adapters.pool.model_card import anchor_of, read_card
 from cl_adapters.pool.pool import AdapterPool
 from cl_adapters.pool.record import Record
 
@@ -105,7 +105,7 @@ def _traces(pool: AdapterPool, owner: Record, label: int | None) -> Iterator[str
     if any(record.merge is not None and record.merge.get("head") == "aligned" for record in [owner, *heirs]):
         yield f"the linear head's rows of all other classes were aligned together with samples of {what}"
     card = read_card(pool.path)
-    if label is None and card.get("anchor") and owner.id == card["anchor"][0]:
+    if label is None and owner == anchor_of(card, pool.records):
         yield (
             f"the other classes' prototypes were taken under {owner.id!r}; without it this pool's predictor "
             f"{card['predictor']['type']!r} cannot run: pass another to AdapterModel.from_pool"

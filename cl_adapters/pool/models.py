@@ -22,7 +22,7 @@ from cl_adapters.origins import Origin
 from cl_adapters.parts.abstention import Abstention
 from cl_adapters.parts.keys import Keys, KeysConfig
 from cl_adapters.pool.checks import adapter_of, check_fingerprint
-from cl_adapters.pool.model_card import CARD, read_card
+from cl_adapters.pool.model_card import CARD, anchor_of, read_card
 from cl_adapters.pool.model_records import save_pool
 from cl_adapters.pool.pool import AdapterPool
 from cl_adapters.pool.record import Record
@@ -245,13 +245,12 @@ def _predictor(model: AdapterModel, records: list[Record], card: Mapping[str, An
         ) from error
     if anchor is None:
         return made
-    places = [slot for slot, record in enumerate(records) if record.id == anchor[0]]
-    places += [slot for slot, record in enumerate(records) if record.adapter_sha == anchor[1]]
-    if not places:
+    own = anchor_of(card, records)
+    if own is None:
         hint = "predictor=NearestKey()" if "class_keys" in model.parts else "another predictor="
         raise PoolError(
             f"{card['predictor']['type']!r} needs adapter {anchor[0]!r} for every input, which is not among these "
             f"records: pass {hint}, or SelfRefine(start='keys')"
         )
     changed: Any = made
-    return dataclasses.replace(changed, slot=places[0])  # type: ignore[no-any-return]
+    return dataclasses.replace(changed, slot=records.index(own))  # type: ignore[no-any-return]

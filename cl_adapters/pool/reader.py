@@ -154,7 +154,7 @@ class PoolReader:
         return self._read(id, partial(load_knowledge, self.path, self.backbone_card))
 
     def verify(self) -> Verification:
-        """Check the manifest, every file's SHA-256 and form, and shapes where the backbone is at hand."""
+        """Check the manifest, every file's SHA-256 and form, model.json, and shapes where the backbone is at hand."""
         while True:
             try:
                 manifest = self._disk.manifest()

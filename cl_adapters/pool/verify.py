@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from cl_adapters.errors import ClAdaptersError
 from cl_adapters.pool.blobs import orphans
 from cl_adapters.pool.manifest import Manifest
+from cl_adapters.pool.model_card import read_card
 from cl_adapters.pool.store import load_adapter, load_knowledge
 
 if TYPE_CHECKING:
@@ -41,6 +42,7 @@ def verify_files(pool: Path, manifest: Manifest, backbone: FrozenBackbone | None
         backbone: where it is at hand, tensors are checked against its sites.
     """
     problems = [f"{entry.id}: its record is broken: {entry.reason}" for entry in manifest.broken]
+    problems += [f"the inference rule: {problem}" for problem in _failures(partial(read_card, pool))]
     for record in manifest.records:
         checks = (
             partial(load_adapter, pool, record, backbone),
