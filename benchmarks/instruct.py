@@ -22,7 +22,7 @@ from cl_adapters._version import __version__
 from cl_adapters.benchmarks.data_instruct import read_tasks, tasks_fingerprint
 from cl_adapters.benchmarks.instruct_results import FILE_NAME, InstructResults, judged, write
 from cl_adapters.benchmarks.result_parts import BackboneInfo
-from cl_adapters.benchmarks.run_folder import exclusive
+from cl_adapters.benchmarks.run_folder import complete_tasks, exclusive
 from cl_adapters.config import build, to_plain
 from cl_adapters.errors import ConfigError, StorageError
 from cl_adapters.hf_forward import Pooling
@@ -159,7 +159,7 @@ class _Session:
     def go(self) -> InstructResults:
         """Learn and judge the tasks that are not complete."""
         with exclusive(self.out):
-            done = _complete(self.out)
+            done = complete_tasks(self.out)
             rows = [read_json(path / "row.json", schema_version=SCHEMA) for path in done]
             method = self._method(done)
             for task in range(len(done), len(self.tasks)):
@@ -239,12 +239,6 @@ class _Session:
             "versions": {"python": platform.python_version(), "cl-adapters": __version__}
             | {name: version(name) for name in packages},
         }
-
-
-def _complete(out: Path) -> list[Path]:
-    """Folders of the complete tasks, in order."""
-    folders = sorted(path for path in (out / "tasks").glob("[0-9]*") if path.is_dir())
-    return [path for position, path in enumerate(folders) if int(path.name) == position]
 
 
 def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:

@@ -9,8 +9,9 @@ from typing import TYPE_CHECKING
 
 from cl_adapters.benchmarks.experiment import Experiment
 from cl_adapters.benchmarks.pool_accuracy import benchmark_text
-from cl_adapters.benchmarks.runner import SCHEMA, complete_tasks
-from cl_adapters.errors import StorageError
+from cl_adapters.benchmarks.run_folder import complete_tasks
+from cl_adapters.benchmarks.runner import SCHEMA
+from cl_adapters.errors import ConfigError, StorageError
 from cl_adapters.model import AdapterModel
 from cl_adapters.storage import read_json
 
@@ -33,7 +34,7 @@ def pool_of_run(
 
     Args:
         path: a folder that does not exist.
-        run: folder of the run.
+        run: folder of the run; also one of instruction tuning.
         task: the model after this task, from 0; default the last one that is complete.
         tags: of every record.
         compression: codec of the stored adapters.
@@ -43,18 +44,25 @@ def pool_of_run(
         StorageError: no run there, no such task in it, or ``path`` exists.
         PoolError: the model is more than its adapters, so it cannot be a pool.
     """
-    experiment = Experiment.from_plain(read_json(run / "config.json", schema_version=SCHEMA)["experiment"])
+    recorded = read_json(run / "config.json", schema_version=SCHEMA)
     done = complete_tasks(run)
     wanted = len(done) - 1 if task is None else task
     if not 0 <= wanted < len(done):
         raise StorageError(f"{run} has {len(done)} complete tasks, numbered from 0; asked for task {wanted}")
     row = read_json(done[wanted] / "row.json", schema_version=SCHEMA)
-    source = experiment.backbone
-    moved = None if weights is None else dataclasses.replace(source, weights=str(weights)).load()
-    return AdapterModel.load(done[wanted] / "model", moved).save_pool(
+    if "instruct" in recorded:
+        benchmark, accuracy, backbone = recorded["instruct"]["data"], row["generation"], None
+        if weights is not None:
+            raise ConfigError("a language model is found by the folder or name of its run: leave --weights out")
+    else:
+        experiment = Experiment.from_plain(recorded["experiment"])
+        benchmark, accuracy = benchmark_text(experiment.benchmark, experiment.benchmark_config), row["accuracy"]
+        moved = dataclasses.replace(experiment.backbone, weights=str(weights))
+        backbone = None if weights is None else moved.load()
+    return AdapterModel.load(done[wanted] / "model", backbone).save_pool(
         path,
         tags=tags,
-        benchmark=benchmark_text(experiment.benchmark, experiment.benchmark_config),
-        metrics={number: {"accuracy": float(value)} for number, value in enumerate(row["accuracy"])},
+        benchmark=benchmark,
+        metrics={number: {"accuracy": float(value)} for number, value in enumerate(accuracy)},
         compression=compression,
     )

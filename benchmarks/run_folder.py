@@ -26,3 +26,9 @@ def exclusive(out: Path) -> Iterator[None]:
             yield
     except Timeout as error:
         raise StorageError(f"another process is writing {out}; wait for it or stop it") from error
+
+
+def complete_tasks(out: Path) -> list[Path]:
+    """Folders of the complete tasks of a run, in order."""
+    folders = sorted(path for path in (out / "tasks").glob("[0-9]*") if path.is_dir())
+    return [path for position, path in enumerate(folders) if int(path.name) == position]

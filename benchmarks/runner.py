@@ -29,7 +29,7 @@ from cl_adapters.benchmarks.prepared import prepare
 from cl_adapters.benchmarks.report import write_report
 from cl_adapters.benchmarks.results import BackboneInfo, Results, write
 from cl_adapters.benchmarks.rows import growth, to_results
-from cl_adapters.benchmarks.run_folder import exclusive
+from cl_adapters.benchmarks.run_folder import complete_tasks, exclusive
 from cl_adapters.benchmarks.streams import to_avalanche
 from cl_adapters.errors import ConfigError, StorageError
 from cl_adapters.features import FeatureMemory
@@ -101,12 +101,6 @@ def latest_model(out: Path, backbone: FrozenBackbone | None = None) -> AdapterMo
     if not done:
         raise StorageError(f"{out} has no complete task yet; go on with `cl-adapters resume {out}`")
     return AdapterModel.load(done[-1] / "model", backbone)
-
-
-def complete_tasks(out: Path) -> list[Path]:
-    """Folders of the complete tasks, in order."""
-    folders = sorted(path for path in (out / "tasks").glob("[0-9]*") if path.is_dir())
-    return [path for position, path in enumerate(folders) if int(path.name) == position]
 
 
 class _Session:

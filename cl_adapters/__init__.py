@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from cl_adapters.bank import AdapterBank, Route
     from cl_adapters.errors import ClAdaptersError
     from cl_adapters.index.index import AdapterIndex
+    from cl_adapters.language import LanguageModel
     from cl_adapters.model import AdapterModel
     from cl_adapters.pool.pool import AdapterPool
     from cl_adapters.predictors.base import Prediction
@@ -28,6 +29,7 @@ __all__ = [
     "Bottleneck",
     "ClAdaptersError",
     "FrozenBackbone",
+    "LanguageModel",
     "Prediction",
     "Route",
     "__version__",
@@ -44,6 +46,7 @@ if not TYPE_CHECKING:
             "Bottleneck": "adapters.bottleneck",
             "ClAdaptersError": "errors",
             "FrozenBackbone": "backbone",
+            "LanguageModel": "language",
             "Prediction": "predictors.base",
             "Route": "bank",
             "__version__": "_version",
