@@ -41,12 +41,21 @@ def call(encoder: nn.Module, x: Tensor, mask_BN: Tensor | None = None) -> Any:
     options: dict[str, Any] = {"use_cache": False} if "use_cache" in _takes(encoder) else {}
     if mask_BN is not None:
         # some models tell empty places by the id: RoBERTa, which counts positions without them
-        filling = getattr(config, "pad_token_id", None)
-        ids_BN = x.masked_fill(~mask_BN, 0 if filling is None else int(filling))
+        ids_BN = x.masked_fill(~mask_BN, filling_of(encoder))
         return encoder(input_ids=ids_BN, attention_mask=mask_BN.long(), **options)
     if "interpolate_pos_encoding" in _takes(encoder) and image_side(config) not in (None, *x.shape[-1:]):
         options["interpolate_pos_encoding"] = True
     return encoder(**{str(encoder.main_input_name): x.to(dtype_of(encoder))}, **options)
+
+
+def filling_of(encoder: nn.Module) -> int:
+    """The id that stands at empty places: the one in the configuration where the model has a row for it, else 0.
+
+    Some folders say -1, and some tokenizers were given a token for empty places that the model was never told of.
+    """
+    stated, vocabulary = getattr(encoder.config, "pad_token_id", None), vocabulary_of(encoder)
+    known = isinstance(stated, int) and stated >= 0 and (vocabulary is None or stated < vocabulary)
+    return int(stated) if known else 0
 
 
 def pooled(output: Any, pooling: str, mask_BN: Tensor | None) -> Tensor:
@@ -89,11 +98,14 @@ def default_pooling(encoder: nn.Module) -> Pooling:
 
 
 def is_causal(encoder: nn.Module) -> bool:
-    """Whether a token of a text model sees only those before it: tried with two texts that end differently."""
+    """Whether a token of a text model sees only those before it: tried with two texts that end differently.
+
+    Each is computed on its own: the rows of one batch may be rounded differently.
+    """
     tokens_BN = torch.tensor([[1, 2, 3], [1, 2, 4]], device=next(encoder.parameters()).device)
     with torch.no_grad():
-        h_BND = call(encoder, tokens_BN, mask_of(tokens_BN)).last_hidden_state
-    return bool(torch.equal(h_BND[0, :2], h_BND[1, :2]))
+        first, second = (call(encoder, row, mask_of(row)).last_hidden_state[0, :2] for row in tokens_BN.split(1))
+    return bool(torch.equal(first, second))
 
 
 def checked_tokens(encoder: nn.Module, tokens_BN: Tensor, name: str) -> Tensor:

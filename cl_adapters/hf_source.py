@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from cl_adapters.errors import BackboneUnavailable, ConfigError, IncompatibleBackbone
@@ -34,7 +35,7 @@ def open_transformers(
     quantization: str | None = None,
 ) -> tuple[nn.Module, Preprocessing | TextPreprocessing | None]:
     """The encoder in a folder or of a name, with its preprocessing; see ``FrozenBackbone.load``."""
-    library = _library()
+    library = transformers_library()
     _check_folder(place)
     encoder = _encoder(library, place, {"dtype": resolved_dtype(dtype), "quantization": quantization})
     require_transformers(encoder)
@@ -46,7 +47,7 @@ def open_transformers(
     if modality == "text":
         return encoder, _text_preprocessing(library, place, encoder, max_length)
     if modality == "image":
-        processor = _ask(place, lambda: library.AutoImageProcessor.from_pretrained(place, trust_remote_code=False))
+        processor = asked(place, lambda: library.AutoImageProcessor.from_pretrained(place, trust_remote_code=False))
         return encoder, image_preprocessing(processor, img_size or image_side(encoder.config), img_size is not None)
     return encoder, None
 
@@ -65,7 +66,12 @@ def resolved_dtype(dtype: str | None) -> str:
     return dtype or "float32"
 
 
-def _library() -> Any:
+def transformers_library() -> Any:
+    """The library.
+
+    Raises:
+        BackboneUnavailable: it is not installed.
+    """
     try:
         import transformers
     except ImportError as error:
@@ -73,6 +79,12 @@ def _library() -> Any:
             'backbones of the form "hf:..." need the library transformers: pip install "cl-adapters[text]"'
         ) from error
     return transformers
+
+
+def loading_arguments(library: Any, dtype: torch.dtype) -> dict[str, Any]:
+    """What every model is loaded with: weights of that type from safetensors, and no code of the folder's."""
+    key = "dtype" if _version(library) >= (4, 56) else "torch_dtype"
+    return {key: dtype, "use_safetensors": True, "trust_remote_code": False, "output_loading_info": True}
 
 
 def _check_folder(place: str) -> None:
@@ -100,14 +112,11 @@ def _convert(place: str) -> str:
 def _encoder(library: Any, place: str, options: dict[str, Any]) -> nn.Module:
     """The encoder alone: no head, one tower, nothing of it random."""
     dtype = DTYPES[options["dtype"]]
-    key = "dtype" if _version(library) >= (4, 56) else "torch_dtype"
-    arguments: dict[str, Any] = {key: dtype, "use_safetensors": True, "trust_remote_code": False}
+    arguments = loading_arguments(library, dtype)
     if options["quantization"] is not None:
         arguments["quantization_config"] = quantization_config(library, options["quantization"], dtype)
-    with _quiet(library):
-        model, report = _ask(
-            place, lambda: library.AutoModel.from_pretrained(place, output_loading_info=True, **arguments)
-        )
+    with quiet(library):
+        model, report = asked(place, lambda: library.AutoModel.from_pretrained(place, **arguments))
     if getattr(model.config, "is_encoder_decoder", False):
         model = model.get_encoder()
     prefix = ""
@@ -193,11 +202,16 @@ def _installed(package: str) -> bool:
     return importlib.util.find_spec(top) is not None and importlib.util.find_spec(package) is not None
 
 
-def _ask(place: str, load: Any) -> Any:
-    """What ``load`` gives, or an error that says the way out."""
+def asked(place: str, load: Any) -> Any:
+    """What ``load`` gives.
+
+    Raises:
+        BackboneUnavailable: it does not; says the way out.
+    """
     try:
         return load()
-    except (OSError, ValueError, ImportError) as error:
+    # the last three: weights of other shapes than config.json says, sizes that cannot be, a damaged file
+    except (OSError, ValueError, ImportError, RuntimeError, AssertionError, SafetensorError) as error:
         text = _short(error)
         pickled = _convert(place) if "safetensors" in text and "not appear" in text else ""
         raise BackboneUnavailable(
@@ -215,7 +229,7 @@ def _version(library: Any) -> tuple[int, ...]:
 
 
 @contextmanager
-def _quiet(library: Any) -> Iterator[None]:
+def quiet(library: Any) -> Iterator[None]:
     """Say nothing of heads that a file holds and nobody asked for."""
     logging = library.utils.logging
     before, bar = logging.get_verbosity(), logging.is_progress_bar_enabled()

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from cl_adapters.answers import text_preprocessing
 from cl_adapters.errors import ClAdaptersError
+from cl_adapters.hf_forward import filling_of, vocabulary_of
 from cl_adapters.language_tokens import PromptTokens, positions
 from cl_adapters.model import AdapterModel
 from cl_adapters.routes import Routes
@@ -56,7 +57,10 @@ class Passes(nn.Module):
             )
         self.lm = lm
         self.model = model
-        self.tokens = PromptTokens(text_preprocessing(model.backbone), _ends(lm))
+        encoder = model.backbone.encoder
+        self.tokens = PromptTokens(
+            text_preprocessing(model.backbone), _ends(lm), filling_of(encoder), vocabulary_of(encoder)
+        )
         self._known = frozenset(inspect.signature(type(lm).forward).parameters)
 
     @property

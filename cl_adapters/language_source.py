@@ -7,8 +7,9 @@ from typing import Any
 from torch import nn
 
 from cl_adapters.backbone import FrozenBackbone
-from cl_adapters.errors import BackboneUnavailable, ConfigError, IncompatibleBackbone
+from cl_adapters.errors import ConfigError, IncompatibleBackbone
 from cl_adapters.hf_forward import dtype_of, is_causal, modality_of
+from cl_adapters.hf_source import asked, loading_arguments, quiet, transformers_library
 
 
 def open_language_model(backbone: FrozenBackbone) -> nn.Module:
@@ -85,21 +86,8 @@ def generation_options(
 
 def _read(place: str, dtype: Any) -> tuple[Any, list[str]]:
     """The whole language model, and the weights that its files do not have."""
-    try:
-        import transformers
-    except ImportError as error:
-        raise BackboneUnavailable(
-            'language models need the library transformers: pip install "cl-adapters[text]"'
-        ) from error
-    library: Any = transformers
-    version = tuple(int(part) for part in str(library.__version__).split(".")[:2])
-    arguments = {("dtype" if version >= (4, 56) else "torch_dtype"): dtype}
-    try:
-        lm, report = library.AutoModelForCausalLM.from_pretrained(
-            place, use_safetensors=True, trust_remote_code=False, output_loading_info=True, **arguments
-        )
-    except (OSError, ValueError, ImportError) as error:
-        raise BackboneUnavailable(
-            f"cannot load {place!r} as a causal language model ({type(error).__name__}: {error})"
-        ) from error
+    library = transformers_library()
+    arguments = loading_arguments(library, dtype)
+    with quiet(library):
+        lm, report = asked(place, lambda: library.AutoModelForCausalLM.from_pretrained(place, **arguments))
     return lm, sorted(report["missing_keys"])

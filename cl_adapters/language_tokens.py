@@ -50,9 +50,17 @@ class PromptTokens:
     Args:
         preprocessing: of the backbone, with its tokenizer.
         end: ids of the tokens that end an answer, beside the tokenizer's own.
+        fill: id that the model takes at empty places.
+        vocabulary: number of ids that it knows; None: not said.
     """
 
-    def __init__(self, preprocessing: TextPreprocessing, end: Sequence[int] = ()) -> None:
+    def __init__(
+        self,
+        preprocessing: TextPreprocessing,
+        end: Sequence[int] = (),
+        fill: int = 0,
+        vocabulary: int | None = None,
+    ) -> None:
         self.preprocessing = preprocessing
         tool: Any = preprocessing.tool
         own = getattr(tool, "eos_token_id", None)
@@ -60,8 +68,9 @@ class PromptTokens:
         empty = list(tool("", add_special_tokens=True)["input_ids"])
         first = {getattr(tool, f"{kind}_token_id", None) for kind in ("bos", "cls")} - {None}
         self.start: Ids = empty[:1] if empty and empty[0] in first else []
-        pad = getattr(tool, "pad_token_id", None)
-        self.fill = int(pad) if pad is not None else 0
+        self.fill = fill
+        self.vocabulary = vocabulary
+        self._check_known("the tokenizer's special tokens", [*self.start, *self.end])
 
     def prompts(self, texts: Sequence[str], room: int = 0) -> list[Ids]:
         """Ids of prompts, at most ``max_length - room`` each.
@@ -71,7 +80,8 @@ class PromptTokens:
             room: places left free behind each.
 
         Raises:
-            DataError: no room for a prompt, a prompt without any token, or something that is no text.
+            DataError: no room for a prompt, a prompt without any token, something that is no text, or a token that the
+                model does not know.
         """
         return self._fitting(texts, self._plain(texts), [room] * len(texts))
 
@@ -115,8 +125,20 @@ class PromptTokens:
                 raise DataError(f"text {place} is no str but {type(text).__name__}")
         if not texts:
             return []
-        made = self.preprocessing.tool(list(texts), add_special_tokens=False, padding=False, truncation=False)
-        return [list(ids) for ids in made["input_ids"]]
+        different = list(dict.fromkeys(texts))  # a prompt stands here once for each of its possible answers
+        made = self.preprocessing.tool(different, add_special_tokens=False, padding=False, truncation=False)
+        rows = {text: list(ids) for text, ids in zip(different, made["input_ids"], strict=True)}
+        for text, ids in rows.items():
+            self._check_known(f"{text[:60]!r}", ids)
+        return [rows[text] for text in texts]
+
+    def _check_known(self, what: str, ids: Sequence[int]) -> None:
+        highest = max(ids, default=0)
+        if self.vocabulary is not None and highest >= self.vocabulary:
+            raise DataError(
+                f"token id {highest} in {what}, but the model knows the ids 0..{self.vocabulary - 1}: its folder holds "
+                "the tokenizer of another model, or one with tokens that were added later"
+            )
 
     def _fitting(self, texts: Sequence[str], rows: list[Ids], rooms: list[int]) -> list[Ids]:
         found = []

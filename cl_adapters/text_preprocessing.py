@@ -35,16 +35,20 @@ class TextPreprocessing:
 
     @classmethod
     def of(cls, tokenizer: Any, max_length: int) -> TextPreprocessing:
-        """The preprocessing of a tokenizer of transformers, which is held apart from what is compared and written."""
-        made = cls(max_length=max_length, tokenizer=tokenizer_hash(tokenizer))
-        object.__setattr__(made, "_tokenizer", tokenizer)
-        return made
+        """The preprocessing of a tokenizer of transformers, which is held apart from what is compared and written.
+
+        Raises:
+            ValueError: so few tokens that nothing is left of any text.
+        """
+        return cls(max_length=max_length, tokenizer=tokenizer_hash(tokenizer))._with(tokenizer)
 
     def with_max_length(self, max_length: int) -> TextPreprocessing:
-        """The same tokenizer with another limit."""
-        made = TextPreprocessing(max_length=max_length, tokenizer=self.tokenizer)
-        object.__setattr__(made, "_tokenizer", self.tool)
-        return made
+        """The same tokenizer with another limit.
+
+        Raises:
+            ValueError: so few tokens that nothing is left of any text.
+        """
+        return TextPreprocessing(max_length=max_length, tokenizer=self.tokenizer)._with(self.tool)
 
     @property
     def tool(self) -> Any:
@@ -93,6 +97,16 @@ class TextPreprocessing:
                 memory.
         """
         return _ToTokens(self, self.max_length if length is None else length)
+
+    def _with(self, tokenizer: Any) -> TextPreprocessing:
+        special = len(tokenizer("")["input_ids"])
+        if self.max_length <= special:
+            raise ValueError(
+                f"max_length={self.max_length} leaves no room for a text: the tokenizer adds {special} special tokens "
+                f"to each, so choose at least {special + 1}"
+            )
+        object.__setattr__(self, "_tokenizer", tokenizer)
+        return self
 
     def _nothing(self, text: str) -> list[int]:
         """What stands for a text that becomes no token, as the empty one does with the tokenizers of GPT-2."""
