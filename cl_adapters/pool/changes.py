@@ -60,10 +60,11 @@ def add(disk: Disk, additions: Iterable[Addition]) -> tuple[Record, ...]:
 
     def edit(manifest: Manifest) -> Manifest:
         taken, written = set(manifest.by_id), set[str]()
+        parents = {id for record in manifest.records for id in record.parents}  # also of what is gone: no new one's id
 
         def stored() -> Iterator[Files]:
             for each in additions:
-                final = each.record if each.named else dataclasses.replace(each.record, id=_free(taken))
+                final = each.record if each.named else dataclasses.replace(each.record, id=_free(taken | parents))
                 check_free(final.id, taken)
                 written.update(final.files)
                 yield each.new

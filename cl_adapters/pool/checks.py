@@ -184,6 +184,9 @@ def adapter_check(record: Record, header: Header, backbone: FrozenBackbone | Non
         raise PoolError(f"{where} has {count(header)} numbers, but its record says {record.num_parameters}")
     if backbone is not None and adapter is not None:
         check_adapter(header, backbone, adapter, where)
+        blocks = blocks_of(header, backbone, adapter)
+        if blocks != record.blocks:
+            raise PoolError(f"{where} has tensors for blocks {blocks}, but its record says {record.blocks}")
 
 
 def count(header: Header) -> int:

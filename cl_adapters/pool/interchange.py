@@ -1,29 +1,36 @@
 """Adapters between pools, and single adapters as folders: record.json, adapter.safetensors, knowledge.safetensors.
 
-The record.json of a folder is a manifest with one record, so that older ones are migrated in the same way.
+The record.json of a folder is a manifest with one record, so that older ones are migrated in the same way; "parents"
+beside it has the SHA-256 of each parent. In another pool an adapter of the same id may be another one: a parent keeps
+its id only where it is the same adapter there, and is otherwise called by id and content, such as
+"task-000.0123456789ab". So no merge takes strangers for one lineage.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import json
+import re
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cl_adapters.errors import PoolError
 from cl_adapters.files import write_bytes
-from cl_adapters.pool.blobs import from_bytes, read_blob, read_file
+from cl_adapters.pool.blobs import from_bytes, read_blob, read_file, sha_of
 from cl_adapters.pool.changes import Addition, add, files, write
-from cl_adapters.pool.checks import adapter_check, check_fingerprint, check_knowledge, check_positions
+from cl_adapters.pool.checks import adapter_check, check_fingerprint, check_finite, check_knowledge, check_positions
 from cl_adapters.pool.disk import Disk
 from cl_adapters.pool.manifest import Manifest, manifest_to_plain, parse_manifest
 from cl_adapters.pool.model_card import CARD, card_bytes, has_card
-from cl_adapters.pool.record import Record, adapter_file, check_id, knowledge_file, shown
+from cl_adapters.pool.record import SHA, Record, adapter_file, check_id, knowledge_file, shown
 from cl_adapters.pool.store import decode_checked
 
 if TYPE_CHECKING:
     from cl_adapters.backbone import FrozenBackbone
 
+BY_CONTENT = re.compile(r".+\.[0-9a-f]{12}")
 RECORD, ADAPTER, ROWS = "record.json", "adapter.safetensors", "knowledge.safetensors"
 
 
@@ -37,11 +44,13 @@ def copy(source: Disk, target: Disk, ids: tuple[str, ...]) -> tuple[Record, ...]
     added: list[Record] = []
 
     def edit(present: Manifest) -> Manifest:
+        there = _content_of(present.records) | _content_of(records)
         for record in records:
-            if present.by_id.get(record.id) == record:
+            same = present.by_id.get(record.id)
+            if isinstance(same, Record) and dataclasses.replace(same, parents=record.parents) == record:
                 continue
             present.check_free(record.id)
-            added.append(record)
+            added.append(_with_parents(record, _content_of(manifest.records), there, keep_unknown=True))
         write(target.path, (files(*_contents(source.path, record)) for record in added))
         # Before the manifest: all adapters are never there without their rule.
         if card is not None and set(present.by_id) <= set(manifest.by_id) and not has_card(target.path):
@@ -63,31 +72,38 @@ def export(disk: Disk, folder: Path, id: str) -> Path:
         for name, content in zip((ADAPTER, ROWS), contents, strict=True):
             if content is not None:
                 write_bytes(scratch / name, content)
-        write_json(scratch / RECORD, manifest_to_plain(Manifest(manifest.backbone, (record,))))
+        plain = manifest_to_plain(Manifest(manifest.backbone, (record,)))
+        known = _content_of(manifest.records)
+        write_json(scratch / RECORD, plain | {"parents": {id: known[id] for id in record.parents if id in known}})
     return folder
 
 
-def import_folder(disk: Disk, folder: Path, id: str | None, backbone: FrozenBackbone | None) -> Record:
+def import_folder(disk: Disk, folder: Path, id: str | None, backbone: Callable[[], FrozenBackbone | None]) -> Record:
     """Add an adapter from a folder; see ``AdapterPool.import_from``."""
     if not folder.is_dir():
         raise PoolError(f"no adapter at {folder}: the folder does not exist")
-    manifest = parse_manifest(read_file(folder, RECORD), folder / RECORD)
+    content = read_file(folder, RECORD)
+    manifest = parse_manifest(content, folder / RECORD)
     if len(manifest.entries) != 1:
         raise PoolError(f"{folder / RECORD} has {len(manifest.entries)} records; a folder holds one adapter")
     for entry in manifest.broken:
         raise PoolError(f"{folder / RECORD} cannot be used: the record of {shown(entry.id)} is broken: {entry.reason}")
-    card = disk.manifest().backbone
+    present = disk.manifest()
+    card = present.backbone
     check_fingerprint(card, manifest.backbone, "this folder with backbone")
-    record = manifest.records[0]
+    record = _with_parents(manifest.records[0], _named_parents(content), _content_of(present.records))
     adapter = rows = None
     if record.adapter_sha is not None:
-        adapter = read_blob(folder, ADAPTER, record.adapter_sha, partial(adapter_check, record, backbone=backbone))
-        decode_checked(adapter, record, backbone, str(folder / ADAPTER))
+        whole, where = backbone(), str(folder / ADAPTER)
+        adapter = read_blob(folder, ADAPTER, record.adapter_sha, partial(adapter_check, record, backbone=whole))
+        check_finite(decode_checked(adapter, record, whole, where), where)
     if record.knowledge_sha is not None:
         where, number = str(folder / ROWS), len(record.classes)
         check = partial(check_knowledge, num_classes=number, card=card, where=where)
         rows = read_blob(folder, ROWS, record.knowledge_sha, check)
-        check_positions(from_bytes(rows, where), number, where)
+        knowledge = from_bytes(rows, where)
+        check_positions(knowledge, number, where)
+        check_finite(knowledge, where)
     if id is not None:
         check_id(id)
         record = dataclasses.replace(record, id=id)
@@ -99,3 +115,37 @@ def _contents(pool: Path, record: Record) -> tuple[bytes | None, bytes | None]:
     places = ((adapter_file, record.adapter_sha), (knowledge_file, record.knowledge_sha))
     adapter, rows = (None if sha is None else read_blob(pool, place(sha), sha) for place, sha in places)
     return adapter, rows
+
+
+def _content_of(records: Iterable[Record]) -> dict[str, str | None]:
+    """SHA-256 of the adapters by id."""
+    return {record.id: record.adapter_sha for record in records}
+
+
+def _named_parents(content: bytes) -> dict[str, str | None]:
+    """SHA-256 of the parents in a folder's record.json, which older ones do not have."""
+    named = json.loads(content, parse_int=str).get("parents")  # long numbers are errors to json
+    if not isinstance(named, dict):
+        return {}
+    return {id: sha for id, sha in named.items() if isinstance(sha, str) and SHA.fullmatch(sha)}
+
+
+def _with_parents(
+    record: Record, known: Mapping[str, str | None], there: Mapping[str, str | None], *, keep_unknown: bool = False
+) -> Record:
+    """The record as another pool should have it.
+
+    Args:
+        record: of this pool.
+        known: SHA-256 of the parents here, as far as they are here.
+        there: SHA-256 of the other pool's adapters.
+        keep_unknown: a parent that is in neither pool keeps its id.
+    """
+    own = record.adapter_sha or record.knowledge_sha or sha_of(record.id.encode())
+
+    def named(parent: str) -> str:
+        content = known.get(parent)
+        same = there.get(parent) == content if content is not None else keep_unknown and parent not in there
+        return parent if same or BY_CONTENT.fullmatch(parent) else f"{parent[:51]}.{(content or own)[:12]}"
+
+    return dataclasses.replace(record, parents=tuple(map(named, record.parents)))

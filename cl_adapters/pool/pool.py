@@ -261,14 +261,15 @@ class AdapterPool(PoolReader):
         """Add an adapter from a folder of :meth:`export_to`.
 
         Args:
-            folder: nothing in it is trusted: everything is checked first.
+            folder: nothing in it is trusted: everything is checked first. (Shapes wait until the backbone is given to
+                :meth:`open`, where that is a wrapped module.)
             id: another id than the folder's.
 
         Raises:
             IncompatibleBackbone: it belongs to another backbone.
-            PoolError: damaged, not an adapter, or its id is taken.
+            PoolError: damaged, not finite, not an adapter of this backbone, or its id is taken.
         """
-        return interchange.import_folder(self._disk, Path(folder), id, self._backbone)
+        return interchange.import_folder(self._disk, Path(folder), id, self._loadable)
 
     def gc(self) -> tuple[str, ...]:
         """Delete the files that no record names.

@@ -164,6 +164,10 @@ class PoolReader:
             if found.ok or self._disk.manifest() == manifest:
                 return found  # otherwise a writer was at work meanwhile
 
+    def _loadable(self) -> FrozenBackbone | None:
+        """The backbone; None where it is a wrapped module that was not given."""
+        return self.backbone if self._backbone is not None or self.backbone_card.source else None
+
     def _read(self, id: str, load: Callable[[Record], T]) -> T:
         """Readers take no lock. Where a file is gone, a writer may have replaced it: the newer record counts."""
         while True:

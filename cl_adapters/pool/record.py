@@ -53,7 +53,8 @@ class Record:
         knowledge_sha: SHA-256 of the file of prototypes and other rows; None: there is none.
         num_parameters: numbers in the adapter, before compression.
         tags: free words to select by; none contains a comma.
-        parents: ids of the adapters that it was merged from, or otherwise made of.
+        parents: ids of the adapters that it was merged from, or otherwise made of; those of another pool with the
+            beginning of their SHA-256, "task-000.0123456789ab".
         merge: merge method with its options, and what it reported; None where nothing was merged.
         compression: name of the codec of the stored tensors; None: float32 as trained.
         benchmark: where the training data came from.

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,11 +10,14 @@ from typing import TYPE_CHECKING
 
 from cl_adapters.errors import ClAdaptersError
 from cl_adapters.pool.blobs import orphans
+from cl_adapters.pool.checks import check_finite
 from cl_adapters.pool.manifest import Manifest
 from cl_adapters.pool.model_card import read_card
 from cl_adapters.pool.store import load_adapter, load_knowledge
 
 if TYPE_CHECKING:
+    from torch import Tensor
+
     from cl_adapters.backbone import FrozenBackbone
 
 
@@ -44,12 +47,17 @@ def verify_files(pool: Path, manifest: Manifest, backbone: FrozenBackbone | None
     problems = [f"{entry.id}: its record is broken: {entry.reason}" for entry in manifest.broken]
     problems += [f"the inference rule: {problem}" for problem in _failures(partial(read_card, pool))]
     for record in manifest.records:
-        checks = (
-            partial(load_adapter, pool, record, backbone),
-            partial(load_knowledge, pool, manifest.backbone, record),
-        )
+        loads = {
+            "its tensors": partial(load_adapter, pool, record, backbone),
+            "its knowledge": partial(load_knowledge, pool, manifest.backbone, record),
+        }
+        checks = [partial(_finite, load, what) for what, load in loads.items()]
         problems += [f"{record.id}: {problem}" for check in checks for problem in _failures(check)]
     return Verification(not problems, tuple(problems), orphans(pool, manifest.files))
+
+
+def _finite(load: Callable[[], Mapping[str, Tensor]], what: str) -> None:
+    check_finite(load(), what)
 
 
 def _failures(check: Callable[[], object]) -> Iterator[str]:
