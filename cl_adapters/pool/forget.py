@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import shutil
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from cl_adapters.errors import ClAdaptersError, UnknownName
+from cl_adapters.errors import ClAdaptersError, StorageError, UnknownName
 from cl_adapters.index.index import AdapterIndex
+from cl_adapters.index.keys import KeySource
 from cl_adapters.pool.model_card import anchor_of, read_card
 from cl_adapters.pool.pool import AdapterPool
 from cl_adapters.pool.record import Record
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+    from cl_adapters.backbone import FrozenBackbone
 
 ROWS_OF_CLASSES = ("head.weight", "head.bias", "prototypes")
 ROWS_WITH_CLASSES = (("keys", "key_class"), ("held_out", "held_out_class"))
@@ -44,12 +51,15 @@ def forget(pool: AdapterPool, target: str | int) -> Forgotten:
 
     Raises:
         UnknownName: no such adapter or class.
+        StorageError: an index can be neither made anew nor deleted.
     """
     owners = [pool.get(target)] if isinstance(target, str) else list(pool.list(classes=[target]))
     if not owners:
-        known = (str(label) for record in pool.records for label in record.labels)
+        known = {str(label) for record in pool.records for label in record.labels}
         raise UnknownName.of("class label", str(target), known)
     removed, traces = [], []
+    # Indexes first: killed on the way, they hold nothing of it, and it is still there to be forgotten again.
+    indexes = [(place, _made_anew(place, _Without(pool, owners), pool)) for place in _places(pool)]
     for owner in owners:
         whole = isinstance(target, str) or owner.labels == (target,)
         traces += list(_traces(pool, owner, None if whole else int(target)))
@@ -65,13 +75,16 @@ def forget(pool: AdapterPool, target: str | int) -> Forgotten:
     if not pool.broken:  # what a broken record owns cannot be told from orphans
         removed += [f"file {name}, left by a writer that was killed" for name in pool.gc()]
     what = f"adapter {target!r}" if isinstance(target, str) else _named(target)
-    for name, index in _indexes(pool):
+    for place, done in indexes:
+        index = _made_anew(place, pool, pool) if done and any(owner.id in pool for owner in owners) else done
         if index is None:
-            removed.append(f"index {name!r}, which could not be made anew: build it again")
+            removed.append(f"index {place.name!r}, which could not be made anew: build it again")
             continue
-        removed.append(f"entries of index {name!r}, which was made anew")
+        removed.append(f"entries of index {place.name!r}, which was made anew")
         if index.threshold is not None:
-            traces.append(f"the threshold of index {name!r} was calibrated when {what} was known; calibrate it again")
+            traces.append(
+                f"the threshold of index {place.name!r} was calibrated when {what} was known; calibrate it again"
+            )
     return Forgotten(tuple(removed), tuple(dict.fromkeys(traces)))
 
 
@@ -102,6 +115,10 @@ def _traces(pool: AdapterPool, owner: Record, label: int | None) -> Iterator[str
     for heir in heirs:
         how = "" if heir.merge is None else f" ({', '.join(f'{key} {value}' for key, value in heir.merge.items())})"
         yield f"adapter {heir.id!r} started from or was merged with {owner.id!r}{how}, and keeps a share of it"
+    for other in pool.records if label is None else ():
+        shared = [_named(one) for one in owner.labels if one in other.labels]
+        if shared and other.id != owner.id:
+            yield f"adapter {other.id!r} knows {', '.join(shared)} too, by keys and rows of its own: forget the class"
     if any(record.merge is not None and record.merge.get("head") == "aligned" for record in [owner, *heirs]):
         yield f"the linear head's rows of all other classes were aligned together with samples of {what}"
     card = read_card(pool.path)
@@ -123,20 +140,48 @@ def _descendants(pool: AdapterPool, id: str) -> set[str]:
     return found - {id}
 
 
-def _indexes(pool: AdapterPool) -> Iterator[tuple[str, AdapterIndex | None]]:
-    """Make every index in the pool's folder anew; None: one that cannot be, and is deleted."""
+class _Without:
+    """A pool as an index sees it, with some of its records left out."""
+
+    def __init__(self, pool: AdapterPool, gone: Sequence[Record]) -> None:
+        ids = {record.id for record in gone}
+        self._pool, self.path = pool, pool.path
+        self.records = tuple(record for record in pool.records if record.id not in ids)
+
+    @property
+    def backbone(self) -> FrozenBackbone:
+        """The pool's."""
+        return self._pool.backbone
+
+    def knowledge(self, id: str) -> dict[str, Tensor]:
+        """The pool's."""
+        return self._pool.knowledge(id)
+
+
+def _places(pool: AdapterPool) -> list[Path]:
+    """Folders of the indexes in the pool's folder, unfinished ones of a killed writer too."""
     folder = Path(pool.path) / "index"
-    for place in sorted(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else ():
-        if place.is_symlink() or not place.is_dir():
-            continue
+    found = sorted(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else []
+    return [place for place in found if place.is_dir() and not place.is_symlink()]
+
+
+def _made_anew(place: Path, source: KeySource, pool: AdapterPool) -> AdapterIndex | None:
+    """Make an index anew from these records; None: it cannot be, and is deleted.
+
+    Raises:
+        StorageError: it cannot even be deleted.
+    """
+    try:
+        index = AdapterIndex.open(place, pool, mmap=False, stale="ignore")
+        index.rebuild(source)
+        index.save(place)
+    except ClAdaptersError:
         try:
-            index = AdapterIndex.open(place, pool, mmap=False, stale="refresh")
-            index.rebuild()
-            index.save(place)
-            yield place.name, index
-        except ClAdaptersError:
             shutil.rmtree(place)
-            yield place.name, None
+        except OSError as error:
+            raise StorageError(f"{place} can be neither made anew nor deleted: {error.strerror or error}") from error
+        return None
+    return index
 
 
 def _named(label: int) -> str:

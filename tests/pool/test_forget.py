@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from cl_adapters.adapters.bottleneck import Bottleneck
 from cl_adapters.backbone import FrozenBackbone
 from cl_adapters.bank import AdapterBank
-from cl_adapters.errors import UnknownName
+from cl_adapters.errors import StorageError, UnknownName
 from cl_adapters.index.calibration import calibrate
 from cl_adapters.index.index import AdapterIndex
 from cl_adapters.model import AdapterModel
@@ -22,6 +22,7 @@ from cl_adapters.origins import Origin
 from cl_adapters.parts.keys import Keys, KeysConfig
 from cl_adapters.pool import AdapterPool
 from cl_adapters.pool.forget import forget
+from cl_adapters.pool.merging import merge_records
 from cl_adapters.pool.record import record_to_plain
 from cl_adapters.predictors.nearest_key import NearestKey
 from cl_adapters.predictors.self_refine import SelfRefine
@@ -119,6 +120,50 @@ def test_the_newest_adapter_leaves_a_trace_in_the_head_only(pool: AdapterPool) -
     found = forget(pool, "task-002")
     assert len(found.cannot_undo) == 1
     assert "aligned together" in found.cannot_undo[0]
+
+
+def test_killed_on_the_way(pool: AdapterPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The indexes go first, so the request can be repeated as long as anything of it is there."""
+
+    def kill(*_: object, **__: object) -> None:
+        raise KeyboardInterrupt
+
+    knowledge = pool.knowledge("task-001")
+    with monkeypatch.context() as patch:
+        patch.setattr(AdapterPool, "remove", kill)
+        with pytest.raises(KeyboardInterrupt):
+            forget(pool, "task-001")
+    assert traces(pool, [knowledge["keys"]]) == [pool.get("task-001").files[1]], "in no index any more"
+    with monkeypatch.context() as patch:
+        patch.setattr(AdapterPool, "replace", kill)
+        with pytest.raises(KeyboardInterrupt):
+            forget(pool, 4)
+    forget(pool, "task-001")
+    assert not traces(pool, [knowledge["keys"]])
+    assert not AdapterIndex.open(None, pool).changes()
+
+
+def test_an_index_that_can_be_neither_made_anew_nor_deleted(pool: AdapterPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(13, "Permission denied")
+
+    (pool.path / "index" / "default" / "index.json").write_text("{")
+    monkeypatch.setattr("shutil.rmtree", refuse)
+    with pytest.raises(StorageError, match=r"index/default can be neither made anew nor deleted: Permission denied"):
+        forget(pool, "task-001")
+    assert "task-001" in pool, "nothing was changed"
+
+
+def test_an_adapter_that_was_merged(pool: AdapterPool) -> None:
+    """The merged adapter has rows of the same classes, which are named, and go by label."""
+    keys = pool.knowledge("task-001")["keys"]
+    merge_records(pool, ["task-001", "task-002"], id="both")
+    told = forget(pool, "task-001").cannot_undo
+    assert "adapter 'both' knows class 3, class 4, class 5 too, by keys and rows of its own: forget the class" in told
+    assert len(traces(pool, [keys])) == 2
+    for label in (3, 4, 5):
+        forget(pool, label)
+    assert not traces(pool, [keys])
 
 
 def test_a_class(pool: AdapterPool) -> None:
