@@ -109,7 +109,8 @@ def query_command(
     index = _index(opened, name, stale)
     names, features = (texts, _encoded_texts(opened.backbone, texts)) if texts else _features(opened, inputs or [])
     threshold = index.threshold if threshold is None else threshold
-    answers = index.hits(index.search_features(features, k, classes=True, tags=tag or ()))
+    places = min(k, max(1, len(index)))  # so that a large k asks for no more memory than there are keys
+    answers = index.hits(index.search_features(features, places, classes=True, tags=tag or ()))
     known = [_is_known(hits, threshold) for hits in answers]
     if as_json:
         rows = [
@@ -150,7 +151,7 @@ def _describe(index: AdapterIndex, folder: Path, as_json: bool) -> None:
     per_key = "" if stats.bytes_per_key is None else f" ({stats.bytes_per_key:,.0f} per key)"
     rows = {
         "folder": str(folder),
-        "keys": f"{stats.keys:,} of width {stats.width}: {stats.rule}",
+        "keys": f"{stats.keys:,}" + (f" of width {stats.width}: {stats.rule}" if stats.width else ""),
         "adapters": f"{stats.records:,} with {stats.classes:,} classes",
         "without keys": ", ".join(stats.without_keys),
         "metric": stats.metric,
@@ -178,7 +179,7 @@ def _features(pool: AdapterPool, inputs: Sequence[Path]) -> tuple[list[str], Any
     for path in arrays:
         try:
             part = np.load(path, allow_pickle=False)
-        except (OSError, ValueError, EOFError) as error:
+        except (OSError, ValueError, EOFError, MemoryError, OverflowError) as error:  # also a forged size
             raise DataError(f"{path} is no .npy file of numbers: {error}") from error
         if not isinstance(part, np.ndarray) or part.ndim != 2:
             raise DataError(f"{path}: features [N, D] are expected, got {list(np.shape(part))}")

@@ -99,7 +99,11 @@ def rm_command(
 ) -> None:
     """Remove adapters with their files."""
     store = opened(pool)
+    broken = {entry.id for entry in store.broken}
     for id in ids:
+        if id not in broken:
+            store.get(id)  # before any is removed
+    for id in dict.fromkeys(ids):
         store.remove(id)
         say(f"removed {id}")
 

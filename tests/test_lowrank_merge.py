@@ -145,6 +145,20 @@ def test_ema_towards_an_anchor() -> None:
         assert distance(delta(merged.tensors, site), exact) < 1e-6
 
 
+@pytest.mark.parametrize(
+    ("count", "options", "message"),
+    [
+        (3, {}, "cannot merge 3 adapters: it takes two, an adapter and its anchor"),
+        (2, {"momentum": 7}, r"momentum must be in \[0, 1\]"),
+        (2, {"momentum": float("nan")}, r"momentum must be in \[0, 1\]"),
+        (2, {"steps": -1}, "steps at least 0"),
+    ],
+)
+def test_ema_refusals(count: int, options: dict[str, float], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        merge_adapters([drawn(seed) for seed in range(count)], LoRA(rank=3), "ema", options)
+
+
 def test_ranks_scales_and_sites_may_differ() -> None:
     """Where an adapter has no site it changes nothing, so it counts as 0 in the mean."""
     some = SITES[1:]

@@ -283,7 +283,9 @@ class AdapterIndex:
         changes = index.changes()
         found = f"{folder} does not fit its pool any more: {changes}"
         if changes and stale == "error":
-            raise StorageError(f"{found}; open it with stale='refresh', or rebuild it (cl-adapters index build)")
+            raise StorageError(
+                f"{found}; open it with stale='refresh' (--stale refresh), or build it again (cl-adapters index build)"
+            )
         if changes and stale == "warn":
             warnings.warn(f"{found}; refresh() it", stacklevel=2)
         if changes and stale == "refresh":

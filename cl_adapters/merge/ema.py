@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from torch import Tensor
 
+from cl_adapters.errors import ConfigError
 from cl_adapters.merge.base import linear, merges
 
 
@@ -21,6 +22,13 @@ def ema(tensors: list[Tensor], momentum: float = 0.1, steps: int = 1) -> Tensor:
 
     Returns:
         A new tensor of that shape.
+
+    Raises:
+        ConfigError: not two tensors, or momentum or steps out of range.
     """
+    if len(tensors) != 2:
+        raise ConfigError(f"it takes two, an adapter and its anchor, got {len(tensors)}")
+    if not 0 <= momentum <= 1 or steps < 0:
+        raise ConfigError(f"momentum must be in [0, 1] and steps at least 0, got {momentum} and {steps}")
     weight, anchor = tensors
     return anchor + (1 - momentum) ** steps * (weight - anchor)

@@ -143,6 +143,8 @@ def test_errors_say_what_to_do(place: Path, tmp_path: Path) -> None:
     np.save(tmp_path / "objects.npy", np.array([{"a": 1}], dtype=object), allow_pickle=True)
     np.save(tmp_path / "flat.npy", np.zeros(5, np.float32))
     np.save(tmp_path / "narrow.npy", np.zeros((2, 5), np.float32))
+    header = b"{'descr': '<f4', 'fortran_order': False, 'shape': (1000000000000, 128), }".ljust(117) + b"\n"
+    (tmp_path / "huge.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
     (tmp_path / "empty").mkdir()
     run("build", place / "pool")
     photo = place / "photos" / "disc" / "0.png"
@@ -151,6 +153,7 @@ def test_errors_say_what_to_do(place: Path, tmp_path: Path) -> None:
         (("query", place / "pool", photo, "--name", "../../x"), ConfigError, "not a path"),
         (("query", place / "pool", tmp_path / "bad.npy"), DataError, "bad.npy"),
         (("query", place / "pool", tmp_path / "objects.npy"), DataError, "objects.npy"),
+        (("query", place / "pool", tmp_path / "huge.npy"), DataError, "huge.npy is no .npy file"),
         (("query", place / "pool", tmp_path / "flat.npy"), DataError, r"\[N, D\]"),
         (("query", place / "pool", tmp_path / "narrow.npy"), DataError, "width of the index"),
         (("query", place / "pool", tmp_path / "empty"), DataError, "no image files"),
@@ -163,6 +166,18 @@ def test_errors_say_what_to_do(place: Path, tmp_path: Path) -> None:
         with pytest.raises(kind, match=message):
             run(*words)
     assert issubclass(kind, ClAdaptersError)
+
+
+def test_more_neighbours_than_keys(place: Path) -> None:
+    run("build", place / "pool")
+    (found,) = answers(place / "pool", place / "photos" / "disc" / "0.png", "--k", str(10**15))
+    assert {hit["name"] for hit in found["hits"]} == {*NAMES}
+
+
+def test_an_empty_pool(place: Path, tmp_path: Path) -> None:
+    AdapterPool.create(tmp_path / "pool", AdapterPool.open(place / "pool").backbone)
+    assert "None" not in run("build", tmp_path / "pool")
+    assert answers(tmp_path / "pool", place / "disc.npy")[0]["hits"] == []
 
 
 def test_a_pool_that_changes(place: Path) -> None:

@@ -59,6 +59,15 @@ def test_changes(pool: AdapterPool, backbone: FrozenBackbone, tmp_path: Path) ->
         call("ls", tmp_path / "nowhere")
 
 
+def test_rm_takes_all_or_none(pool: AdapterPool) -> None:
+    assert "did you mean 'task-001'" in str(
+        CliRunner().invoke(app, ["pool", "rm", str(pool.path), "task-000", "task-01"]).exception
+    )
+    assert pool.ids == ("task-000", "task-001")
+    call("rm", pool.path, "task-000", "task-000")
+    assert pool.ids == ("task-001",)
+
+
 def test_verify_gc_and_broken_records(pool: AdapterPool) -> None:
     assert "0 problems, 0 orphans" in call("verify", pool.path)
     (pool.path / "adapters" / "left").write_bytes(b"")
