@@ -46,7 +46,10 @@ def read_tasks(
         if options:
             raise DataError(f"{folder} is a folder of tasks and has no options; got {', '.join(options)}")
         return in_order(read_folder(folder), order, str(folder))
-    _, config = parse_benchmark(spec, options or {})
+    try:
+        _, config = parse_benchmark(spec, options or {})
+    except UnknownName as error:
+        raise UnknownName(f"there is no folder {spec!r} to take tasks from; {error}") from None
     return in_order(from_benchmark(config.load(seed)), order, spec)
 
 
@@ -54,7 +57,8 @@ def read_folder(folder: Path) -> tuple[InstructTask, ...]:
     """The tasks of a folder, in the order of its ``order.txt``, else of their names.
 
     Raises:
-        DataError: no folder, no tasks, one split of a task only, or a line that cannot be used: names it.
+        DataError: no folder, no tasks, one split of a task only, or a line that cannot be used: names it; an
+            ``order.txt`` that is empty or not UTF-8.
         UnknownName: ``order.txt`` names a task that is not there.
     """
     if not folder.is_dir():
@@ -80,7 +84,12 @@ def read_folder(folder: Path) -> tuple[InstructTask, ...]:
     listed = folder / ORDER
     if not listed.is_file():
         return tasks
-    order = [line.strip() for line in listed.read_text(encoding="utf-8").splitlines() if line.strip()]
+    try:
+        order = [line.strip() for line in listed.read_text(encoding="utf-8-sig").splitlines() if line.strip()]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{listed} is not UTF-8 text ({error}); save it as UTF-8") from error
+    if not order:
+        raise DataError(f"{listed} names no task: write one name per line, or remove the file")
     return in_order(tasks, order, str(listed))
 
 

@@ -12,6 +12,7 @@ from typing import Any
 import yaml
 
 from cl_adapters.backbone import FrozenBackbone, Pooling
+from cl_adapters.backbone_sources import absolute_name
 from cl_adapters.benchmarks.base import BenchmarkConfig, BenchmarkData, TextSet
 from cl_adapters.benchmarks.spec import parse_benchmark
 from cl_adapters.config import build, to_plain
@@ -184,6 +185,7 @@ def resolve(
     chosen = {"name": backbone or plain.get("backbone", {}).get("name", DEFAULT_BACKBONE)}
     if backbone is None or backbone == plain.get("backbone", {}).get("name"):
         chosen = plain.get("backbone", {}) | chosen
+    chosen["name"] = absolute_name(chosen["name"])  # so that the run goes on from any folder
     plain["backbone"] = chosen | ({} if weights is None else {"weights": str(Path(weights).resolve())})
     plain["strategy"] = plain.get("strategy", {}) | {"name": strategy}
     plain["benchmark"] = plain.get("benchmark", {}) | {"name": benchmark}

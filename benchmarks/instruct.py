@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 from cl_adapters._version import __version__
+from cl_adapters.backbone_sources import absolute_name
 from cl_adapters.benchmarks.data_instruct import read_tasks, tasks_fingerprint
 from cl_adapters.benchmarks.instruct_results import FILE_NAME, InstructResults, judged, write
 from cl_adapters.benchmarks.result_parts import BackboneInfo
@@ -31,7 +32,7 @@ from cl_adapters.model import AdapterModel
 from cl_adapters.model_files import save_model, stored_bytes
 from cl_adapters.storage import new_folder, read_json, write_json
 from cl_adapters.strategies.instruct.base import InstructConfig, InstructMethod, instruct_methods
-from cl_adapters.strategies.instruct.evaluation import evaluate
+from cl_adapters.strategies.instruct.evaluation import check_answers, evaluate
 from cl_adapters.strategies.instruct.tasks import InstructTask
 
 SCHEMA = 1
@@ -103,10 +104,13 @@ def run(
 
     Raises:
         StorageError: ``out`` exists or cannot be written.
+        ConfigError: settings that cannot be, or answers that are longer than what may be generated.
     """
     if out.exists():
         raise StorageError(f"{out} exists already: go on with `cl-adapters instruct --resume {out}`, or choose another")
+    experiment = dataclasses.replace(experiment, model=absolute_name(experiment.model))
     session = _Session(experiment, out, device, listener)
+    check_answers(session.language, session.tasks, session.config.max_new_tokens)
     with new_folder(out) as folder:
         (folder / "tasks").mkdir()
         write_json(folder / "config.json", session.description)

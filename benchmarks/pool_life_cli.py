@@ -46,7 +46,9 @@ def create_command(
     ] = None,
     tag: Annotated[list[str] | None, typer.Option(help="Of every adapter; may be repeated.")] = None,
     compress: Annotated[str | None, typer.Option(metavar="CODEC", help="See `cl-adapters list codecs`.")] = None,
-    weights: Annotated[Path | None, typer.Option(help="The backbone's weights, if their file has moved.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="The backbone's weights, if their file (hf: folder) has moved.")
+    ] = None,
 ) -> None:
     """Make a pool of the model of a run, one record per adapter."""
     from cl_adapters.benchmarks.pool_of_run import pool_of_run

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -11,8 +10,9 @@ from cl_adapters.benchmarks.experiment import Experiment
 from cl_adapters.benchmarks.pool_accuracy import benchmark_text
 from cl_adapters.benchmarks.run_folder import complete_tasks
 from cl_adapters.benchmarks.runner import SCHEMA
-from cl_adapters.errors import ConfigError, StorageError
+from cl_adapters.errors import StorageError
 from cl_adapters.model import AdapterModel
+from cl_adapters.model_files import moved_backbone
 from cl_adapters.storage import read_json
 
 if TYPE_CHECKING:
@@ -38,7 +38,7 @@ def pool_of_run(
         task: the model after this task, from 0; default the last one that is complete.
         tags: of every record.
         compression: codec of the stored adapters.
-        weights: of the backbone, where their file has moved.
+        weights: of the backbone, where their file, or the folder of a transformers model, has moved.
 
     Raises:
         StorageError: no run there, no such task in it, or ``path`` exists.
@@ -51,15 +51,12 @@ def pool_of_run(
         raise StorageError(f"{run} has {len(done)} complete tasks, numbered from 0; asked for task {wanted}")
     row = read_json(done[wanted] / "row.json", schema_version=SCHEMA)
     if "instruct" in recorded:
-        benchmark, accuracy, backbone = recorded["instruct"]["data"], row["generation"], None
-        if weights is not None:
-            raise ConfigError("a language model is found by the folder or name of its run: leave --weights out")
+        benchmark, accuracy = recorded["instruct"]["data"], row["generation"]
     else:
         experiment = Experiment.from_plain(recorded["experiment"])
         benchmark, accuracy = benchmark_text(experiment.benchmark, experiment.benchmark_config), row["accuracy"]
-        moved = dataclasses.replace(experiment.backbone, weights=str(weights))
-        backbone = None if weights is None else moved.load()
-    return AdapterModel.load(done[wanted] / "model", backbone).save_pool(
+    model = done[wanted] / "model"
+    return AdapterModel.load(model, None if weights is None else moved_backbone(model, weights)).save_pool(
         path,
         tags=tags,
         benchmark=benchmark,

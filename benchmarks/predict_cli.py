@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated
 
 import typer
 from rich.console import Console
@@ -20,13 +19,18 @@ console = Console()
 Texts = Annotated[list[str] | None, typer.Option("--text", help="A text instead of image files; may be repeated.")]
 TextFile = Annotated[Path | None, typer.Option("--text-file", help="A file with one text per line.")]
 
+REFUSED = "none of these"
+"""In place of a class where the model abstains."""
+
 
 def predict_command(
     run: Annotated[Path, typer.Option("--run", help="Folder of a run.")],
     images: Annotated[list[Path] | None, typer.Argument(help="Image files.")] = None,
     text: Texts = None,
     text_file: TextFile = None,
-    weights: Annotated[Path | None, typer.Option(help="The backbone's weights, if their file has moved.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="The backbone's weights, if their file (hf: folder) has moved.")
+    ] = None,
     as_json: Annotated[bool, typer.Option("--json", help="Print JSON.")] = False,
 ) -> None:
     """Classify image files, or texts, with the model of a run."""
@@ -35,7 +39,7 @@ def predict_command(
     texts = given_texts(text, text_file)
     if bool(images) == bool(texts):
         raise ConfigError("give image files, or texts (--text TEXT, --text-file FILE)" + (", not both" * bool(texts)))
-    model = latest_model(run, None if weights is None else _moved_backbone(run, weights))
+    model = latest_model(run, weights)
     answers = model.predict_texts(texts) if texts else model.predict_files(images or [])
     kind = "text" if texts else "file"
     if as_json:
@@ -46,6 +50,7 @@ def predict_command(
                 "label": a.label,
                 "score": a.score,
                 "adapter": a.adapter,
+                "abstained": a.abstained,
                 "top": a.ranking,
             }
             for a in answers
@@ -54,9 +59,10 @@ def predict_command(
         return
     table = Table("text" if texts else "image", "class", "score", "adapter", "next best")
     for answer in answers:
-        runners_up = ", ".join(f"{name} {score:.3f}" for name, score in answer.ranking[1:3])
+        near = ", ".join(f"{name} {score:.3f}" for name, score in answer.ranking[not answer.abstained :][:2])
         adapter = "none" if answer.adapter < 0 else str(answer.adapter)
-        table.add_row(*map(escape, (answer.input, answer.name, f"{answer.score:.3f}", adapter, runners_up)))
+        said = (REFUSED, "-") if answer.abstained else (answer.name, f"{answer.score:.3f}")
+        table.add_row(*map(escape, (answer.input, *said, adapter, near)))
     console.print(table)
 
 
@@ -78,11 +84,3 @@ def given_texts(texts: Sequence[str] | None, file: Path | None) -> list[str]:
     if not found:
         raise DataError(f"{file} has no text: one per line is expected")
     return [*(texts or []), *found]
-
-
-def _moved_backbone(run: Path, weights: Path) -> Any:
-    from cl_adapters.benchmarks.experiment import Experiment
-    from cl_adapters.storage import read_json
-
-    plain = read_json(run / "config.json", schema_version=1)["experiment"]
-    return dataclasses.replace(Experiment.from_plain(plain).backbone, weights=str(weights)).load()

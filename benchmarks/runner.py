@@ -22,7 +22,6 @@ from typing import Any, Protocol
 import torch
 
 from cl_adapters._version import __version__
-from cl_adapters.backbone import FrozenBackbone
 from cl_adapters.benchmarks.evaluation import evaluate
 from cl_adapters.benchmarks.experiment import Experiment, data_fingerprint
 from cl_adapters.benchmarks.prepared import prepare
@@ -34,7 +33,7 @@ from cl_adapters.benchmarks.streams import to_avalanche
 from cl_adapters.errors import ConfigError, StorageError
 from cl_adapters.features import FeatureMemory
 from cl_adapters.model import AdapterModel
-from cl_adapters.model_files import save_model, stored_bytes
+from cl_adapters.model_files import moved_backbone, save_model, stored_bytes
 from cl_adapters.storage import new_folder, read_json, write_json
 from cl_adapters.strategies.base import AdapterStrategy
 
@@ -90,8 +89,12 @@ def resume(out: Path, *, device: str = "cpu", listener: Listener | None = None) 
     return session.go()
 
 
-def latest_model(out: Path, backbone: FrozenBackbone | None = None) -> AdapterModel:
+def latest_model(out: Path, weights: Path | None = None) -> AdapterModel:
     """The model after the last complete task of a run.
+
+    Args:
+        out: folder of the run.
+        weights: of the backbone, where its file or folder has moved.
 
     Raises:
         StorageError: no run there, or no task is complete.
@@ -100,7 +103,8 @@ def latest_model(out: Path, backbone: FrozenBackbone | None = None) -> AdapterMo
     done = complete_tasks(out)
     if not done:
         raise StorageError(f"{out} has no complete task yet; go on with `cl-adapters resume {out}`")
-    return AdapterModel.load(done[-1] / "model", backbone)
+    model = done[-1] / "model"
+    return AdapterModel.load(model, None if weights is None else moved_backbone(model, weights))
 
 
 class _Session:

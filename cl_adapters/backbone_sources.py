@@ -68,9 +68,13 @@ def open_source(
             check_pooling(pooling)
         if dtype is not None:
             special["dtype"] = dtype = resolved_dtype(dtype)  # "auto" may be another one elsewhere
-        source["name"] = f"hf:{_absolute(rest)}"
+        source["name"] = absolute_name(name)
         encoder, preprocessing = open_transformers(
-            _absolute(rest), img_size=img_size, max_length=max_length, dtype=dtype, quantization=quantization
+            source["name"].removeprefix("hf:"),
+            img_size=img_size,
+            max_length=max_length,
+            dtype=dtype,
+            quantization=quantization,
         )
         pooling = pooling or default_pooling(encoder)
     else:
@@ -82,10 +86,11 @@ def open_source(
     return Opened(encoder, _cropped(preprocessing, crop_pct, name), pooling, source)
 
 
-def _absolute(place: str) -> str:
-    """A folder as it is found from anywhere; a name on the hub as it is."""
+def absolute_name(name: str) -> str:
+    """A name with a folder as it is found from anywhere ("hf:" and a folder); all others as they are."""
+    prefix, _, place = name.partition(":")
     folder = Path(place).expanduser()
-    return str(folder.resolve()) if folder.is_dir() else place
+    return f"hf:{folder.resolve()}" if prefix == "hf" and place and folder.is_dir() else name
 
 
 def _cropped(

@@ -52,6 +52,25 @@ def load_model(path: Path, backbone: FrozenBackbone | None = None) -> AdapterMod
         raise StorageError(f"{path / 'model.json'} is incomplete: {type(error).__name__} {error}") from error
 
 
+def moved_backbone(path: Path, place: Path) -> FrozenBackbone:
+    """The backbone of a saved model, loaded from where its own files lie now.
+
+    Args:
+        path: folder of the model.
+        place: the weights file; of a transformers model the folder.
+
+    Raises:
+        StorageError: no saved model there.
+        BackboneUnavailable, IncompatibleBackbone: nothing can be loaded from ``place``.
+    """
+    card = read_json(path / "model.json", schema_version=SCHEMA)["backbone"]
+    _check_named(card)
+    source = card["source"]
+    if str(source["name"]).startswith("hf:"):
+        return FrozenBackbone.load(**source | {"name": f"hf:{place.expanduser().absolute()}"})
+    return FrozenBackbone.load(**source | {"weights": str(place)})
+
+
 def _describe(model: AdapterModel) -> dict[str, Any]:
     backbone = model.backbone
     recipe = None if backbone.preprocessing is None else to_plain(backbone.preprocessing)
@@ -111,11 +130,7 @@ def _tensors(model: AdapterModel) -> dict[str, dict[str, Tensor]]:
 
 def _backbone(card: Mapping[str, Any], given: FrozenBackbone | None) -> FrozenBackbone:
     if given is None:
-        if not card["source"]:
-            raise IncompatibleBackbone(
-                f"this model was trained on a wrapped module ({card['name']}), which cannot be loaded by name: "
-                "pass it as backbone=FrozenBackbone.wrap(module, ...)"
-            )
+        _check_named(card)
         given = FrozenBackbone.load(**card["source"])
     if given.fingerprint != card["fingerprint"]:
         raise IncompatibleBackbone(
@@ -123,6 +138,14 @@ def _backbone(card: Mapping[str, Any], given: FrozenBackbone | None) -> FrozenBa
             f"but {given.name!r} has {given.fingerprint[:16]}: same weights, preprocessing and pooling are needed"
         )
     return given
+
+
+def _check_named(card: Mapping[str, Any]) -> None:
+    if not card["source"]:
+        raise IncompatibleBackbone(
+            f"this model was trained on a wrapped module ({card['name']}), which cannot be loaded by name: "
+            "pass it as backbone=FrozenBackbone.wrap(module, ...)"
+        )
 
 
 def _assemble(path: Path, card: Mapping[str, Any], backbone: FrozenBackbone) -> AdapterModel:

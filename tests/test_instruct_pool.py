@@ -11,7 +11,7 @@ from typer.testing import CliRunner
 
 from cl_adapters import AdapterPool
 from cl_adapters.benchmarks.cli import app
-from cl_adapters.errors import ConfigError, PoolError
+from cl_adapters.errors import PoolError
 
 TASKS = {
     "mood": [("Text: the film was good Label:", "yes"), ("Text: a dull film Label:", "no")],
@@ -65,8 +65,3 @@ def test_a_sum_of_adapters_is_no_pool(run: Callable[[str], Path], tmp_path: Path
     done = CliRunner().invoke(app, ["pool", "create", str(tmp_path / "pool"), "--run", str(run("o_lora"))])
     assert isinstance(done.exception, PoolError)
     assert not (tmp_path / "pool").exists()
-
-
-def test_weights_belong_to_runs_of_strategies(run: Callable[[str], Path], tmp_path: Path) -> None:
-    words = ["pool", "create", str(tmp_path / "pool"), "--run", str(run("retrieve")), "--weights", str(tmp_path / "w")]
-    assert isinstance(CliRunner().invoke(app, words).exception, ConfigError)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from cl_adapters.errors import ConfigError
 from cl_adapters.language import LanguageModel
 from cl_adapters.strategies.instruct.base import InstructMethod
 from cl_adapters.strategies.instruct.tasks import Example, InstructTask
@@ -21,6 +22,27 @@ class Scores:
 
     likelihood: tuple[float | None, ...]
     generation: tuple[float, ...]
+
+
+def check_answers(language: LanguageModel, tasks: Sequence[InstructTask], max_new_tokens: int) -> None:
+    """Check that every right answer can be generated: one that is cut never matches.
+
+    Raises:
+        ConfigError: some have more tokens; says how many.
+        DataError: an answer that leaves no room for a prompt.
+    """
+    for task in tasks:
+        pairs = language.tokens.pairs(
+            [example.prompt for example in task.test], [example.answer for example in task.test], end=False
+        )
+        longest = max(len(answer) for _, answer in pairs)
+        if longest > max_new_tokens:
+            count = sum(len(answer) > max_new_tokens for _, answer in pairs)
+            raise ConfigError(
+                f"{count} of {len(pairs)} test answers of task {task.name!r} have more than "
+                f"max_new_tokens={max_new_tokens} tokens, up to {longest}; cut, they could never match: set "
+                f"max_new_tokens={longest} or more"
+            )
 
 
 def evaluate(method: InstructMethod, tasks: Sequence[InstructTask]) -> Scores:
