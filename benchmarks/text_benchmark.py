@@ -123,7 +123,7 @@ def hold_out(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
 
 
 def check_classes(train: Sequence[Row], test: Sequence[Row], where: str) -> list[str]:
-    """The class names of both splits, sorted.
+    """The class names of both splits, sorted; where all are whole numbers, by their value.
 
     Raises:
         DataError: a class of one split only.
@@ -133,4 +133,5 @@ def check_classes(train: Sequence[Row], test: Sequence[Row], where: str) -> list
         if lonely:
             shown = ", ".join(map(repr, sorted(lonely)[:10])) + (" and more" if len(lonely) > 10 else "")
             raise DataError(f"{where}: classes with {here} texts but no {there} texts: {shown}; every class needs both")
-    return sorted(names[0])
+    numbers = all(name.isascii() and name.isdecimal() for name in names[0])
+    return sorted(names[0], key=lambda name: (int(name), name) if numbers else (0, name))

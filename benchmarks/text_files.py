@@ -22,7 +22,7 @@ class Row:
 
     Attributes:
         text: as in the file.
-        label: class name as in the file; numbers as text.
+        label: class name as in the file, without spaces around it; numbers as text.
         split: value of the split column; None where there is none.
         place: "intents.csv:17", for messages.
     """
@@ -81,7 +81,7 @@ def _row(values: Mapping[str, Any], place: str, path: Path, line: int, columns: 
     if isinstance(label, bool) or not isinstance(label, str | int) or not str(label).strip():
         raise DataError(f"{path}, line {line}: {label_column!r} must be a class name or a whole number, not {label!r}")
     split = None if split_column is None else values.get(split_column)
-    return Row(text=text, label=str(label), split=None if split is None else str(split), place=place)
+    return Row(text=text, label=str(label).strip(), split=None if split is None else str(split), place=place)
 
 
 def _separated(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]]]:

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from cl_adapters.errors import DataError
-from cl_adapters.text_preprocessing import TextPreprocessing
+from cl_adapters.text_preprocessing import TextPreprocessing, check_texts
 from cl_adapters.tokens import NO_TOKEN, from_rows
 
 Ids = list[int]
@@ -118,11 +118,7 @@ class PromptTokens:
         return made.strip()
 
     def _plain(self, texts: Sequence[str]) -> list[Ids]:
-        if isinstance(texts, str):
-            raise DataError("prompts and answers are lists of texts, got one text: put it into a list")
-        for place, text in enumerate(texts):
-            if not isinstance(text, str):
-                raise DataError(f"text {place} is no str but {type(text).__name__}")
+        check_texts(texts)
         if not texts:
             return []
         different = list(dict.fromkeys(texts))  # a prompt stands here once for each of its possible answers

@@ -76,13 +76,9 @@ class TextPreprocessing:
             int64 [B, N], -1 where there is no token.
 
         Raises:
-            DataError: something that is no text; or a text that gives no token at all.
+            DataError: see :func:`check_texts`; or a text that gives no token at all.
         """
-        if isinstance(texts, str):
-            raise DataError("encode takes a list of texts, got one text: put it into a list")
-        wrong = [place for place, text in enumerate(texts) if not isinstance(text, str)]
-        if wrong:
-            raise DataError(f"text {wrong[0]} is no str but {type(texts[wrong[0]]).__name__}")
+        check_texts(texts)
         if not texts:
             return from_rows([], length or 0)
         limit = self.max_length if length is None else min(length, self.max_length)
@@ -126,6 +122,27 @@ class _ToTokens:
 
     def __call__(self, text: str) -> Tensor:
         return self.preprocessing.encode([text], self.length)[0]
+
+
+def check_texts(texts: Sequence[str]) -> None:
+    """Check that these are texts.
+
+    Raises:
+        DataError: one text instead of a list; something else than str; halves of a character, as badly decoded files
+            and terminals give them.
+    """
+    if isinstance(texts, str):
+        raise DataError("a list of texts is expected, got one text: put it into a list")
+    for place, text in enumerate(texts):
+        if not isinstance(text, str):
+            raise DataError(f"text {place} is no str but {type(text).__name__}")
+        try:
+            text.encode()
+        except UnicodeEncodeError as error:
+            raise DataError(
+                f"text {place} has no characters of UTF-8 at {error.start} ({text[error.start : error.end]!a}): it was "
+                "cut within a character, or read with another encoding than its own"
+            ) from error
 
 
 def tokenizer_hash(tokenizer: Any) -> str:

@@ -128,8 +128,10 @@ def test_wrong_texts_are_named() -> None:
     preprocessing = TextPreprocessing.of(tokenizer(), 6)
     with pytest.raises(DataError, match="text 1 is no str but int"):
         preprocessing.encode(["red", 3])  # type: ignore[list-item]
-    with pytest.raises(DataError, match="takes a list of texts"):
+    with pytest.raises(DataError, match="a list of texts is expected"):
         preprocessing.encode("red")
+    with pytest.raises(DataError, match=r"text 1 has no characters of UTF-8 at 4 \('\\ud83d'\)"):
+        preprocessing.encode(["red", "red \ud83d"])
     with pytest.raises(DataError, match="a text of 3 tokens does not fit 2 columns"):
         from_rows([[1], [1, 2, 3]], 2)
 

@@ -84,6 +84,16 @@ def test_texts_and_labels_are_those_of_the_file(tmp_path: Path) -> None:
     assert data.train.labels.dtype == np.int64
 
 
+def test_labels_that_are_numbers_come_in_their_order_and_spaces_make_no_class(tmp_path: Path) -> None:
+    table = [{"text": f"text {i} of {label}", "label": f"{label}{' ' * i}"} for i in range(3) for label in range(12)]
+    path = write_csv(tmp_path / "a.csv", table)
+    assert Text(file=str(path), tasks=2).load(0).classes == tuple(map(str, range(12)))
+    table.append({"text": "a", "label": "x"})
+    table.append({"text": "b", "label": "x"})
+    classes = Text(file=str(write_csv(path, table)), tasks=2).load(0).classes
+    assert classes[:3] == ("0", "1", "10"), "among names they are names"
+
+
 def test_names_say_file_and_line_also_after_texts_of_several_lines(tmp_path: Path) -> None:
     path = write_csv(tmp_path / "a.csv", rows(2))
     read = read_rows(path, "text", "label")
