@@ -25,7 +25,10 @@ def instruct_command(
     model: Annotated[str | None, typer.Option(help="hf:FOLDER_OR_NAME of a decoder.")] = None,
     data: Annotated[
         str | None,
-        typer.Option(help="Folder with TASK.train.jsonl and TASK.test.jsonl, or a benchmark such as text:FILE."),
+        typer.Option(
+            help="Folder with TASK.train.jsonl and TASK.test.jsonl (lines with prompt, answer and, where there are label "
+            "strings, choices), or a benchmark such as text:FILE."
+        ),
     ] = None,
     method: Annotated[str, typer.Option(help="sequential, o_lora or retrieve.")] = "retrieve",
     out: Annotated[Path | None, typer.Option(help="New folder of the run.")] = None,

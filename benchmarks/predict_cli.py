@@ -75,7 +75,7 @@ def given_texts(texts: Sequence[str] | None, file: Path | None) -> list[str]:
     if file is None:
         return list(texts or [])
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        lines = file.read_text(encoding="utf-8-sig").split("\n")  # splitlines also cuts at signs within a line
     except OSError as error:
         raise DataError(f"{file} cannot be read: {error.strerror}") from error
     except UnicodeDecodeError as error:

@@ -84,11 +84,11 @@ def test_command_line(table: Path, tiny_bert: Path, tmp_path: Path) -> None:
     done = cli.invoke(app, [*arguments, "--set", "benchmark.tasks=2", "--out", str(out)], catch_exceptions=False)
     assert done.exit_code == 0
     lines = tmp_path / "texts.txt"
-    lines.write_text("w5x0 w5x1\n\n")
+    lines.write_text("w5x0\u2028w5x1\n\n", encoding="utf-8")  # a line separator of documents, within one line
     done = cli.invoke(app, ["predict", "--run", str(out), "--text", "w2x1 w2x2", "--text-file", str(lines), "--json"])
     assert done.exit_code == 0
     assert '"class": "intent 2"' in done.stdout
-    assert '"text": "w5x0 w5x1"' in done.stdout
+    assert '"text": "w5x0\\u2028w5x1"' in done.stdout
     assert done.stdout.count('"text"') == 2
     for wrong, message in (
         (["picture.png"], "takes texts, not images"),
