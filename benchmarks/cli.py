@@ -13,7 +13,7 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from cl_adapters.benchmarks.index_cli import app as index_app
+from cl_adapters.benchmarks.index_evaluate_cli import app as index_app
 from cl_adapters.benchmarks.instruct_cli import instruct_command
 from cl_adapters.benchmarks.pool_life_cli import app as pool_app
 from cl_adapters.benchmarks.predict_cli import predict_command

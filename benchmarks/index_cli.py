@@ -67,7 +67,7 @@ def build_command(
     from cl_adapters.index.index import AdapterIndex
     from cl_adapters.index.index_files import default_folder
 
-    opened = _pool(pool)
+    opened = opened_pool(pool)
     chosen: dict[str, Any] = {"keys": keys, "metric": metric}  # checked by the index
     index = AdapterIndex.build(
         opened,
@@ -105,8 +105,8 @@ def query_command(
     texts = given_texts(text, text_file)
     if bool(inputs) == bool(texts):
         raise ConfigError("give image files or .npy files of features, or --text TEXT" + (", not both" * bool(texts)))
-    opened = _pool(pool)
-    index = _index(opened, name, stale)
+    opened = opened_pool(pool)
+    index = opened_index(opened, name, stale)
     names, features = (texts, _encoded_texts(opened.backbone, texts)) if texts else _features(opened, inputs or [])
     threshold = index.threshold if threshold is None else threshold
     places = min(k, max(1, len(index)))  # so that a large k asks for no more memory than there are keys
@@ -138,8 +138,8 @@ def stats_command(pool: Pool, name: Name = "default", as_json: Json = False) -> 
     """Describe an index: sizes, choices, and whether the pool has changed since."""
     from cl_adapters.index.index_files import default_folder
 
-    opened = _pool(pool)
-    _describe(_index(opened, name, "ignore"), default_folder(opened, name), as_json)
+    opened = opened_pool(pool)
+    _describe(opened_index(opened, name, "ignore"), default_folder(opened, name), as_json)
 
 
 def _describe(index: AdapterIndex, folder: Path, as_json: bool) -> None:
@@ -230,13 +230,15 @@ def _encoded_texts(backbone: FrozenBackbone, texts: Sequence[str]) -> Tensor:
     return torch.cat(parts)
 
 
-def _pool(path: Path) -> AdapterPool:
+def opened_pool(path: Path) -> AdapterPool:
+    """The pool in that folder."""
     from cl_adapters.pool import AdapterPool
 
     return AdapterPool.open(path)
 
 
-def _index(pool: AdapterPool, name: str, stale: Any) -> AdapterIndex:
+def opened_index(pool: AdapterPool, name: str, stale: Any) -> AdapterIndex:
+    """One of the pool's indexes."""
     from cl_adapters.index.index import AdapterIndex
     from cl_adapters.index.index_files import default_folder
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import islice
 
@@ -79,6 +79,17 @@ def items_for(records: Sequence[Record], benchmark: str | None, seed: int, limit
         there = data.classes[label] if 0 <= label < len(data.classes) else None
         if there is None or name not in (None, there):
             raise ConfigError(f"class {label} is {name!r} in the pool, but {there!r} in benchmark {benchmark!r}")
+    return items_of(data, list(labels), limit)
+
+
+def items_of(data: BenchmarkData, labels: Iterable[int], limit: int | None) -> BenchmarkItems:
+    """The test samples of some classes.
+
+    Args:
+        data: the benchmark.
+        labels: of the classes.
+        limit: samples per class; None: all.
+    """
     indices = [index for label in labels for index in islice(task_indices(data.test, [label]), limit)]
     return BenchmarkItems(data=data, indices=tuple(indices))
 
