@@ -26,8 +26,8 @@ def instruct_command(
     data: Annotated[
         str | None,
         typer.Option(
-            help="Folder with TASK.train.jsonl and TASK.test.jsonl (lines with prompt, answer and, where there are label "
-            "strings, choices), or a benchmark such as text:FILE."
+            help="Folder with TASK.train.jsonl and TASK.test.jsonl (lines with prompt, answer and, where there are "
+            "label strings, choices), or a benchmark such as text:FILE."
         ),
     ] = None,
     method: Annotated[str, typer.Option(help="sequential, o_lora or retrieve.")] = "retrieve",

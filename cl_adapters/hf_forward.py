@@ -54,8 +54,9 @@ def filling_of(encoder: nn.Module) -> int:
     Some folders say -1, and some tokenizers were given a token for empty places that the model was never told of.
     """
     stated, vocabulary = getattr(encoder.config, "pad_token_id", None), vocabulary_of(encoder)
-    known = isinstance(stated, int) and stated >= 0 and (vocabulary is None or stated < vocabulary)
-    return int(stated) if known else 0
+    if not isinstance(stated, int) or stated < 0 or (vocabulary is not None and stated >= vocabulary):
+        return 0
+    return stated
 
 
 def pooled(output: Any, pooling: str, mask_BN: Tensor | None) -> Tensor:

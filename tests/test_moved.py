@@ -14,6 +14,7 @@ from typer.testing import CliRunner
 from cl_adapters import AdapterModel, AdapterPool
 from cl_adapters.benchmarks import instruct
 from cl_adapters.benchmarks.cli import app
+from cl_adapters.benchmarks.data_instruct import read_tasks
 from cl_adapters.benchmarks.experiment import resolve
 from cl_adapters.errors import BackboneUnavailable, ConfigError, DataError, UnknownName
 from cl_adapters.language import LanguageModel
@@ -107,8 +108,8 @@ def test_answers_that_could_never_match_are_refused_before_training(here: Path) 
 def test_an_order_that_cannot_be_read(content: bytes, message: str, here: Path) -> None:
     (here / "tasks" / "order.txt").write_bytes(content)
     with pytest.raises(DataError, match=rf"order\.txt {message}"):
-        instruct.read_tasks("tasks")
+        read_tasks("tasks")
     (here / "tasks" / "order.txt").write_bytes(b"\xef\xbb\xbfmood\r\ncolour\r\n")
-    assert [task.name for task in instruct.read_tasks("tasks")] == ["mood", "colour"], "an editor's mark is no name"
+    assert [task.name for task in read_tasks("tasks")] == ["mood", "colour"], "an editor's mark is no name"
     with pytest.raises(UnknownName, match=r"no folder 'absent' to take tasks from; unknown benchmark"):
-        instruct.read_tasks("absent")
+        read_tasks("absent")
