@@ -46,7 +46,11 @@ def check_answers(language: LanguageModel, tasks: Sequence[InstructTask], max_ne
 
 
 def evaluate(method: InstructMethod, tasks: Sequence[InstructTask]) -> Scores:
-    """Judge a method by the test examples of these tasks; nobody tells it of which task a prompt is."""
+    """Judge a method by the test examples of these tasks; nobody tells it of which task a prompt is.
+
+    But label strings say something of it: the likeliest is chosen among those of the example, as a rule those of its
+    task. Only the generated answer is found without them.
+    """
     return Scores(
         tuple(_likelihood(method, task) for task in tasks),
         tuple(_generation(method, task) for task in tasks),
