@@ -159,6 +159,15 @@ def test_ema_refusals(count: int, options: dict[str, float], message: str) -> No
         merge_adapters([drawn(seed) for seed in range(count)], LoRA(rank=3), "ema", options)
 
 
+@pytest.mark.parametrize(
+    ("method", "options"),
+    [("task_arithmetic", {"scale": float("nan")}), ("dare", {"scale": float("inf")})],
+)
+def test_options_that_give_no_numbers(method: str, options: dict[str, float]) -> None:
+    with pytest.raises(ConfigError, match="gives numbers that are not finite"):
+        merge_adapters([drawn(0), drawn(1)], LoRA(rank=3), method, options)
+
+
 def test_ranks_scales_and_sites_may_differ() -> None:
     """Where an adapter has no site it changes nothing, so it counts as 0 in the mean."""
     some = SITES[1:]

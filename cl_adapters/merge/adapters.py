@@ -148,9 +148,12 @@ class _Call:
         if self.seeded:
             options["seed"] = derive(options.get("seed", 0), "merge", site)
         try:
-            return self.method(tensors, **options)
+            merged = self.method(tensors, **options)
         except (TypeError, ValueError) as error:
             raise ConfigError(f"merge method {self.name!r} cannot merge {len(tensors)} adapters: {error}") from error
+        if not merged.isfinite().all():
+            raise ConfigError(f"merge method {self.name!r} with {self.options} gives numbers that are not finite")
+        return merged
 
 
 # --- in delta space ----------------------------------------------------------------------------------------------
