@@ -67,8 +67,8 @@ def test_filters_leave_fewer_keys_so_more_is_refused(held: MemoryPool) -> None:
     threshold = calibrate(index, 0.05)
     whole = index.search_features(QUERIES, 1).scores[:, 0] >= threshold
     assert whole.float().mean() > 0.8
-    for options, labels in (({"tags": ["even"]}, (0, 1, 4, 5, 8, 9)), ({"records": ["task-001"]}, (2, 3))):
-        hits = index.query(QUERIES, 1, **options)
+    for tags, records, labels in ((["even"], None, (0, 1, 4, 5, 8, 9)), ([], ["task-001"], (2, 3))):
+        hits = index.query(QUERIES, 1, tags=tags, records=records)
         ok = torch.tensor([row[0].score >= threshold for row in hits])
         own = torch.tensor([label in labels for label in range(10) for _ in range(3)])
         assert torch.equal(ok[own], whole[own])

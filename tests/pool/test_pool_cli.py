@@ -65,7 +65,7 @@ def test_rm_takes_all_or_none(pool: AdapterPool) -> None:
     )
     assert pool.ids == ("task-000", "task-001")
     call("rm", pool.path, "task-000", "task-000")
-    assert pool.ids == ("task-001",)
+    assert [*pool.ids] == ["task-001"]
 
 
 def test_verify_gc_and_broken_records(pool: AdapterPool) -> None:
