@@ -99,6 +99,16 @@ class Contents:
         scores, records, labels = (torch.from_numpy(array) for array in (scores_BK, records_BK, labels_BK))
         return Neighbours(scores, records, labels, table.records)
 
+    def changes(self, pool: KeySource) -> Changes:
+        """How the pool differs from what is here."""
+        now = {record.id: digest(record) for record in wanted(pool, self.config)}
+        then = dict(self.table.digests)
+        return Changes(
+            added=tuple(id for id in now if id not in then),
+            removed=tuple(id for id in then if id not in now),
+            altered=tuple(id for id in now if id in then and then[id] != now[id]),
+        )
+
     def stats(self, changes: Changes, threshold: float | None) -> IndexStats:
         """Figures."""
         table, backend, rule = self.table, self.backend, self.config.rule
@@ -155,3 +165,8 @@ class Contents:
             return cls.build(vectors_MD, ids_M, metric=self.space.metric, options=options, seed=self.config.rule.seed)
         except ValueError as error:  # an option that does not fit this width
             raise error if isinstance(error, DataError) else DataError(f"index {name}: {error}") from error
+
+
+def wanted(pool: KeySource, config: IndexConfig) -> list[Record]:
+    """The records that an index of a pool is of."""
+    return [record for record in pool.records if set(config.tags) <= set(record.tags)]

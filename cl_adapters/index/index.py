@@ -18,10 +18,10 @@ from cl_adapters.errors import DataError, StorageError, UnknownName
 from cl_adapters.index.answers import Changes, Hit, IndexConfig, IndexStats, Neighbours
 from cl_adapters.index.base import Ids, IndexBackend
 from cl_adapters.index.classes import nearest_classes
-from cl_adapters.index.contents import Contents
+from cl_adapters.index.contents import Contents, wanted
 from cl_adapters.index.index_files import default_folder, open_index, save_index
 from cl_adapters.index.inputs import features_of
-from cl_adapters.index.keys import KeyRule, Keys, KeySource, digest
+from cl_adapters.index.keys import KeyRule, Keys, KeySource
 from cl_adapters.index.locks import ReadersWriter
 from cl_adapters.index.space import Similarity, Space
 
@@ -85,7 +85,7 @@ class AdapterIndex:
         """
         rule = KeyRule(kind=keys, per_class=per_class, seed=seed)
         chosen = IndexConfig(rule=rule, metric=metric, backend=backend, options=dict(options or {}), tags=tuple(tags))
-        return cls(pool, chosen, Contents.of_records(pool, _wanted(pool, chosen), chosen))
+        return cls(pool, chosen, Contents.of_records(pool, wanted(pool, chosen), chosen))
 
     # --- asking --------------------------------------------------------------------------------------------------
 
@@ -185,13 +185,7 @@ class AdapterIndex:
 
     def changes(self) -> Changes:
         """How the pool differs from the index now; nothing means that the index is up to date."""
-        now = {record.id: digest(record) for record in _wanted(self.pool, self.config)}
-        then = dict(self._contents.table.digests)
-        return Changes(
-            added=tuple(id for id in now if id not in then),
-            removed=tuple(id for id in then if id not in now),
-            altered=tuple(id for id in now if id in then and then[id] != now[id]),
-        )
+        return self._contents.changes(self.pool)
 
     def refresh(self) -> Changes:
         """Bring the index up to date with the pool by removing and adding; returns what was different."""
@@ -207,7 +201,7 @@ class AdapterIndex:
             pool: another one than before.
         """
         pool = self.pool if pool is None else pool
-        contents = Contents.of_records(pool, _wanted(pool, self.config), self.config)
+        contents = Contents.of_records(pool, wanted(pool, self.config), self.config)
         with self._lock.writing():
             self.pool, self._contents = pool, contents
 
@@ -299,7 +293,3 @@ class AdapterIndex:
         if tags:
             ids &= {record.id for record in self.pool.records if tags <= set(record.tags)}
         return self._contents.table.keys_of(ids)
-
-
-def _wanted(pool: KeySource, config: IndexConfig) -> list[Record]:
-    return [record for record in pool.records if set(config.tags) <= set(record.tags)]
