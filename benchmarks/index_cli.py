@@ -35,6 +35,7 @@ BATCH = 64
 Pool = Annotated[Path, typer.Argument(help="Folder of the pool.")]
 Name = Annotated[str, typer.Option(help="Which of the pool's indexes: its folder below index/.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
+Weights = Annotated[Path | None, typer.Option(help="The backbone's weights, if their file (hf: folder) has moved.")]
 Stale = Annotated[str, typer.Option(help="If the pool has changed since: error, warn, refresh or ignore.")]
 
 
@@ -97,6 +98,7 @@ def query_command(
     threshold: Annotated[
         float | None, typer.Option(help="Lowest score that counts; default the calibrated one.")
     ] = None,
+    weights: Weights = None,
     stale: Stale = "error",
     name: Name = "default",
     as_json: Json = False,
@@ -105,7 +107,7 @@ def query_command(
     texts = given_texts(text, text_file)
     if bool(inputs) == bool(texts):
         raise ConfigError("give image files or .npy files of features, or --text TEXT" + (", not both" * bool(texts)))
-    opened = opened_pool(pool)
+    opened = opened_pool(pool, weights)
     index = opened_index(opened, name, stale)
     names, features = (texts, _encoded_texts(opened.backbone, texts)) if texts else _features(opened, inputs or [])
     threshold = index.threshold if threshold is None else threshold
@@ -230,11 +232,19 @@ def _encoded_texts(backbone: FrozenBackbone, texts: Sequence[str]) -> Tensor:
     return torch.cat(parts)
 
 
-def opened_pool(path: Path) -> AdapterPool:
-    """The pool in that folder."""
+def opened_pool(path: Path, weights: Path | None = None) -> AdapterPool:
+    """The pool in that folder; ``weights``: where those of its backbone lie now."""
     from cl_adapters.pool import AdapterPool
 
-    return AdapterPool.open(path)
+    pool = AdapterPool.open(path)
+    if weights is None:
+        return pool
+    from cl_adapters.backbone import FrozenBackbone
+    from cl_adapters.backbone_sources import moved_source
+
+    if not pool.backbone_card.source:
+        raise ConfigError(f"{path} belongs to a wrapped module, which has no --weights; use it from Python")
+    return AdapterPool.open(path, backbone=FrozenBackbone.load(**moved_source(pool.backbone_card.source, weights)))
 
 
 def opened_index(pool: AdapterPool, name: str, stale: Any) -> AdapterIndex:

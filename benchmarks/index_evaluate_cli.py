@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from cl_adapters.benchmarks.index_cli import Json, Name, Pool, Stale, app, console, opened_index, opened_pool
+from cl_adapters.benchmarks.index_cli import Json, Name, Pool, Stale, Weights, app, console, opened_index, opened_pool
 from cl_adapters.benchmarks.pool_cli import print_json, say
 from cl_adapters.benchmarks.pool_life_cli import Limit, Seed
 from cl_adapters.benchmarks.settings import parse_settings
@@ -54,6 +54,7 @@ def evaluate_command(
     ] = None,
     seed: Seed = 0,
     limit: Limit = None,
+    weights: Weights = None,
     stale: Stale = "error",
     name: Name = "default",
     as_json: Json = False,
@@ -65,7 +66,7 @@ def evaluate_command(
     from cl_adapters.abstention import open_set
     from cl_adapters.predictors.base import predictors
 
-    store = opened_pool(pool)
+    store = opened_pool(pool, weights)
     index = opened_index(store, name, stale)
     if settings and predictor is None:
         raise ConfigError("--set is for the options of --predictor NAME")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -91,6 +92,18 @@ def absolute_name(name: str) -> str:
     prefix, _, place = name.partition(":")
     folder = Path(place).expanduser()
     return f"hf:{folder.resolve()}" if prefix == "hf" and place and folder.is_dir() else name
+
+
+def moved_source(source: Mapping[str, Any], place: Path) -> dict[str, Any]:
+    """The arguments of ``FrozenBackbone.load`` for a backbone whose files lie elsewhere now.
+
+    Args:
+        source: as recorded.
+        place: the weights file; of a transformers model the folder.
+    """
+    if str(source["name"]).startswith("hf:"):
+        return {**source, "name": f"hf:{place.expanduser().absolute()}"}
+    return {**source, "weights": str(place)}
 
 
 def _cropped(

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from cl_adapters.adapters import adapters
 from cl_adapters.backbone import FrozenBackbone
+from cl_adapters.backbone_sources import moved_source
 from cl_adapters.bank import AdapterBank
 from cl_adapters.config import build, to_plain
 from cl_adapters.errors import IncompatibleBackbone, StorageError
@@ -65,10 +66,7 @@ def moved_backbone(path: Path, place: Path) -> FrozenBackbone:
     """
     card = read_json(path / "model.json", schema_version=SCHEMA)["backbone"]
     _check_named(card)
-    source = card["source"]
-    if str(source["name"]).startswith("hf:"):
-        return FrozenBackbone.load(**source | {"name": f"hf:{place.expanduser().absolute()}"})
-    return FrozenBackbone.load(**source | {"weights": str(place)})
+    return FrozenBackbone.load(**moved_source(card["source"], place))
 
 
 def _describe(model: AdapterModel) -> dict[str, Any]:

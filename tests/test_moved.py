@@ -79,6 +79,20 @@ def test_a_model_folder_that_has_moved_is_named(here: Path) -> None:
     assert row["class"] in ROWS and row["abstained"] is False
 
 
+def test_an_index_is_asked_with_a_model_folder_that_has_moved(here: Path) -> None:
+    instruct.run(experiment(here), here / "run")
+    cli = CliRunner()
+    for words in (["pool", "create", "pool", "--run", "run"], ["index", "build", "pool"]):
+        assert cli.invoke(app, words, catch_exceptions=False).exit_code == 0
+    ask = ["index", "query", "pool", "--text", "a dull film", "--json"]
+    before = json.loads(cli.invoke(app, ask).stdout)
+    (here / "llama").rename(here / "elsewhere")
+    assert isinstance(cli.invoke(app, ask).exception, BackboneUnavailable)
+    assert json.loads(cli.invoke(app, [*ask, "--weights", "elsewhere"]).stdout) == before
+    wrong = ["--weights", "tasks"]
+    assert isinstance(cli.invoke(app, [*ask, *wrong]).exception, BackboneUnavailable)
+
+
 def test_predict_says_where_the_model_abstains(here: Path) -> None:
     instruct.run(experiment(here), here / "run")
     place = here / "run" / "tasks" / "001" / "model"
