@@ -57,6 +57,10 @@ def run_command(
         str | None,
         typer.Option(help="Keep keys of the classes, for a pool: prototypes, centroids or features."),
     ] = None,
+    predictor: Annotated[
+        str | None,
+        typer.Option(help="Another inference rule than the strategy's own; see `cl-adapters list predictors`."),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of class order, initial values, augmentation, sampling.", min=0)] = 0,
     device: Device = "cpu",
     threads: Threads = None,
@@ -67,6 +71,8 @@ def run_command(
     from cl_adapters.benchmarks.runner import run
 
     _use(device, threads)
+    given = {"keys.kind": keys, "predictor.type": predictor}
+    named = {key: value for key, value in given.items() if value is not None}
     experiment = resolve(
         strategy,
         benchmark,
@@ -74,7 +80,7 @@ def run_command(
         backbone=backbone,
         weights=None if weights is None else str(weights),
         seed=seed,
-        settings=({} if keys is None else {"keys.kind": keys}) | parse_settings(settings or []),
+        settings=named | parse_settings(settings or []),
     )
     out = out or Path("runs") / f"{strategy}-{preset or experiment.benchmark}-s{seed}"
     with _resumable(out), _Live() as live:

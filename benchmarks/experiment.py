@@ -18,6 +18,7 @@ from cl_adapters.benchmarks.spec import parse_benchmark
 from cl_adapters.config import build, to_plain
 from cl_adapters.errors import ConfigError, UnknownName
 from cl_adapters.parts.keys import KeysConfig
+from cl_adapters.predictors.base import Predictor, predictor_from, predictor_to_plain
 from cl_adapters.strategies.base import AdapterStrategy, strategies
 from cl_adapters.strategies.config import StrategyConfig
 
@@ -111,6 +112,7 @@ class Experiment:
         backbone: which backbone.
         seed: of the run.
         keys: what is kept of each class to look inputs up by; None: nothing.
+        predictor: the inference rule; None: the strategy's own.
     """
 
     strategy: str
@@ -120,6 +122,7 @@ class Experiment:
     backbone: BackboneConfig
     seed: int
     keys: KeysConfig | None = None
+    predictor: Predictor | None = None
 
     @property
     def strategy_class(self) -> type[AdapterStrategy]:
@@ -128,16 +131,19 @@ class Experiment:
 
     def to_plain(self) -> dict[str, Any]:
         """JSON-ready; :meth:`from_plain` gives it back."""
+        later = {} if self.keys is None else {"keys": to_plain(self.keys)}
+        if self.predictor is not None:
+            later["predictor"] = predictor_to_plain(self.predictor)
         return {
             "strategy": {"name": self.strategy} | to_plain(self.strategy_config),
             "benchmark": {"name": self.benchmark} | to_plain(self.benchmark_config),
             "backbone": self.backbone.to_plain(),
             "seed": self.seed,
-        } | ({} if self.keys is None else {"keys": to_plain(self.keys)})
+        } | later
 
     @classmethod
     def from_plain(cls, plain: Mapping[str, Any]) -> Experiment:
-        """Build from nested plain values: "strategy", "benchmark" (each with a "name"), "backbone", "seed", "keys".
+        """Build from nested plain values: "strategy", "benchmark" (each with a "name"), "backbone", "seed" and more.
 
         Raises:
             UnknownName, ConfigError: with the nearest valid name.
@@ -148,7 +154,8 @@ class Experiment:
         benchmark_name, benchmark_config = parse_benchmark(benchmark.pop("name"), benchmark)
         backbone = build(BackboneConfig, plain.get("backbone", {}), "backbone")
         keys = None if plain.get("keys") is None else build(KeysConfig, plain["keys"], "keys")
-        return cls(name, config, benchmark_name, benchmark_config, backbone, int(plain.get("seed", 0)), keys)
+        predictor = None if plain.get("predictor") is None else predictor_from(plain["predictor"])
+        return cls(name, config, benchmark_name, benchmark_config, backbone, int(plain.get("seed", 0)), keys, predictor)
 
 
 def resolve(
@@ -170,8 +177,9 @@ def resolve(
         backbone: default that of the preset, else the embedded one.
         weights: local weights file.
         seed: of the run.
-        settings: dotted keys to values. "benchmark.KEY", "backbone.KEY" and "keys.KEY" go there; "img_size", "weights"
-            and "crop_pct" are the backbone's; every other key is the strategy's ("lr", "adapter.bottleneck").
+        settings: dotted keys to values. "benchmark.KEY", "backbone.KEY", "keys.KEY" and "predictor.KEY" go there;
+            "img_size", "weights" and "crop_pct" are the backbone's; every other key is the strategy's ("lr",
+            "adapter.bottleneck").
 
     Raises:
         UnknownName, ConfigError: with the nearest valid name.
@@ -193,7 +201,7 @@ def resolve(
     backbone_keys = {field.name for field in dataclasses.fields(BackboneConfig)} - {"name"}
     for key, value in (settings or {}).items():
         path = key.split(".")
-        if path[0] in ("benchmark", "backbone", "strategy", "keys") and len(path) > 1:
+        if path[0] in ("benchmark", "backbone", "strategy", "keys", "predictor") and len(path) > 1:
             section, *path = path
         else:
             section = "backbone" if key in backbone_keys else "strategy"

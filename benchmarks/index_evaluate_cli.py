@@ -104,10 +104,9 @@ def _show(found: OpenSet) -> None:
 
 
 def _predictor(name: str | None, options: dict[str, Any]) -> Predictor | None:
-    from cl_adapters.config import build
-    from cl_adapters.predictors.base import predictors
+    from cl_adapters.predictors.base import predictor_from
 
-    return None if name is None else build(predictors.get(name), options, "predictor")
+    return None if name is None else predictor_from({"type": name} | options)
 
 
 def _model(store: AdapterPool, index: AdapterIndex, predictor: Predictor | None) -> AdapterModel:

@@ -194,6 +194,7 @@ class _Session:
             class_names=dict(enumerate(self.data.classes)),
             progress=None if self.listener is None else self.listener.progress,
             keys=self.experiment.keys,
+            inference=self.experiment.predictor,
         )
 
     def _checkpoint(self, model: AdapterModel, row: dict[str, Any], done: list[Path]) -> None:

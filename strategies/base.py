@@ -21,15 +21,16 @@ from torch import Tensor, nn
 
 from cl_adapters.backbone import FrozenBackbone
 from cl_adapters.bank import AdapterBank, Routes
-from cl_adapters.errors import ClAdaptersError, DataError
+from cl_adapters.errors import DataError
 from cl_adapters.model import AdapterModel
 from cl_adapters.origins import Origin
-from cl_adapters.parts.keys import Keys, KeysConfig, Kind
-from cl_adapters.predictors.base import Predictor
+from cl_adapters.parts.keys import KeysConfig, Kind
+from cl_adapters.predictors.base import Predictor, predictor_from
 from cl_adapters.randomness import derive, generator
 from cl_adapters.registry import Registry
 from cl_adapters.strategies.config import StrategyConfig, TrainingConfig, resolve
 from cl_adapters.strategies.lifecycle import LifeCycle
+from cl_adapters.strategies.lookup import begin_keys, usable
 from cl_adapters.strategies.order import reading_loader
 from cl_adapters.strategies.phases import Phase
 from cl_adapters.strategies.views import Views
@@ -54,6 +55,8 @@ class AdapterStrategy(LifeCycle):
         progress: called as (phase name, steps done, steps in all) during long work.
         keys: after every task keep keys of its classes, by which inputs can be looked up without training (the model's
             part "class_keys"); costs one more pass over the images. A model that has keys goes on with them.
+        inference: another inference rule after every task than the strategy's own: a predictor, its name, or a mapping
+            with "type" and its options; those that retrieve need ``keys``.
         options: single fields of ``config`` by name, for instance ``train_epochs=10``.
 
     Attributes:
@@ -94,6 +97,7 @@ class AdapterStrategy(LifeCycle):
         class_names: Mapping[int, str] | None = None,
         progress: Callable[[str, int, int], None] | None = None,
         keys: KeysConfig | Kind | None = None,
+        inference: Predictor | str | Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
         self.config = resolve(
@@ -103,7 +107,8 @@ class AdapterStrategy(LifeCycle):
         if not isinstance(model, AdapterModel):
             model = self.new_model(FrozenBackbone.wrap(model).to(device))
         model.class_names.update(class_names or {})
-        _begin_keys(model, None if keys is None else KeysConfig.of(keys))
+        begin_keys(model, None if keys is None else KeysConfig.of(keys))
+        self.inference = None if inference is None else usable(predictor_from(inference), model)
         super().__init__(
             model=model.to(device),
             optimizer=self._new_optimizer(),
@@ -258,24 +263,6 @@ class AdapterStrategy(LifeCycle):
         """An optimizer whose parameters each phase replaces; torch refuses an empty one."""
         placeholder = nn.Parameter(torch.zeros(1), requires_grad=False)
         return torch.optim.SGD([placeholder], lr=1.0, momentum=getattr(self.config, "momentum", 0.0))
-
-
-def _begin_keys(model: AdapterModel, config: KeysConfig | None) -> None:
-    """Give a model that has learned nothing its keys; check those of one that goes on.
-
-    Raises:
-        ConfigError: it has other keys.
-        ClAdaptersError: it has learned classes without keys.
-    """
-    kept = dict(model.parts.items()).get("class_keys")
-    if isinstance(kept, Keys):
-        kept.check_config(config)
-    elif config is not None:
-        if model.classes:
-            raise ClAdaptersError(
-                "this model learned classes without keys; keys have to be kept from the first task on"
-            )
-        model.parts["class_keys"] = Keys(config, model.backbone.num_features)
 
 
 def _without_metrics() -> EvaluationPlugin:

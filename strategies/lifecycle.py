@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from cl_adapters.errors import ClAdaptersError, TrainingDiverged
 from cl_adapters.parts.keys import Keys
+from cl_adapters.predictors.base import Predictor
 from cl_adapters.randomness import derive, generator, isolated, seed_globals
 from cl_adapters.strategies.expansion import Expansion
 from cl_adapters.strategies.experiences import check_experience, experience_classes
@@ -29,6 +30,7 @@ class LifeCycle(SupervisedTemplate):
     _features: Tensor | None
     _noise: torch.Generator | None
     _views: Views | None
+    inference: Predictor | None
     explicit_order: ClassVar[bool] = False
     """Whether images are shuffled by the strategy's own generators, as cached views always are."""
 
@@ -128,7 +130,7 @@ class LifeCycle(SupervisedTemplate):
         new = [slot for slot, task in enumerate(self.model.task_of_slot) if task == self.task]
         self.model.origins |= {slot: self.origin(slot) for slot in new}
         self._take_keys()
-        self.model.predictor = self.predictor(self.task, training=False)
+        self.model.predictor = self.inference or self.predictor(self.task, training=False)
         self._unfinished = False
         super()._after_training_exp(**kwargs)
 

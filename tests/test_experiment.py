@@ -261,3 +261,12 @@ def test_training_transform_gives_the_backbones_input_and_draws_from_torch_alone
     assert torch.equal(drawn[0], drawn[1])
     assert torch.equal(drawn[0], drawn[2]) == (kind == "none")
     assert -1.0 <= float(drawn[0].min()) <= float(drawn[0].max()) <= 1.0
+
+
+def test_predictors_are_named_only_where_they_are_chosen() -> None:
+    assert "predictor" not in resolve("mos", "digits").to_plain()
+    chosen = resolve("mos", "digits", settings={"predictor.type": "soft_top_k", "predictor.k": 2})
+    assert chosen.to_plain()["predictor"] == {"type": "soft_top_k", "k": 2, "temperature": 0.07}
+    assert Experiment.from_plain(chosen.to_plain()) == chosen
+    with pytest.raises(ConfigError, match="k must be at least 1"):
+        resolve("mos", "digits", settings={"predictor.type": "soft_top_k", "predictor.k": 0})

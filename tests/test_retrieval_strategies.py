@@ -12,12 +12,14 @@ import torch
 from torch import Tensor, nn
 
 from cl_adapters.backbone import FrozenBackbone
-from cl_adapters.errors import ClAdaptersError, ConfigError
+from cl_adapters.errors import ClAdaptersError, ConfigError, UnknownName
 from cl_adapters.index.index import AdapterIndex
 from cl_adapters.model import AdapterModel
 from cl_adapters.parts.keys import Keys, KeysConfig
+from cl_adapters.predictors.base import predictor_from
 from cl_adapters.predictors.knn_vote import KNNVote
 from cl_adapters.predictors.nearest_key import NearestKey
+from cl_adapters.predictors.self_refine import SelfRefine
 from cl_adapters.predictors.soft_top_k import SoftTopK
 
 WIDTH = 16
@@ -111,6 +113,34 @@ def test_keys_change_nothing_else_and_are_resumed(
         trained("mos", resumed, [], keys="prototypes")
     with pytest.raises(ClAdaptersError, match="learned classes without keys"):
         trained("mos", without, [], keys="prototypes")
+
+
+@pytest.mark.parametrize("inference", ["nearest_key", {"type": "soft_top_k", "k": 2}, SelfRefine(start="keys")])
+def test_a_strategy_answers_by_the_rule_of_choice(
+    inference: Any, tiny_vit: Callable[..., nn.Module], stream: list[Any], tmp_path: Path
+) -> None:
+    def vit() -> nn.Module:
+        return tiny_vit(width=WIDTH, heads=2, img_size=16, depth=2)
+
+    own = trained("mos", vit(), stream[:2], keys="prototypes").model
+    model = trained("mos", vit(), stream[:2], keys="prototypes", inference=inference).model
+    wanted = predictor_from(inference)
+    assert model.predictor == wanted != own.predictor
+    assert all(torch.equal(value, own.state_dict()[name]) for name, value in model.state_dict().items())
+    x = torch.stack([stream[0].dataset[i][0] for i in range(4)])
+    assert torch.equal(model(x), own.answer(x, predictor=wanted).logits.float())
+    model.save(tmp_path / "saved")
+    assert AdapterModel.load(tmp_path / "saved", FrozenBackbone.wrap(vit())).predictor == wanted
+
+
+def test_rules_that_need_keys_or_do_not_exist(tiny_vit: Callable[..., nn.Module], stream: list[Any]) -> None:
+    vit = tiny_vit(width=WIDTH, heads=2, img_size=16, depth=2)
+    for inference in ("nearest_key", SelfRefine(start="keys")):
+        with pytest.raises(ConfigError, match="looks inputs up by keys: pass keys='prototypes'"):
+            trained("mos", vit, [], inference=inference)
+    trained("mos", vit, [], inference=SelfRefine(max_steps=2))
+    with pytest.raises(UnknownName, match="did you mean 'nearest_key'"):
+        trained("mos", vit, [], inference="nearest_keys")
 
 
 def test_a_model_of_a_pool_is_not_trained_further(

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
+from cl_adapters.config import build, to_plain
 from cl_adapters.registry import Registry
 
 if TYPE_CHECKING:
@@ -50,6 +52,11 @@ class Predictor(ABC):
     sums: ClassVar[bool] = False
 
     @property
+    def needs_keys(self) -> bool:
+        """Whether it looks inputs up among the model's keys (part "class_keys")."""
+        return False
+
+    @property
     def anchor(self) -> int:
         """The adapter that is needed whatever the class: a field called ``slot``; -1: none."""
         return int(getattr(self, "slot", -1))
@@ -65,3 +72,21 @@ class Predictor(ABC):
 
 
 predictors: Registry[type[Predictor]] = Registry("predictor", "cl_adapters.predictors")
+
+
+def predictor_from(value: Predictor | str | Mapping[str, Any]) -> Predictor:
+    """A predictor from its name, or from a mapping with "type" and its options.
+
+    Raises:
+        UnknownName: no such predictor.
+        ConfigError: unknown option, wrong type or range.
+    """
+    if isinstance(value, Predictor):
+        return value
+    options = {"type": value} if isinstance(value, str) else dict(value)
+    return build(predictors.get(str(options.pop("type", ""))), options, "predictor")
+
+
+def predictor_to_plain(predictor: Predictor) -> dict[str, Any]:
+    """JSON-ready; :func:`predictor_from` gives it back."""
+    return {"type": predictors.name_of(predictor)} | to_plain(predictor)

@@ -37,6 +37,11 @@ class KNNVote(Predictor):
     def __post_init__(self) -> None:
         check_neighbours(self.k, self.temperature)
 
+    @property
+    def needs_keys(self) -> bool:
+        """Always."""
+        return True
+
     def predict(self, model: AdapterModel, features: LazyFeatures) -> Prediction:
         """Linear logits under the elected adapters."""
         bare_BD = features.under(BARE)

@@ -26,6 +26,11 @@ class NearestKey(Predictor):
     summary: ClassVar[str] = "the adapter of the class with the nearest key; at most two passes"
     by_class: ClassVar[bool] = True
 
+    @property
+    def needs_keys(self) -> bool:
+        """Always."""
+        return True
+
     def predict(self, model: AdapterModel, features: LazyFeatures) -> Prediction:
         """Linear logits under the retrieved adapters."""
         bare_BD = features.under(BARE)

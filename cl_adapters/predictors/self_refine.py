@@ -49,6 +49,11 @@ class SelfRefine(Predictor):
             raise ValueError(f"max_steps must be at least 1, got {self.max_steps}")
 
     @property
+    def needs_keys(self) -> bool:
+        """Where it starts from them."""
+        return self.start == "keys"
+
+    @property
     def anchor(self) -> int:
         """The adapter under which the prototypes were taken, where they are used."""
         return self.slot if self.start == "prototypes" else BARE

@@ -40,6 +40,11 @@ class SoftTopK(Predictor):
     def __post_init__(self) -> None:
         check_neighbours(self.k, self.temperature)
 
+    @property
+    def needs_keys(self) -> bool:
+        """Always."""
+        return True
+
     def predict(self, model: AdapterModel, features: LazyFeatures) -> Prediction:
         """Linear logits on the mixed features; the adapter that is named has the largest share."""
         bare_BD = features.under(BARE)
