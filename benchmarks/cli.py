@@ -203,7 +203,7 @@ class _Live:
 
 def _finish(results: Results, out: Path) -> None:
     table = Table(title=f"{results.strategy} on {results.benchmark}, seed {results.seed}")
-    for column in ("after task", "classes", "A_t %", "passes/image", "train s", "eval s"):
+    for column in ("after task", "classes", "A_t %", "passes", "train s", "eval s"):
         table.add_column(column, justify="right")
     classes = 0
     for task, labels in enumerate(results.task_classes):
