@@ -15,7 +15,7 @@ from typing import Any
 
 from cl_adapters.benchmarks.base import BenchmarkData, TextSet
 from cl_adapters.benchmarks.spec import parse_benchmark
-from cl_adapters.benchmarks.text_files import READERS
+from cl_adapters.benchmarks.text_files import READERS, readable
 from cl_adapters.errors import DataError, UnknownName
 from cl_adapters.strategies.instruct.tasks import Example, InstructTask
 
@@ -156,12 +156,8 @@ def _labelled(data: BenchmarkData, part: TextSet, labels: Sequence[int], templat
 
 
 def _examples(path: Path) -> tuple[Example, ...]:
-    try:
+    with readable(path):
         found = tuple(_example(path, line, values) for line, values in READERS[".jsonl"](path))
-    except OSError as error:
-        raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
-    except UnicodeDecodeError as error:
-        raise DataError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
     if not found:
         raise DataError(f"{path} has no examples")
     return found

@@ -6,6 +6,7 @@ import csv
 import importlib
 import json
 from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -51,18 +52,29 @@ def read_rows(path: Path, text_column: str, label_column: str, split_column: str
     reader = READERS.get(path.suffix.lower())
     if reader is None:
         raise DataError(f"{path}: cannot tell the format from {path.suffix!r}; read are {', '.join(READERS)}")
-    try:
+    with readable(path):
         rows = [
             _row(values, f"{path.name}:{line}", path, line, (text_column, label_column, split_column))
             for line, values in reader(path)
         ]
+    if not rows:
+        raise DataError(f"{path} has no rows")
+    return rows
+
+
+@contextmanager
+def readable(path: Path) -> Iterator[None]:
+    """Name the file in what goes wrong while it is read.
+
+    Raises:
+        DataError: it cannot be read, or is not UTF-8.
+    """
+    try:
+        yield
     except OSError as error:
         raise DataError(f"{path} cannot be read: {error.strerror or error}") from error
     except UnicodeDecodeError as error:
         raise DataError(f"{path} is not UTF-8 text ({error}); save it as UTF-8") from error
-    if not rows:
-        raise DataError(f"{path} has no rows")
-    return rows
 
 
 def _row(values: Mapping[str, Any], place: str, path: Path, line: int, columns: tuple[str, str, str | None]) -> Row:

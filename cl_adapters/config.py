@@ -11,6 +11,7 @@ from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from cl_adapters.errors import ConfigError, suggestion
+from cl_adapters.registry import Registry
 
 C = TypeVar("C")
 
@@ -39,6 +40,22 @@ def build(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
         problems = "; ".join(_explain(prefix, problem) for problem in error.errors())
         raise ConfigError(problems) from error
     return config
+
+
+def build_named(registry: Registry[type[C]], value: str | Mapping[str, Any], where: str) -> C:
+    """Build a plug-in from its name, or from a mapping with "type" and its options.
+
+    Args:
+        registry: of its kind.
+        value: as users write it.
+        where: prefix of the options in messages.
+
+    Raises:
+        UnknownName: no plug-in of that name.
+        ConfigError: unknown option, wrong type or range.
+    """
+    options = {"type": value} if isinstance(value, str) else dict(value)
+    return build(registry.get(str(options.pop("type", ""))), options, where)
 
 
 def to_plain(config: Any) -> dict[str, Any]:

@@ -42,14 +42,6 @@ class TextPreprocessing:
         """
         return cls(max_length=max_length, tokenizer=tokenizer_hash(tokenizer))._with(tokenizer)
 
-    def with_max_length(self, max_length: int) -> TextPreprocessing:
-        """The same tokenizer with another limit.
-
-        Raises:
-            ValueError: so few tokens that nothing is left of any text.
-        """
-        return TextPreprocessing(max_length=max_length, tokenizer=self.tokenizer)._with(self.tool)
-
     @property
     def tool(self) -> Any:
         """The tokenizer itself.

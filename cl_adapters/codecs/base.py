@@ -24,7 +24,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from cl_adapters.config import build, to_plain
+from cl_adapters.config import build, build_named, to_plain
 from cl_adapters.errors import ClAdaptersError, StorageError
 from cl_adapters.registry import Registry
 
@@ -104,10 +104,7 @@ def codec_from(value: str | Mapping[str, Any] | Codec) -> Codec:
         UnknownName: no such codec.
         ConfigError: unknown option, wrong type or range.
     """
-    if isinstance(value, Codec):
-        return value
-    options = {"type": value} if isinstance(value, str) else dict(value)
-    return build(codecs.get(str(options.pop("type", ""))), options, "codec")
+    return value if isinstance(value, Codec) else build_named(codecs, value, "codec")
 
 
 def is_encoded(tensors: Mapping[str, Tensor]) -> bool:

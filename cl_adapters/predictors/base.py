@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 from torch import Tensor
 
-from cl_adapters.config import build, to_plain
+from cl_adapters.config import build_named, to_plain
 from cl_adapters.registry import Registry
 
 if TYPE_CHECKING:
@@ -81,10 +81,7 @@ def predictor_from(value: Predictor | str | Mapping[str, Any]) -> Predictor:
         UnknownName: no such predictor.
         ConfigError: unknown option, wrong type or range.
     """
-    if isinstance(value, Predictor):
-        return value
-    options = {"type": value} if isinstance(value, str) else dict(value)
-    return build(predictors.get(str(options.pop("type", ""))), options, "predictor")
+    return value if isinstance(value, Predictor) else build_named(predictors, value, "predictor")
 
 
 def predictor_to_plain(predictor: Predictor) -> dict[str, Any]:
