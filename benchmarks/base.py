@@ -175,7 +175,9 @@ class BenchmarkConfig(ABC):
         """
 
 
-benchmarks: Registry[type[BenchmarkConfig]] = Registry("benchmark", "cl_adapters.benchmarks.data")
+benchmarks: Registry[type[BenchmarkConfig]] = Registry(
+    "benchmark", "cl_adapters.benchmarks.data", group="cl_adapters.benchmarks.data"
+)
 
 
 def arrival_order(num_classes: int, seed: int | None) -> tuple[int, ...]:

@@ -22,12 +22,15 @@ class Registry(Generic[T]):
 
     Args:
         kind: what an entry is, for messages ("adapter type", "strategy", ...).
-        package: the package whose modules are imported on the first look-up; each registers itself.
+        package: the package whose modules are imported on the first look-up; each registers itself. Names that begin
+            with an underscore are left out: helpers of the package.
+        group: the group of entry points of other distributions; a public name, which stays when the package moves.
     """
 
-    def __init__(self, kind: str, package: str) -> None:
+    def __init__(self, kind: str, package: str, *, group: str) -> None:
         self.kind = kind
         self.package = package
+        self.group = group
         self._entries: dict[str, T] = {}
         self._scanned = False
 
@@ -84,8 +87,9 @@ class Registry(Generic[T]):
             return
         package = importlib.import_module(self.package)
         for module in pkgutil.iter_modules(package.__path__):
-            importlib.import_module(f"{self.package}.{module.name}")
-        for point in importlib.metadata.entry_points(group=self.package):
+            if not module.name.startswith("_"):
+                importlib.import_module(f"{self.package}.{module.name}")
+        for point in importlib.metadata.entry_points(group=self.group):
             self.register(point.name)(point.load())
         self._scanned = True
 

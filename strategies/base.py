@@ -280,4 +280,6 @@ def _own_check_only(cls: type) -> None:
 
 _own_check_only(AdapterStrategy)
 
-strategies: Registry[type[AdapterStrategy]] = Registry("strategy", "cl_adapters.strategies")
+strategies: Registry[type[AdapterStrategy]] = Registry(
+    "strategy", "cl_adapters.strategies", group="cl_adapters.strategies"
+)

@@ -28,7 +28,7 @@ def things(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Registry
     package = tmp_path / PACKAGE
     package.mkdir()
     (package / "__init__.py").write_text(
-        f"from cl_adapters.registry import Registry\nthings = Registry('thing', {PACKAGE!r})\n"
+        f"from cl_adapters.registry import Registry\nthings = Registry('thing', {PACKAGE!r}, group={PACKAGE!r})\n"
     )
     for name in ("apple", "bear"):
         (package / f"{name}.py").write_text(PLUGIN.format(name=name, cls=name.title()))
@@ -88,3 +88,20 @@ def test_entry_points_are_plugins_too(things: Registry[type], monkeypatch: pytes
     monkeypatch.setattr(importlib.metadata, "entry_points", lambda *, group: [point] if group == PACKAGE else [])
     assert things.names() == ["apple", "bear", "fraction"]
     assert things.get("fraction").__module__ == "fractions"
+
+
+def test_groups_of_entry_points_keep_their_names() -> None:
+    """Other distributions name these in their pyproject.toml: a folder may move, its group may not."""
+    from cl_adapters.adapters import adapters
+    from cl_adapters.benchmarks.base import benchmarks
+    from cl_adapters.codecs import codecs
+    from cl_adapters.index import indexes
+    from cl_adapters.merge import merges
+    from cl_adapters.parts import parts
+    from cl_adapters.predictors import predictors
+    from cl_adapters.strategies.base import strategies
+    from cl_adapters.strategies.instruct import instruct_methods
+
+    registries = (adapters, benchmarks, codecs, indexes, merges, parts, predictors, strategies, instruct_methods)
+    groups = "adapters benchmarks.data codecs index merge parts predictors strategies strategies.instruct"
+    assert [registry.group for registry in registries] == [f"cl_adapters.{name}" for name in groups.split()]

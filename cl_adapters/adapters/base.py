@@ -92,7 +92,7 @@ class AdapterType(ABC):
         return sum(torch.Size(shape).numel() for shape in self.shapes(site).values())
 
 
-adapters: Registry[type[AdapterType]] = Registry("adapter type", "cl_adapters.adapters")
+adapters: Registry[type[AdapterType]] = Registry("adapter type", "cl_adapters.adapters", group="cl_adapters.adapters")
 
 
 def adapter_from(value: Any) -> AdapterType:

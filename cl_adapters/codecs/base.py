@@ -94,7 +94,7 @@ class Codec(ABC):
         return packed, note
 
 
-codecs: Registry[type[Codec]] = Registry("codec", "cl_adapters.codecs")
+codecs: Registry[type[Codec]] = Registry("codec", "cl_adapters.codecs", group="cl_adapters.codecs")
 
 
 def codec_from(value: str | Mapping[str, Any] | Codec) -> Codec:

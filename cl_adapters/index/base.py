@@ -266,4 +266,4 @@ def finite_rows(rows: Any, width: int, what: str) -> Floats:
     return array
 
 
-indexes: Registry[type[IndexBackend]] = Registry("index back-end", "cl_adapters.index")
+indexes: Registry[type[IndexBackend]] = Registry("index back-end", "cl_adapters.index", group="cl_adapters.index")

@@ -14,7 +14,7 @@ from cl_adapters.registry import Registry
 MergeMethod: TypeAlias = Callable[..., Tensor]
 """``(tensors: list[Tensor], **params) -> Tensor``; the parameters differ, so the type says no more."""
 
-merges: Registry[MergeMethod] = Registry("merge method", "cl_adapters.merge")
+merges: Registry[MergeMethod] = Registry("merge method", "cl_adapters.merge", group="cl_adapters.merge")
 
 M = TypeVar("M", bound=MergeMethod)
 _linear: set[MergeMethod] = set()

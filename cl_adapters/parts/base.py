@@ -36,4 +36,4 @@ class Part(nn.Module, ABC):
         """
 
 
-parts: Registry[type[Part]] = Registry("model part", "cl_adapters.parts")
+parts: Registry[type[Part]] = Registry("model part", "cl_adapters.parts", group="cl_adapters.parts")

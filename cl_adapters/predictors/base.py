@@ -71,7 +71,7 @@ class Predictor(ABC):
         """
 
 
-predictors: Registry[type[Predictor]] = Registry("predictor", "cl_adapters.predictors")
+predictors: Registry[type[Predictor]] = Registry("predictor", "cl_adapters.predictors", group="cl_adapters.predictors")
 
 
 def predictor_from(value: Predictor | str | Mapping[str, Any]) -> Predictor:

@@ -198,7 +198,9 @@ class InstructMethod(ABC):
         optimizer.step()
 
 
-instruct_methods: Registry[type[InstructMethod]] = Registry("instruction method", "cl_adapters.strategies.instruct")
+instruct_methods: Registry[type[InstructMethod]] = Registry(
+    "instruction method", "cl_adapters.strategies.instruct", group="cl_adapters.strategies.instruct"
+)
 
 
 def batches_by_length(lengths: Sequence[int], batch: int, order: torch.Generator) -> Iterator[list[int]]:
