@@ -6,6 +6,7 @@ import importlib.metadata
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -102,6 +103,16 @@ def test_groups_of_entry_points_keep_their_names() -> None:
     from cl_adapters.strategies.base import strategies
     from cl_adapters.strategies.instruct import instruct_methods
 
-    registries = (adapters, benchmarks, codecs, indexes, merges, parts, predictors, strategies, instruct_methods)
+    registries: tuple[Registry[Any], ...] = (
+        adapters,
+        benchmarks,
+        codecs,
+        indexes,
+        merges,
+        parts,
+        predictors,
+        strategies,
+        instruct_methods,
+    )
     groups = "adapters benchmarks.data codecs index merge parts predictors strategies strategies.instruct"
     assert [registry.group for registry in registries] == [f"cl_adapters.{name}" for name in groups.split()]
