@@ -7,12 +7,12 @@ from typing import TYPE_CHECKING
 from cl_adapters._lazy import lazy_names
 
 if TYPE_CHECKING:
-    from cl_adapters.benchmarks.streams import load_benchmark
+    from cl_adapters.benchmarks.streams.avalanche import load_benchmark
 
 __all__ = ["load_benchmark"]
 
 if not TYPE_CHECKING:
-    __getattr__, __dir__ = lazy_names("cl_adapters.benchmarks", {"load_benchmark": "streams"})
+    __getattr__, __dir__ = lazy_names("cl_adapters.benchmarks", {"load_benchmark": "streams.avalanche"})
 
 if __name__ != "cl_adapters.benchmarks":  # imported by its short name from a checkout's root
     from cl_adapters._alias import alias

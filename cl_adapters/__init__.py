@@ -8,16 +8,17 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 from cl_adapters._lazy import lazy_names
+from cl_adapters._renamed import install
 
 if TYPE_CHECKING:
     from cl_adapters._version import __version__
     from cl_adapters.adapters.bottleneck import Bottleneck
-    from cl_adapters.backbone import FrozenBackbone
-    from cl_adapters.bank import AdapterBank, Route
+    from cl_adapters.backbones.frozen import FrozenBackbone
+    from cl_adapters.bank.bank import AdapterBank, Route
     from cl_adapters.errors import ClAdaptersError
     from cl_adapters.index.index import AdapterIndex
-    from cl_adapters.language import LanguageModel
-    from cl_adapters.model import AdapterModel
+    from cl_adapters.language.model import LanguageModel
+    from cl_adapters.model.facade import AdapterModel
     from cl_adapters.pool.pool import AdapterPool
     from cl_adapters.predictors.base import Prediction
 
@@ -41,14 +42,16 @@ if not TYPE_CHECKING:
         {
             "AdapterBank": "bank",
             "AdapterIndex": "index.index",
-            "AdapterModel": "model",
+            "AdapterModel": "model.facade",
             "AdapterPool": "pool.pool",
             "Bottleneck": "adapters.bottleneck",
             "ClAdaptersError": "errors",
-            "FrozenBackbone": "backbone",
-            "LanguageModel": "language",
+            "FrozenBackbone": "backbones.frozen",
+            "LanguageModel": "language.model",
             "Prediction": "predictors.base",
             "Route": "bank",
             "__version__": "_version",
         },
     )
+
+install()

@@ -55,26 +55,26 @@ class _AliasFinder(MetaPathFinder):
         found = importlib.util.find_spec(self._long + fullname.removeprefix(self._short))
         if found is None:
             return None
-        spec = ModuleSpec(fullname, _AliasLoader(found), origin=found.origin)
+        spec = ModuleSpec(fullname, AliasLoader(found), origin=found.origin)
         spec.submodule_search_locations = found.submodule_search_locations
         return spec
 
 
-class _AliasLoader(InspectLoader):
+class AliasLoader(InspectLoader):
     """Loads the real module and puts it in the place of the empty one that the import system made."""
 
     def __init__(self, found: ModuleSpec) -> None:
-        self._found = found
+        self.found = found
 
     def exec_module(self, module: ModuleType) -> None:
         # The real module keeps its own name and __spec__: only the entry in sys.modules is ours.
-        sys.modules[module.__name__] = importlib.import_module(self._found.name)
+        sys.modules[module.__name__] = importlib.import_module(self.found.name)
 
     def get_code(self, fullname: str) -> CodeType | None:
         """Code for ``python -m short.x``."""
-        loader = self._found.loader
-        return loader.get_code(self._found.name) if isinstance(loader, InspectLoader) else None
+        loader = self.found.loader
+        return loader.get_code(self.found.name) if isinstance(loader, InspectLoader) else None
 
     def get_source(self, fullname: str) -> str | None:
-        loader = self._found.loader
-        return loader.get_source(self._found.name) if isinstance(loader, InspectLoader) else None
+        loader = self.found.loader
+        return loader.get_source(self.found.name) if isinstance(loader, InspectLoader) else None

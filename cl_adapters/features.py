@@ -11,12 +11,12 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cl_adapters.bank import BARE, Route, Routes
-from cl_adapters.batches import Inputs, batch_size, take
+from cl_adapters.backbones.batches import Inputs, batch_size, take
+from cl_adapters.bank.bank import BARE, Route, Routes
 from cl_adapters.errors import ClAdaptersError, IncompatibleBackbone
 
 if TYPE_CHECKING:
-    from cl_adapters.model import AdapterModel
+    from cl_adapters.model.facade import AdapterModel
 
 
 class FeatureMemory:

@@ -19,22 +19,22 @@ from avalanche.training.plugins import EvaluationPlugin
 from avalanche.training.plugins.evaluation import default_evaluator
 from torch import Tensor, nn
 
-from cl_adapters.backbone import FrozenBackbone
-from cl_adapters.bank import AdapterBank, Routes
+from cl_adapters._seeding import derive, generator
+from cl_adapters._timing import Stopwatch
+from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.bank.bank import AdapterBank, Routes
 from cl_adapters.errors import DataError
-from cl_adapters.model import AdapterModel
-from cl_adapters.origins import Origin
+from cl_adapters.model.facade import AdapterModel
+from cl_adapters.model.origins import Origin
 from cl_adapters.parts.keys import KeysConfig, Kind
 from cl_adapters.predictors.base import Predictor, predictor_from
-from cl_adapters.randomness import derive, generator
 from cl_adapters.registry import Registry
+from cl_adapters.strategies._loop.activation_cache import Views
+from cl_adapters.strategies._loop.order import reading_loader
 from cl_adapters.strategies.config import StrategyConfig, TrainingConfig, resolve
 from cl_adapters.strategies.lifecycle import LifeCycle
 from cl_adapters.strategies.lookup import begin_keys, usable
-from cl_adapters.strategies.order import reading_loader
 from cl_adapters.strategies.phases import Phase
-from cl_adapters.strategies.views import Views
-from cl_adapters.timing import Stopwatch
 
 if TYPE_CHECKING:
     from cl_adapters.pool import AdapterPool

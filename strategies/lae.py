@@ -18,11 +18,11 @@ import torch
 
 from cl_adapters.adapters.base import AdapterField
 from cl_adapters.adapters.bottleneck import Bottleneck
-from cl_adapters.backbone import FrozenBackbone
-from cl_adapters.bank import AdapterBank, Route, sites_of
-from cl_adapters.heads import normal
+from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.bank.bank import AdapterBank, Route, sites_of
 from cl_adapters.merge.ema import ema
-from cl_adapters.model import AdapterModel
+from cl_adapters.model.facade import AdapterModel
+from cl_adapters.model.heads import normal
 from cl_adapters.parts.accumulation import Accumulation
 from cl_adapters.predictors.base import Predictor
 from cl_adapters.predictors.fixed import Fixed

@@ -9,15 +9,15 @@ import torch
 from avalanche.training.templates import SupervisedTemplate
 from torch import Tensor, nn
 
+from cl_adapters._seeding import derive, generator, isolated, seed_globals
 from cl_adapters.errors import ClAdaptersError, TrainingDiverged
 from cl_adapters.parts.keys import Keys
 from cl_adapters.predictors.base import Predictor
-from cl_adapters.randomness import derive, generator, isolated, seed_globals
+from cl_adapters.strategies._loop.activation_cache import ViewLoader, Views
+from cl_adapters.strategies._loop.experiences import check_experience, experience_classes
+from cl_adapters.strategies._loop.order import lengths_of, training_loader
 from cl_adapters.strategies.expansion import Expansion
-from cl_adapters.strategies.experiences import check_experience, experience_classes
-from cl_adapters.strategies.order import lengths_of, training_loader
 from cl_adapters.strategies.phases import Batch, Phase
-from cl_adapters.strategies.views import ViewLoader, Views
 
 
 class LifeCycle(SupervisedTemplate):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from cl_adapters.errors import ClAdaptersError, ConfigError
-from cl_adapters.model import AdapterModel
+from cl_adapters.model.facade import AdapterModel
 from cl_adapters.parts.keys import Keys, KeysConfig
 from cl_adapters.predictors.base import Predictor
 

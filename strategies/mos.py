@@ -16,15 +16,15 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cl_adapters.alignment import Alignment, align
-from cl_adapters.bank import Route
+from cl_adapters.bank.bank import Route
 from cl_adapters.merge.ema import ema
 from cl_adapters.merge.mean import mean
-from cl_adapters.origins import Origin
+from cl_adapters.model.alignment import Alignment, align
+from cl_adapters.model.origins import Origin
+from cl_adapters.model.statistics import ClassStatistics, Covariance
 from cl_adapters.predictors.base import Predictor
 from cl_adapters.predictors.fixed import Fixed
 from cl_adapters.predictors.self_refine import SelfRefine
-from cl_adapters.statistics import ClassStatistics, Covariance
 from cl_adapters.strategies.base import AdapterStrategy, strategies
 from cl_adapters.strategies.config import StrategyConfig, TrainingConfig
 from cl_adapters.strategies.phases import Batch, ParamGroup, Phase, current_task_loss

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cl_adapters.alignment import cosine_lr
+from cl_adapters.model.alignment import cosine_lr
 
 
 @dataclass(frozen=True)

@@ -15,10 +15,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cl_adapters.backbone import FrozenBackbone
-from cl_adapters.bank import Route
-from cl_adapters.heads import LinearHead
-from cl_adapters.model import AdapterModel
+from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.bank.bank import Route
+from cl_adapters.model.facade import AdapterModel
+from cl_adapters.model.heads import LinearHead
 from cl_adapters.parts.ridge import Ridge, random_projection
 from cl_adapters.predictors.base import Predictor
 from cl_adapters.predictors.fixed import Fixed

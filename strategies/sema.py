@@ -17,21 +17,21 @@ from torch import Tensor, nn
 
 from cl_adapters.adapters.base import AdapterField
 from cl_adapters.adapters.bottleneck import Bottleneck
-from cl_adapters.backbone import FrozenBackbone
-from cl_adapters.bank import AdapterBank, Route
+from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.bank.bank import AdapterBank, Route
 from cl_adapters.errors import ConfigError
-from cl_adapters.heads import kaiming_uniform
-from cl_adapters.model import AdapterModel
+from cl_adapters.model.facade import AdapterModel
+from cl_adapters.model.heads import kaiming_uniform
 from cl_adapters.parts.mixture import Mixture, router_widths
 from cl_adapters.parts.novelty import Novelty, pooled, train_descriptors
 from cl_adapters.predictors.base import Predictor
 from cl_adapters.predictors.mixture import MixtureOfAdapters
+from cl_adapters.strategies._loop.activation_cache import ViewLoader
+from cl_adapters.strategies._loop.order import training_loader
 from cl_adapters.strategies.base import AdapterStrategy, strategies
 from cl_adapters.strategies.config import StrategyConfig, TrainingConfig
 from cl_adapters.strategies.expansion import Expansion
-from cl_adapters.strategies.order import training_loader
 from cl_adapters.strategies.phases import Batch, ParamGroup, Phase, current_task_loss
-from cl_adapters.strategies.views import ViewLoader
 
 
 def _adapter() -> Bottleneck:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import ClassVar
 
-from cl_adapters.bank import Route
+from cl_adapters.bank.bank import Route
 from cl_adapters.predictors.base import Predictor
 from cl_adapters.predictors.fixed import Fixed
 from cl_adapters.strategies.base import AdapterStrategy, strategies

@@ -11,12 +11,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cl_adapters.abstention import calibrate, lower_threshold, open_set, stranger_scores, upper_threshold
 from cl_adapters.adapters.bottleneck import Bottleneck
-from cl_adapters.backbone import FrozenBackbone
-from cl_adapters.bank import AdapterBank
+from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.bank.bank import AdapterBank
 from cl_adapters.errors import ConfigError, DataError
-from cl_adapters.model import AdapterModel
+from cl_adapters.model.facade import AdapterModel
+from cl_adapters.openset import calibrate, lower_threshold, open_set, stranger_scores, upper_threshold
 from cl_adapters.parts.abstention import Abstention
 from cl_adapters.parts.keys import Keys, KeysConfig
 from cl_adapters.predictors.nearest_key import NearestKey

@@ -16,8 +16,8 @@ from PIL import Image
 from safetensors.torch import save_file
 from typer.testing import CliRunner
 
-from cl_adapters.benchmarks.cli import app
-from cl_adapters.benchmarks.experiment import presets
+from cl_adapters.benchmarks.cli.root import app
+from cl_adapters.benchmarks.run.experiment import presets
 from cl_adapters.errors import ClAdaptersError
 
 
@@ -48,7 +48,7 @@ def arguments(place: Path, *more: str) -> list[str]:
 
 def command(*words: str | Path) -> subprocess.CompletedProcess[str]:
     """Run `cl-adapters` in a new process."""
-    line = [sys.executable, "-m", "cl_adapters.benchmarks.cli", *map(str, words)]
+    line = [sys.executable, "-m", "cl_adapters.benchmarks.cli.root", *map(str, words)]
     return subprocess.run(line, capture_output=True, text=True, check=False, timeout=300)
 
 

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 from rich.console import Console
 
-from cl_adapters.benchmarks.comparison import Stat, load_runs, summarise, to_markdown, to_table
-from cl_adapters.benchmarks.results import BackboneInfo, Passes, Results, Seconds, write
+from cl_adapters.benchmarks.bench.comparison import Stat, load_runs, summarise, to_markdown, to_table
+from cl_adapters.benchmarks.results.results import BackboneInfo, Passes, Results, Seconds, write
 from cl_adapters.errors import DataError, StorageError
 
 
@@ -123,7 +123,7 @@ def test_one_benchmark_with_other_settings_is_another_for_all_strategies() -> No
 
 
 def test_runs_recorded_before_an_option_existed_share_the_row_of_its_default() -> None:
-    from cl_adapters.benchmarks.experiment import resolve
+    from cl_adapters.benchmarks.run.experiment import resolve
 
     new = resolve("mos", "digits").to_plain()
     strategy = {key: value for key, value in new["strategy"].items() if key not in ("cached_views", "ensemble")}

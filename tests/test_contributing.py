@@ -18,7 +18,7 @@ from cl_adapters.adapters import adapters
 from cl_adapters.benchmarks.base import benchmarks
 from cl_adapters.codecs import codecs, decode
 from cl_adapters.index import indexes
-from cl_adapters.index.base import IndexBackend
+from cl_adapters.index.backends.base import IndexBackend
 from cl_adapters.merge import merges
 from cl_adapters.parts import parts
 from cl_adapters.predictors import predictors

@@ -11,12 +11,12 @@ import timm
 import torch
 from PIL import Image
 
-from cl_adapters.benchmarks.augmentation import train_transform
+from cl_adapters.backbones.preprocessing import Preprocessing
 from cl_adapters.benchmarks.base import Augmentation, arrival_order, benchmarks
-from cl_adapters.benchmarks.experiment import Experiment, Preset, data_fingerprint, presets, resolve
+from cl_adapters.benchmarks.run.experiment import Experiment, Preset, data_fingerprint, presets, resolve
+from cl_adapters.benchmarks.streams.augmentation import train_transform
 from cl_adapters.config import to_plain
 from cl_adapters.errors import ConfigError, UnknownName
-from cl_adapters.preprocessing import Preprocessing
 from cl_adapters.strategies.mos import MOSConfig
 
 PRESETS = presets()

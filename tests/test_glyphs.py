@@ -10,8 +10,8 @@ import pytest
 
 from cl_adapters.benchmarks.base import benchmarks
 from cl_adapters.benchmarks.data.glyphs import Glyphs
-from cl_adapters.benchmarks.glyph_batches import faces_of
-from cl_adapters.benchmarks.glyph_classes import (
+from cl_adapters.benchmarks.glyphs.batches import faces_of
+from cl_adapters.benchmarks.glyphs.classes import (
     ALIKE_ACROSS,
     LIKE_DIGIT,
     derive,
@@ -20,7 +20,7 @@ from cl_adapters.benchmarks.glyph_classes import (
     similarity,
     stem,
 )
-from cl_adapters.benchmarks.glyph_render import (
+from cl_adapters.benchmarks.glyphs.render import (
     CM_FACES,
     STIX_FACES,
     TEST_FACES,

@@ -10,7 +10,7 @@ import pytest
 from typer.testing import CliRunner
 
 from cl_adapters import AdapterPool
-from cl_adapters.benchmarks.cli import app
+from cl_adapters.benchmarks.cli.root import app
 from cl_adapters.errors import PoolError
 
 TASKS = {

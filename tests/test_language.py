@@ -10,18 +10,18 @@ import pytest
 import torch
 from torch import Tensor
 
+from cl_adapters._seeding import generator
 from cl_adapters.adapters.base import AdapterType
 from cl_adapters.adapters.bottleneck import Bottleneck
 from cl_adapters.adapters.lora import LoRA
 from cl_adapters.adapters.prefix import Prefix
-from cl_adapters.backbone import FrozenBackbone
+from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.bank.routes import BARE, Route
 from cl_adapters.errors import ClAdaptersError, ConfigError, DataError, IncompatibleBackbone
-from cl_adapters.language import LanguageModel
-from cl_adapters.language_routes import summed, taken
-from cl_adapters.language_tokens import joined
-from cl_adapters.model import AdapterModel
-from cl_adapters.randomness import generator
-from cl_adapters.routes import BARE, Route
+from cl_adapters.language.model import LanguageModel
+from cl_adapters.language.routes import summed, taken
+from cl_adapters.language.tokens import joined
+from cl_adapters.model.facade import AdapterModel
 
 ADAPTERS: dict[str, AdapterType] = {
     "lora": LoRA(rank=4, targets=("query", "value", "up", "down")),

@@ -14,12 +14,12 @@ import pytest
 import torch
 
 from cl_adapters.adapters.lora import LoRA
+from cl_adapters.bank.routes import Route
 from cl_adapters.index.index import AdapterIndex
 from cl_adapters.index.index_files import default_folder
-from cl_adapters.language import LanguageModel
-from cl_adapters.language_tokens import joined
+from cl_adapters.language.model import LanguageModel
+from cl_adapters.language.tokens import joined
 from cl_adapters.pool import AdapterPool
-from cl_adapters.routes import Route
 from cl_adapters.strategies.instruct import Example, InstructConfig, InstructMethod, InstructTask, instruct_methods
 
 MOOD = {"the film was good": "yes", "a great film": "yes", "the film was bad": "no", "a dull film": "no"}
@@ -34,8 +34,8 @@ OWNERS = [name for name, rows in TASKS.items() for _ in rows]
 NEW_PROCESS = """
 import json, sys
 from typer.testing import CliRunner
-from cl_adapters.benchmarks.index_cli import app
-from cl_adapters.language import LanguageModel
+from cl_adapters.benchmarks.cli.index import app
+from cl_adapters.language.model import LanguageModel
 pool, prompts, answers, labels = json.loads(sys.stdin.read())
 language = LanguageModel.from_pool(pool)
 indexed = LanguageModel.from_pool(pool, index="default")

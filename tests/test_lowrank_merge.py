@@ -12,13 +12,13 @@ from torch import Tensor, nn
 
 from cl_adapters.adapters.base import AdapterType, adapter_from
 from cl_adapters.adapters.lora import LoRA
-from cl_adapters.backbone import FrozenBackbone
-from cl_adapters.bank import AdapterBank
+from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.bank.bank import AdapterBank
+from cl_adapters.bank.routes import Route
 from cl_adapters.errors import ClAdaptersError, ConfigError, UnknownName
 from cl_adapters.merge import merge_adapters, merges
 from cl_adapters.merge.low_rank import truncate_matrix, truncate_product
-from cl_adapters.routes import Route
-from cl_adapters.sites import Site, Tap
+from cl_adapters.sites.sites import Site, Tap
 
 SITES = ("blocks.0.key", "blocks.0.value", "blocks.1.key")
 WIDTH, OUT = 12, 9

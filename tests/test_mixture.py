@@ -14,11 +14,11 @@ from torch import Tensor, nn
 
 from cl_adapters.adapters.bottleneck import Bottleneck
 from cl_adapters.adapters.lora import LoRA
-from cl_adapters.backbone import FrozenBackbone
-from cl_adapters.bank import AdapterBank, Route
+from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.bank.bank import AdapterBank, Route
 from cl_adapters.errors import ClAdaptersError
-from cl_adapters.heads import normal
-from cl_adapters.model import AdapterModel
+from cl_adapters.model.facade import AdapterModel
+from cl_adapters.model.heads import normal
 from cl_adapters.parts import Part
 from cl_adapters.parts.mixture import Mixture
 from cl_adapters.parts.novelty import Novelty

@@ -12,12 +12,12 @@ import pytest
 from typer.testing import CliRunner
 
 from cl_adapters import AdapterModel, AdapterPool
-from cl_adapters.benchmarks import instruct
-from cl_adapters.benchmarks.cli import app
-from cl_adapters.benchmarks.data_instruct import read_tasks
-from cl_adapters.benchmarks.experiment import resolve
+from cl_adapters.benchmarks.cli.root import app
+from cl_adapters.benchmarks.run import instruct
+from cl_adapters.benchmarks.run.experiment import resolve
+from cl_adapters.benchmarks.run.instruct_data import read_tasks
 from cl_adapters.errors import BackboneUnavailable, ConfigError, DataError, UnknownName
-from cl_adapters.language import LanguageModel
+from cl_adapters.language.model import LanguageModel
 from cl_adapters.parts.abstention import Abstention
 
 ROWS = {"mood": [("the film was good", "yes"), ("a dull film", "no")], "colour": [("the colour of sky", "dark blue")]}

@@ -26,12 +26,12 @@ import torch
 from torch import Tensor, nn
 
 from cl_adapters.adapters.bottleneck import Bottleneck
-from cl_adapters.backbone import FrozenBackbone
+from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.errors import PoolError, UnknownName
 from cl_adapters.pool import AdapterPool, NewAdapter, PoolClass, Record, manifest
 from cl_adapters.pool.disk import locked
 from cl_adapters.pool.model_card import CARD
-from cl_adapters.sites import Site, Tap
+from cl_adapters.sites.sites import Site, Tap
 
 SMALL = Bottleneck(bottleneck=1)
 CLASSES = [PoolClass(label=0), PoolClass(label=1)]

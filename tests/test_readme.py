@@ -12,7 +12,7 @@ import pytest
 import typer
 from PIL import Image
 
-from cl_adapters.benchmarks.cli import app
+from cl_adapters.benchmarks.cli.root import app
 
 
 def blocks(repo_root: Path, language: str) -> list[str]:

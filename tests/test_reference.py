@@ -8,9 +8,9 @@ from pathlib import Path
 import pytest
 import torch
 
-from cl_adapters.benchmarks.experiment import Experiment, resolve
-from cl_adapters.benchmarks.runner import run
-from cl_adapters.model import AdapterModel
+from cl_adapters.benchmarks.run.experiment import Experiment, resolve
+from cl_adapters.benchmarks.run.runner import run
+from cl_adapters.model.facade import AdapterModel
 from cl_adapters.parts.ridge import Ridge
 from cl_adapters.strategies import ranpac
 

@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cl_adapters.benchmarks.report import render, write_report
-from cl_adapters.benchmarks.results import BackboneInfo, Expansion, Passes, Results, Routing, Seconds, write
+from cl_adapters.benchmarks.report.report import render, write_report
+from cl_adapters.benchmarks.results.results import BackboneInfo, Expansion, Passes, Results, Routing, Seconds, write
 from cl_adapters.errors import StorageError
 
 NASTY = "<script>alert('x')</script>\"><img src=http://evil.example/x onerror=alert(1)>&amp;"

@@ -10,7 +10,16 @@ import numpy as np
 import pytest
 
 from cl_adapters.benchmarks import results as module
-from cl_adapters.benchmarks.results import BackboneInfo, Expansion, Passes, Results, Routing, Seconds, read, write
+from cl_adapters.benchmarks.results.results import (
+    BackboneInfo,
+    Expansion,
+    Passes,
+    Results,
+    Routing,
+    Seconds,
+    read,
+    write,
+)
 from cl_adapters.errors import ConfigError, StorageError
 from cl_adapters.strategies import expansion as strategies_expansion
 

@@ -11,12 +11,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl_adapters.adapters.bottleneck import Bottleneck
-from cl_adapters.backbone import FrozenBackbone
-from cl_adapters.bank import BARE, AdapterBank, Route
+from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.bank.bank import BARE, AdapterBank, Route
 from cl_adapters.config import build
 from cl_adapters.errors import ClAdaptersError, ConfigError, DataError, IncompatibleBackbone
 from cl_adapters.features import FeatureMemory
-from cl_adapters.model import AdapterModel
+from cl_adapters.model.facade import AdapterModel
 from cl_adapters.parts.keys import Keys, KeysConfig, centroids
 from cl_adapters.predictors import Predictor
 from cl_adapters.predictors.knn_vote import KNNVote

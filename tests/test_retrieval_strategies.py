@@ -11,10 +11,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cl_adapters.backbone import FrozenBackbone
+from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.errors import ClAdaptersError, ConfigError, UnknownName
 from cl_adapters.index.index import AdapterIndex
-from cl_adapters.model import AdapterModel
+from cl_adapters.model.facade import AdapterModel
 from cl_adapters.parts.keys import Keys, KeysConfig
 from cl_adapters.predictors.base import predictor_from
 from cl_adapters.predictors.knn_vote import KNNVote

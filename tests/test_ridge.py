@@ -15,9 +15,9 @@ from torch import nn
 from torch.utils.data import TensorDataset
 
 from cl_adapters.adapters import adapters
-from cl_adapters.backbone import FrozenBackbone
+from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.errors import ClAdaptersError, ConfigError, IncompatibleBackbone
-from cl_adapters.model import AdapterModel
+from cl_adapters.model.facade import AdapterModel
 from cl_adapters.parts.ridge import Ridge, random_projection
 from cl_adapters.predictors.ridge import RidgeClassifier
 from cl_adapters.strategies.ranpac import RanPAC, RanPACConfig, hold_back

@@ -7,9 +7,9 @@ from typing import Any
 
 import torch
 
-from cl_adapters.benchmarks.experiment import resolve
-from cl_adapters.benchmarks.results import BackboneInfo
-from cl_adapters.benchmarks.rows import growth, to_results
+from cl_adapters.benchmarks.results.results import BackboneInfo
+from cl_adapters.benchmarks.run.experiment import resolve
+from cl_adapters.benchmarks.run.rows import growth, to_results
 from cl_adapters.strategies.expansion import Expansion
 
 

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from cl_adapters.errors import ConfigError
-from cl_adapters.model import AdapterModel
+from cl_adapters.model.facade import AdapterModel
 from cl_adapters.strategies import SEMA
 
 TASKS = ([3, 7], [1], [0, 5], [2, 9], [4])

@@ -9,8 +9,8 @@ from PIL import Image
 from torch.utils.data import DataLoader
 
 from cl_adapters.benchmarks.base import BenchmarkData, ImageSet
-from cl_adapters.benchmarks.datasets import ImageDataset, task_indices
-from cl_adapters.benchmarks.streams import to_avalanche
+from cl_adapters.benchmarks.streams.avalanche import to_avalanche
+from cl_adapters.benchmarks.streams.datasets import ImageDataset, task_indices
 
 ORDER, SIZES = (3, 0, 6, 5, 1, 2, 4), (3, 1, 2, 1)
 

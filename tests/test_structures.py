@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from cl_adapters.errors import IncompatibleBackbone
-from cl_adapters.site_families import find_family
+from cl_adapters.sites.families import find_family
 
 
 def make(name: str, **options: Any) -> nn.Module:

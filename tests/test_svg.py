@@ -2,7 +2,7 @@
 
 import itertools
 
-from cl_adapters.benchmarks.svg import amount, colour, duration, ink, rough_duration, thinned, ticks
+from cl_adapters.benchmarks.report.svg import amount, colour, duration, ink, rough_duration, thinned, ticks
 
 
 def test_axis_steps_and_labels() -> None:

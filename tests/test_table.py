@@ -8,9 +8,9 @@ from typing import Any
 
 import pytest
 
-from cl_adapters.benchmarks import table
-from cl_adapters.benchmarks.experiment import resolve
-from cl_adapters.benchmarks.table import Choice, jobs, known_strategies
+from cl_adapters.benchmarks.bench import table
+from cl_adapters.benchmarks.bench.table import Choice, jobs, known_strategies
+from cl_adapters.benchmarks.run.experiment import resolve
 from cl_adapters.errors import ConfigError
 from cl_adapters.strategies.base import strategies
 
@@ -87,7 +87,7 @@ def test_failed_runs_are_told_and_unreadable_words_end_the_command(
         assert "digits:0" in command
         return subprocess.CompletedProcess(command, 2, "", "error: digits takes no argument\n")
 
-    monkeypatch.setattr("cl_adapters.benchmarks.table.subprocess.run", fail)
+    monkeypatch.setattr("cl_adapters.benchmarks.bench.table.subprocess.run", fail)
     words = ["--strategies", "mos", "--seeds", "0", "--out", str(tmp_path)]
     assert table.main([*words, "--benchmarks", "digits:0"]) == 1
     assert "mos-digits_0-s0: ['error: digits takes no argument']" in capsys.readouterr().err

@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from cl_adapters.adapters.base import AdapterType, adapter_from
-from cl_adapters.backbone import FrozenBackbone
-from cl_adapters.bank import AdapterBank, Route
+from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.backbones.tokens import NO_TOKEN
+from cl_adapters.bank.bank import AdapterBank, Route
 from cl_adapters.errors import IncompatibleBackbone
-from cl_adapters.tokens import NO_TOKEN
 
 transformers = pytest.importorskip("transformers")
 

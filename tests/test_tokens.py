@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
+from cl_adapters.backbones.text import TextPreprocessing, tokenizer_hash
+from cl_adapters.backbones.tokens import from_mapping, from_rows, is_tokens, mask_of, packed, padded, unpadded
 from cl_adapters.errors import ConfigError, DataError
-from cl_adapters.text_preprocessing import TextPreprocessing, tokenizer_hash
-from cl_adapters.tokens import from_mapping, from_rows, is_tokens, mask_of, packed, padded, unpadded
 
 X = -1
 

@@ -11,13 +11,13 @@ from torch import Tensor, nn
 from torch.utils.data import Dataset
 
 from cl_adapters.adapters.bottleneck import Bottleneck
-from cl_adapters.backbone import FrozenBackbone
-from cl_adapters.bank import AdapterBank, Route
+from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.bank.bank import AdapterBank, Route
 from cl_adapters.errors import ClAdaptersError, IncompatibleBackbone
-from cl_adapters.hidden_store import HiddenStore
-from cl_adapters.model import AdapterModel
+from cl_adapters.model.facade import AdapterModel
 from cl_adapters.strategies import MOS, SEMA
-from cl_adapters.strategies.views import ViewLoader, Views
+from cl_adapters.strategies._loop.activation_cache import ViewLoader, Views
+from cl_adapters.strategies._loop.hidden_store import HiddenStore
 
 DEPTH = 4
 

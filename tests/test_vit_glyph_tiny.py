@@ -12,17 +12,17 @@ from safetensors.torch import load_file
 from torch import nn
 
 import cl_adapters
-from cl_adapters.backbone import FrozenBackbone
-from cl_adapters.benchmarks.glyph_batches import EASY, STYLE, draw_batch, training_classes
-from cl_adapters.benchmarks.glyph_classes import glyph_classes
-from cl_adapters.benchmarks.pretrain_vit_glyph import (
+from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.benchmarks.glyphs.batches import EASY, STYLE, draw_batch, training_classes
+from cl_adapters.benchmarks.glyphs.classes import glyph_classes
+from cl_adapters.benchmarks.glyphs.pretrain import (
     ARCHITECTURE,
     CosineClassifier,
     Recipe,
     build_encoder,
     save,
 )
-from cl_adapters.benchmarks.probe_vit_glyph import Probes
+from cl_adapters.benchmarks.glyphs.probe import Probes
 
 ASSETS = Path(cl_adapters.__file__).parent / "assets"
 WEIGHTS = ASSETS / "vit_glyph_tiny.safetensors"

@@ -7,8 +7,8 @@ from pathlib import Path
 from typing import ClassVar
 
 from cl_adapters.benchmarks.base import BenchmarkData, benchmarks
-from cl_adapters.benchmarks.text_benchmark import TextBenchmarkConfig, check_classes
-from cl_adapters.benchmarks.text_files import Row, read_rows
+from cl_adapters.benchmarks.data._text_benchmark import TextBenchmarkConfig, check_classes
+from cl_adapters.benchmarks.data._text_files import Row, read_rows
 from cl_adapters.errors import DataError
 
 COUNTS = {"train": 10_003, "test": 3_080}

@@ -12,8 +12,8 @@ from typing import Any, ClassVar, Literal
 import numpy as np
 
 from cl_adapters.benchmarks.base import BenchmarkData, arrival_order, benchmarks, split_evenly
-from cl_adapters.benchmarks.text_benchmark import TextBenchmarkConfig
-from cl_adapters.benchmarks.text_files import Row
+from cl_adapters.benchmarks.data._text_benchmark import TextBenchmarkConfig
+from cl_adapters.benchmarks.data._text_files import Row
 from cl_adapters.errors import DataError
 
 COUNTS = {"train": 15_000, "val": 3_000, "test": 4_500, "oos_train": 100, "oos_val": 100, "oos_test": 1_000}

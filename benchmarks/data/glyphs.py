@@ -22,8 +22,8 @@ from cl_adapters.benchmarks.base import (
     benchmarks,
     split_evenly,
 )
-from cl_adapters.benchmarks.glyph_classes import glyph_classes
-from cl_adapters.benchmarks.glyph_render import TEST_FACES, TRAIN_FACES, Style, render
+from cl_adapters.benchmarks.glyphs.classes import glyph_classes
+from cl_adapters.benchmarks.glyphs.render import TEST_FACES, TRAIN_FACES, Style, render
 from cl_adapters.errors import ConfigError
 
 LICENCE = (

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Any, ClassVar
 
 from cl_adapters.benchmarks.base import BenchmarkData, benchmarks
-from cl_adapters.benchmarks.text_benchmark import TextBenchmarkConfig, check_classes, hold_out
-from cl_adapters.benchmarks.text_files import Row
+from cl_adapters.benchmarks.data._text_benchmark import TextBenchmarkConfig, check_classes, hold_out
+from cl_adapters.benchmarks.data._text_files import Row
 from cl_adapters.errors import ConfigError, DataError
 
 

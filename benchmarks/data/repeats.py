@@ -23,8 +23,8 @@ from cl_adapters.benchmarks.base import (
     benchmarks,
 )
 from cl_adapters.benchmarks.data.glyphs import LICENCE, class_name
-from cl_adapters.benchmarks.glyph_classes import glyph_classes
-from cl_adapters.benchmarks.glyph_render import TEST_FACES, TRAIN_FACES, Style, render
+from cl_adapters.benchmarks.glyphs.classes import glyph_classes
+from cl_adapters.benchmarks.glyphs.render import TEST_FACES, TRAIN_FACES, Style, render
 from cl_adapters.errors import ConfigError
 
 UInt8Image = npt.NDArray[np.uint8]

@@ -13,7 +13,7 @@ from torch import Tensor
 from cl_adapters.config import build, to_plain
 from cl_adapters.errors import ConfigError
 from cl_adapters.registry import Registry
-from cl_adapters.sites import Layout, Site
+from cl_adapters.sites.sites import Layout, Site
 
 
 class AdapterType(ABC):
@@ -32,7 +32,7 @@ class AdapterType(ABC):
     @property
     @abstractmethod
     def site_kinds(self) -> tuple[str, ...]:
-        """Kinds of :class:`cl_adapters.sites.Site` that it attaches to, in every block."""
+        """Kinds of :class:`cl_adapters.sites.sites.Site` that it attaches to, in every block."""
 
     @abstractmethod
     def shapes(self, site: Site) -> dict[str, tuple[int, ...]]:

@@ -28,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cl_adapters.adapters.base import AdapterType, adapters
-from cl_adapters.sites import Site
+from cl_adapters.sites.sites import Site
 
 
 @adapters.register("bottleneck")

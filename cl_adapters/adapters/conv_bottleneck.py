@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cl_adapters.adapters.base import AdapterType, adapters
 from cl_adapters.adapters.bottleneck import check_rate, dropped, kaiming_uniform, lifted
-from cl_adapters.sites import Layout, Site
+from cl_adapters.sites.sites import Layout, Site
 
 
 @adapters.register("conv_bottleneck")

@@ -19,7 +19,7 @@ from cl_adapters.adapters.base import AdapterType, adapters
 from cl_adapters.adapters.bottleneck import affine, check_rate, dropped, kaiming_uniform, lifted
 from cl_adapters.config import LATER
 from cl_adapters.errors import ConfigError
-from cl_adapters.sites import Site
+from cl_adapters.sites.sites import Site
 
 Target = Literal["query", "key", "value", "output", "up", "gate", "down"]
 """Linear layers of a block: of the attention its three projections and that of its output, of the feed-forward network

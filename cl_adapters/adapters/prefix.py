@@ -29,7 +29,7 @@ from torch import Tensor
 from cl_adapters.adapters.base import AdapterType, adapters
 from cl_adapters.adapters.bottleneck import lifted
 from cl_adapters.errors import IncompatibleBackbone
-from cl_adapters.sites import Site
+from cl_adapters.sites.sites import Site
 
 
 @adapters.register("prefix")

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from cl_adapters import config
 from cl_adapters.errors import ConfigError
-from cl_adapters.index.base import indexes
+from cl_adapters.index.backends.base import indexes
 from cl_adapters.index.keys import KeyRule
 from cl_adapters.index.space import Similarity, check_similarity
 

@@ -7,9 +7,9 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from cl_adapters.abstention import lower_threshold, upper_threshold
 from cl_adapters.errors import ConfigError, DataError
 from cl_adapters.index.index import AdapterIndex
+from cl_adapters.openset import lower_threshold, upper_threshold
 
 if TYPE_CHECKING:
     from cl_adapters.pool.record import Record

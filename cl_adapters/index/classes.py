@@ -8,7 +8,7 @@ import numpy as np
 import torch
 
 from cl_adapters.index.answers import Neighbours
-from cl_adapters.index.base import Ids
+from cl_adapters.index.backends.base import Ids
 
 WIDER = 4
 """How many times as many keys the next search asks for."""

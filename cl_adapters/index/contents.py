@@ -12,8 +12,8 @@ import torch
 from cl_adapters import config
 from cl_adapters.errors import DataError, StorageError
 from cl_adapters.index.answers import Changes, IndexConfig, IndexStats, Neighbours
-from cl_adapters.index.base import Floats, Ids, IndexBackend, finite_rows, indexes
-from cl_adapters.index.choice import choose
+from cl_adapters.index.backends._choice import choose
+from cl_adapters.index.backends.base import Floats, Ids, IndexBackend, finite_rows, indexes
 from cl_adapters.index.keys import KeySource, digest, make_keys, space_of
 from cl_adapters.index.space import Space
 from cl_adapters.index.table import KeyTable

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from cl_adapters.errors import DataError, StorageError, UnknownName
 from cl_adapters.index.answers import Changes, Hit, IndexConfig, IndexStats, Neighbours
-from cl_adapters.index.base import Ids, IndexBackend
+from cl_adapters.index.backends.base import Ids, IndexBackend
 from cl_adapters.index.classes import nearest_classes
 from cl_adapters.index.contents import Contents, wanted
 from cl_adapters.index.index_files import default_folder, open_index, save_index

@@ -18,15 +18,15 @@ from typing import Any
 import numpy as np
 
 from cl_adapters import config as configs
+from cl_adapters._io import new_folder, read_json, write_json
 from cl_adapters.errors import ClAdaptersError, StorageError
 from cl_adapters.index.answers import IndexConfig
 from cl_adapters.index.arrays import read_array, write_array
-from cl_adapters.index.base import IndexBackend
+from cl_adapters.index.backends.base import IndexBackend
 from cl_adapters.index.contents import Contents
 from cl_adapters.index.keys import KeySource
 from cl_adapters.index.space import Space
 from cl_adapters.index.table import KeyTable
-from cl_adapters.storage import new_folder, read_json, write_json
 
 SCHEMA_VERSION = 1
 

@@ -12,10 +12,10 @@ from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
 import numpy as np
 from torch import Tensor
 
+from cl_adapters._seeding import derive
 from cl_adapters.errors import ConfigError, DataError
-from cl_adapters.index.base import Floats, Ids, finite_rows
+from cl_adapters.index.backends.base import Floats, Ids, finite_rows
 from cl_adapters.index.space import Space, fit_space
-from cl_adapters.randomness import derive
 
 if TYPE_CHECKING:
     from cl_adapters.pool.record import Record

@@ -21,7 +21,7 @@ import numpy as np
 import numpy.typing as npt
 
 from cl_adapters.errors import ConfigError, DataError
-from cl_adapters.index.base import Floats, Metric
+from cl_adapters.index.backends.base import Floats, Metric
 
 Similarity = Literal["cosine", "ip", "l2", "mahalanobis"]
 Doubles: TypeAlias = npt.NDArray[np.float64]

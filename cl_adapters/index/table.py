@@ -8,7 +8,7 @@ from typing import Any
 import numpy as np
 
 from cl_adapters.errors import StorageError, UnknownName
-from cl_adapters.index.base import Ids
+from cl_adapters.index.backends.base import Ids
 
 
 class KeyTable:

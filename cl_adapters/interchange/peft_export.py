@@ -9,9 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cl_adapters._io import new_folder, put_tensors, write_json
 from cl_adapters.adapters.base import AdapterType, adapter_to_plain, adapters
-from cl_adapters.backbone import FrozenBackbone
-from cl_adapters.bank import sites_of
+from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.bank.bank import sites_of
 from cl_adapters.errors import ClAdaptersError, ConfigError, UnknownName
 from cl_adapters.interchange.peft_folder import (
     CONFIG,
@@ -25,8 +26,7 @@ from cl_adapters.interchange.peft_folder import (
     rows_of,
 )
 from cl_adapters.merge.adapters import Factors, factors_of
-from cl_adapters.sites import Site
-from cl_adapters.storage import new_folder, put_tensors, write_json
+from cl_adapters.sites.sites import Site
 
 TASK_TYPES: dict[str | None, bool] = {
     None: False,

@@ -16,9 +16,9 @@ from collections.abc import Iterable
 from typing import get_args
 
 from cl_adapters.adapters.lora import Target
-from cl_adapters.backbone import FrozenBackbone
+from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.errors import IncompatibleBackbone
-from cl_adapters.sites import Site, Tap
+from cl_adapters.sites.sites import Site, Tap
 
 CONFIG = "adapter_config.json"
 TENSORS = "adapter_model.safetensors"

@@ -14,7 +14,7 @@ from safetensors.torch import load
 from torch import Tensor
 
 from cl_adapters.adapters.lora import LoRA, Target
-from cl_adapters.backbone import FrozenBackbone
+from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.errors import ClAdaptersError, IncompatibleBackbone, StorageError
 from cl_adapters.files import read_json
 from cl_adapters.interchange.peft_config import (
@@ -38,7 +38,7 @@ from cl_adapters.interchange.peft_folder import (
     rows_of,
 )
 from cl_adapters.merge.adapters import Factors
-from cl_adapters.sites import Site
+from cl_adapters.sites.sites import Site
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,12 +8,12 @@ from collections.abc import Mapping, Sequence
 from typing import Any, Literal, TypedDict, get_args
 
 from cl_adapters.adapters.lora import LoRA, Target
-from cl_adapters.backbone import FrozenBackbone
+from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.errors import ConfigError, IncompatibleBackbone
 from cl_adapters.interchange.peft_config import PLAIN, beyond_lora, dropout_of, keeps_base, read_config, scale_of
 from cl_adapters.interchange.peft_folder import lora_layers
-from cl_adapters.site_places import is_linear
-from cl_adapters.sites import Site
+from cl_adapters.sites.places import is_linear
+from cl_adapters.sites.sites import Site
 
 ALL_LINEAR = "all-linear"
 """PEFT's word for every linear layer."""

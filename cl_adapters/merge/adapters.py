@@ -11,11 +11,11 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from cl_adapters._seeding import derive
 from cl_adapters.adapters.base import AdapterType, adapters
 from cl_adapters.errors import ClAdaptersError, ConfigError, suggestion
 from cl_adapters.merge.base import is_linear, merges
 from cl_adapters.merge.low_rank import Truncated, truncate_matrix, truncate_product
-from cl_adapters.randomness import derive
 
 Named = Mapping[str, Tensor]
 """An adapter's tensors, keyed "blocks.3.key/A"."""

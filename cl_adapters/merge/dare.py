@@ -5,9 +5,9 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
+from cl_adapters._seeding import generator
 from cl_adapters.errors import ConfigError
 from cl_adapters.merge.base import deltas, merges, on_base
-from cl_adapters.randomness import generator
 
 
 @merges.register("dare")

@@ -1,4 +1,4 @@
-"""The threshold below which an input is of none of the known classes; calibrated in :mod:`cl_adapters.abstention`."""
+"""The threshold below which an input is of none of the known classes; calibrated in :mod:`cl_adapters.openset`."""
 
 from __future__ import annotations
 
@@ -10,14 +10,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cl_adapters.bank.routes import BARE
 from cl_adapters.errors import ConfigError
 from cl_adapters.parts.base import Part, parts
-from cl_adapters.retrieval import keys_of
-from cl_adapters.routes import BARE
+from cl_adapters.parts.retrieval import keys_of
 
 if TYPE_CHECKING:
     from cl_adapters.features import LazyFeatures
-    from cl_adapters.model import AdapterModel
+    from cl_adapters.model.facade import AdapterModel
     from cl_adapters.predictors.base import Prediction
 
 

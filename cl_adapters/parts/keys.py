@@ -32,7 +32,7 @@ class KeysConfig:
         kind: "prototypes" (the mean feature), "centroids" (of k-means) or "features" (of the images themselves).
         per_class: centroids (default 4), or features drawn without replacement (default all) per class.
         held_out: share of each class's images that becomes no key, for calibrating a threshold
-            (:mod:`cl_adapters.abstention`); rounded down, so small classes may give none.
+            (:mod:`cl_adapters.openset`); rounded down, so small classes may give none.
     """
 
     kind: Kind = "prototypes"

@@ -14,12 +14,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cl_adapters.bank import AdapterBank
+from cl_adapters.bank.bank import AdapterBank
+from cl_adapters.bank.routes import Route
 from cl_adapters.errors import ClAdaptersError, ConfigError
 from cl_adapters.parts.base import parts
 from cl_adapters.parts.novelty import pooled
 from cl_adapters.parts.per_block import PerBlock, saved_entries, widths_of
-from cl_adapters.routes import Route
 
 
 @parts.register("mixture")
@@ -73,7 +73,7 @@ class Mixture(PerBlock):
         return F.linear(pooled(x_BND), weight_KD, bias_K).softmax(1)
 
     def router(self, block: int) -> Callable[[Tensor], Tensor]:
-        """:meth:`weights` of one block, for :meth:`cl_adapters.routes.Route.mixed`."""
+        """:meth:`weights` of one block, for :meth:`cl_adapters.bank.routes.Route.mixed`."""
         return functools.partial(self.weights, block)
 
     def routes(self, bank: AdapterBank) -> dict[str, Route]:

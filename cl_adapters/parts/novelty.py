@@ -11,8 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cl_adapters.alignment import cosine_lr
 from cl_adapters.errors import ClAdaptersError, TrainingDiverged
+from cl_adapters.model.alignment import cosine_lr
 from cl_adapters.parts.base import parts
 from cl_adapters.parts.per_block import PerBlock, saved_entries, widths_of
 

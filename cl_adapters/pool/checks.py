@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cl_adapters.adapters.base import AdapterType
-    from cl_adapters.backbone import FrozenBackbone
+    from cl_adapters.backbones.frozen import FrozenBackbone
 
 FLOATS = ("F32", "F16", "BF16")
 KNOWLEDGE: dict[str, tuple[str, tuple[str, ...]]] = {
@@ -54,7 +54,7 @@ def adapter_of(record: Record) -> AdapterType | None:
 
 def site_shapes(backbone: FrozenBackbone, adapter: AdapterType) -> dict[str, dict[str, tuple[int, ...]]]:
     """Shapes of the tensors at every site where the type attaches: {site: {key: shape}}."""
-    from cl_adapters.bank import sites_of
+    from cl_adapters.bank.bank import sites_of
 
     return {
         site.name: {f"{site.name}/{name}": tuple(shape) for name, shape in adapter.shapes(site).items()}
@@ -64,7 +64,7 @@ def site_shapes(backbone: FrozenBackbone, adapter: AdapterType) -> dict[str, dic
 
 def blocks_of(header: Header, backbone: FrozenBackbone, adapter: AdapterType) -> tuple[int, ...]:
     """The blocks that these tensors are for."""
-    from cl_adapters.bank import sites_of
+    from cl_adapters.bank.bank import sites_of
 
     named = {key.rpartition("/")[0] for key in header}
     return tuple(sorted({site.block for site in sites_of(backbone, adapter) if site.name in named}))
@@ -233,7 +233,7 @@ def load_backbone(card: BackboneCard) -> FrozenBackbone:
         BackboneUnavailable: its weights cannot be had here.
         PoolError: the source is none.
     """
-    from cl_adapters.backbone import FrozenBackbone
+    from cl_adapters.backbones.frozen import FrozenBackbone
 
     if not card.source:
         raise IncompatibleBackbone(

@@ -7,12 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
+from cl_adapters._io import write_json
 from cl_adapters.codecs import codec_from, codecs
 from cl_adapters.errors import PoolError
 from cl_adapters.pool.model_card import CARD, anchor_of, read_card
 from cl_adapters.pool.pool import AdapterPool
 from cl_adapters.pool.record import adapter_file
-from cl_adapters.storage import write_json
 
 if TYPE_CHECKING:
     from collections.abc import Mapping

@@ -19,7 +19,7 @@ from cl_adapters.pool.record import Record
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cl_adapters.backbone import FrozenBackbone
+    from cl_adapters.backbones.frozen import FrozenBackbone
 
 ROWS_OF_CLASSES = ("head.weight", "head.bias", "prototypes")
 ROWS_WITH_CLASSES = (("keys", "key_class"), ("held_out", "held_out_class"))

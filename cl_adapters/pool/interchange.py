@@ -28,7 +28,7 @@ from cl_adapters.pool.record import SHA, Record, adapter_file, check_id, knowled
 from cl_adapters.pool.store import decode_checked
 
 if TYPE_CHECKING:
-    from cl_adapters.backbone import FrozenBackbone
+    from cl_adapters.backbones.frozen import FrozenBackbone
 
 BY_CONTENT = re.compile(r".+\.[0-9a-f]{12}")
 RECORD, ADAPTER, ROWS = "record.json", "adapter.safetensors", "knowledge.safetensors"
@@ -63,7 +63,7 @@ def copy(source: Disk, target: Disk, ids: tuple[str, ...]) -> tuple[Record, ...]
 
 def export(disk: Disk, folder: Path, id: str) -> Path:
     """Write one adapter as a folder; see ``AdapterPool.export_to``."""
-    from cl_adapters.storage import new_folder, write_bytes, write_json
+    from cl_adapters._io import new_folder, write_bytes, write_json
 
     manifest = disk.manifest()
     record = manifest.get(id)

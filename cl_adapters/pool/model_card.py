@@ -20,7 +20,7 @@ from cl_adapters.pool.blobs import read_file
 from cl_adapters.pool.record import Record
 
 if TYPE_CHECKING:
-    from cl_adapters.model import AdapterModel
+    from cl_adapters.model.facade import AdapterModel
     from cl_adapters.pool.pool import AdapterPool
 
 CARD = "model.json"
@@ -121,7 +121,7 @@ def card_of(model: AdapterModel, pool: AdapterPool, names: Mapping[int, str]) ->
     Returns:
         JSON-ready. The predictor's own adapter is named by id and, should that change, by content.
     """
-    from cl_adapters.bank import BARE  # torch, which copying a pool does without
+    from cl_adapters.bank.bank import BARE  # torch, which copying a pool does without
     from cl_adapters.parts.abstention import Abstention
     from cl_adapters.parts.keys import Keys
     from cl_adapters.predictors.base import predictors

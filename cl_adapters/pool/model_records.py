@@ -12,18 +12,18 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from cl_adapters.bank import BARE
+from cl_adapters._io import new_folder, write_json
+from cl_adapters.bank.bank import BARE
 from cl_adapters.errors import PoolError
-from cl_adapters.model import AdapterModel
-from cl_adapters.origins import Origin
+from cl_adapters.model.facade import AdapterModel
+from cl_adapters.model.origins import Origin
 from cl_adapters.parts.keys import Keys
+from cl_adapters.parts.retrieval import keys_of
 from cl_adapters.pool.model_card import CARD, card_of
 from cl_adapters.pool.new_adapter import NewAdapter
 from cl_adapters.pool.pool import AdapterPool
 from cl_adapters.pool.record import PoolClass
 from cl_adapters.predictors.base import predictors
-from cl_adapters.retrieval import keys_of
-from cl_adapters.storage import new_folder, write_json
 
 
 def save_pool(

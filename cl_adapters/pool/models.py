@@ -13,12 +13,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from cl_adapters.backbone import FrozenBackbone
-from cl_adapters.bank import AdapterBank, Loader
+from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.bank.bank import AdapterBank, Loader
 from cl_adapters.config import build
 from cl_adapters.errors import ClAdaptersError, PoolError
-from cl_adapters.model import AdapterModel
-from cl_adapters.origins import Origin
+from cl_adapters.model.facade import AdapterModel
+from cl_adapters.model.origins import Origin
 from cl_adapters.parts.abstention import Abstention
 from cl_adapters.parts.keys import Keys, KeysConfig
 from cl_adapters.pool.checks import adapter_of, check_fingerprint

@@ -20,7 +20,7 @@ from cl_adapters.pool.verify import Verification, verify_files
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cl_adapters.backbone import FrozenBackbone
+    from cl_adapters.backbones.frozen import FrozenBackbone
 
 T = TypeVar("T")
 P = TypeVar("P", bound="PoolReader")

@@ -27,7 +27,7 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cl_adapters.adapters.base import AdapterType
-    from cl_adapters.backbone import FrozenBackbone
+    from cl_adapters.backbones.frozen import FrozenBackbone
     from cl_adapters.codecs import Codec
 
 

@@ -18,7 +18,7 @@ from cl_adapters.pool.store import load_adapter, load_knowledge
 if TYPE_CHECKING:
     from torch import Tensor
 
-    from cl_adapters.backbone import FrozenBackbone
+    from cl_adapters.backbones.frozen import FrozenBackbone
 
 
 @dataclass(frozen=True)

@@ -14,7 +14,7 @@ from cl_adapters.registry import Registry
 
 if TYPE_CHECKING:
     from cl_adapters.features import LazyFeatures
-    from cl_adapters.model import AdapterModel
+    from cl_adapters.model.facade import AdapterModel
 
 
 @dataclass(frozen=True)
@@ -27,7 +27,7 @@ class Prediction:
         passes: float32 [B], backbone passes that were run for each sample; fractions where adapters sit in late blocks
             and the blocks before them were shared.
         abstained: bool [B], samples that are of no known class: their logits are cosines to the classes' means under
-            the bare backbone. None where no threshold was set (:mod:`cl_adapters.abstention`).
+            the bare backbone. None where no threshold was set (:mod:`cl_adapters.openset`).
     """
 
     logits: Tensor

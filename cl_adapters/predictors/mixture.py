@@ -9,14 +9,14 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 from torch import Tensor
 
+from cl_adapters.bank.routes import Route
 from cl_adapters.errors import ClAdaptersError
 from cl_adapters.parts.mixture import Mixture
 from cl_adapters.predictors.base import Prediction, Predictor, predictors
-from cl_adapters.routes import Route
 
 if TYPE_CHECKING:
     from cl_adapters.features import LazyFeatures
-    from cl_adapters.model import AdapterModel
+    from cl_adapters.model.facade import AdapterModel
 
 
 @predictors.register("mixture")

@@ -5,13 +5,13 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
+from cl_adapters.bank.routes import BARE
+from cl_adapters.parts.retrieval import answered, keys_of
 from cl_adapters.predictors.base import Prediction, Predictor, predictors
-from cl_adapters.retrieval import answered, keys_of
-from cl_adapters.routes import BARE
 
 if TYPE_CHECKING:
     from cl_adapters.features import LazyFeatures
-    from cl_adapters.model import AdapterModel
+    from cl_adapters.model.facade import AdapterModel
 
 
 @predictors.register("nearest_key")

@@ -9,7 +9,7 @@ from cl_adapters.predictors.base import Prediction, Predictor, predictors
 
 if TYPE_CHECKING:
     from cl_adapters.features import LazyFeatures
-    from cl_adapters.model import AdapterModel
+    from cl_adapters.model.facade import AdapterModel
 
 
 @predictors.register("nearest_prototype")

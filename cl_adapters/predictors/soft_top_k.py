@@ -7,13 +7,13 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 
+from cl_adapters.bank.routes import BARE, Route
+from cl_adapters.parts.retrieval import answered, check_neighbours, keys_of
 from cl_adapters.predictors.base import Prediction, Predictor, predictors
-from cl_adapters.retrieval import answered, check_neighbours, keys_of
-from cl_adapters.routes import BARE, Route
 
 if TYPE_CHECKING:
     from cl_adapters.features import LazyFeatures
-    from cl_adapters.model import AdapterModel
+    from cl_adapters.model.facade import AdapterModel
 
 
 @predictors.register("soft_top_k")

@@ -15,15 +15,15 @@ from typing import ClassVar, Literal
 import torch
 from torch import Tensor, nn
 
+from cl_adapters._seeding import generator
 from cl_adapters.adapters.base import AdapterField
 from cl_adapters.adapters.lora import LoRA
+from cl_adapters.bank.routes import Route, Routes
 from cl_adapters.errors import ClAdaptersError, TrainingDiverged
-from cl_adapters.language import LanguageModel
-from cl_adapters.language_tokens import joined
+from cl_adapters.language.model import LanguageModel
+from cl_adapters.language.tokens import joined
 from cl_adapters.parts.keys import KeysConfig
-from cl_adapters.randomness import generator
 from cl_adapters.registry import Registry
-from cl_adapters.routes import Route, Routes
 from cl_adapters.strategies.instruct.tasks import InstructTask
 
 POOLED = 16

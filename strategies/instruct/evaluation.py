@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from cl_adapters.errors import ConfigError
-from cl_adapters.language import LanguageModel
+from cl_adapters.language.model import LanguageModel
 from cl_adapters.strategies.instruct.base import InstructMethod
 from cl_adapters.strategies.instruct.tasks import Example, InstructTask
 

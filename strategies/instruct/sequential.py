@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import ClassVar
 
-from cl_adapters.routes import Route, Routes
+from cl_adapters.bank.routes import Route, Routes
 from cl_adapters.strategies.instruct.base import InstructMethod, check_learned, instruct_methods
 
 

@@ -10,7 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cl_adapters.backbone import FrozenBackbone
+from cl_adapters.backbones.frozen import FrozenBackbone
 
 SIZES: dict[str, Any] = {
     "vocab_size": 60,

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import nn
 
-from cl_adapters.backbone import FrozenBackbone
+from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.errors import BackboneUnavailable, ClAdaptersError, ConfigError, DataError, IncompatibleBackbone
 from tests.backbones.conftest import ENCODERS, TEXT, model_of
 

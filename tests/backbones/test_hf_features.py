@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cl_adapters.backbone import FrozenBackbone
+from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.errors import IncompatibleBackbone
 from tests.backbones.conftest import DECODERS, IMAGES, SIZES, TEXT, TEXTS, model_of, tokens_of
 

@@ -12,12 +12,12 @@ from pathlib import Path
 import pytest
 import torch
 
-from cl_adapters.backbone import FrozenBackbone
-from cl_adapters.benchmarks.experiment import BackboneConfig
+from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.backbones.text import TextPreprocessing
+from cl_adapters.benchmarks.run.experiment import BackboneConfig
 from cl_adapters.config import build
-from cl_adapters.model import AdapterModel
+from cl_adapters.model.facade import AdapterModel
 from cl_adapters.pool.checks import card_of, load_backbone
-from cl_adapters.text_preprocessing import TextPreprocessing
 from tests.backbones.conftest import ENCODERS, TEXTS, model_of, tokenizer
 
 pytest.importorskip("transformers")

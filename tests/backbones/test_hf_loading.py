@@ -9,11 +9,11 @@ from typing import Any
 import pytest
 import torch
 
-from cl_adapters import hf_source
-from cl_adapters.backbone import FrozenBackbone
+from cl_adapters.backbones import hf_load as hf_source
+from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.backbones.preprocessing import Preprocessing
+from cl_adapters.backbones.text import TextPreprocessing
 from cl_adapters.errors import BackboneUnavailable, ClAdaptersError, ConfigError
-from cl_adapters.preprocessing import Preprocessing
-from cl_adapters.text_preprocessing import TextPreprocessing
 from tests.backbones.conftest import DECODERS, IMAGES, PATCHES, SIZES, TEXTS, model_of, tokenizer
 
 transformers = pytest.importorskip("transformers")

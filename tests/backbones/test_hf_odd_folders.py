@@ -12,10 +12,10 @@ import pytest
 import torch
 from torch import nn
 
-from cl_adapters.backbone import FrozenBackbone
+from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.backbones.hf_forward import is_causal
 from cl_adapters.errors import BackboneUnavailable, ConfigError, DataError
-from cl_adapters.hf_forward import is_causal
-from cl_adapters.language import LanguageModel
+from cl_adapters.language.model import LanguageModel
 from tests.backbones.conftest import DECODERS, TEXTS, model_of
 
 transformers = pytest.importorskip("transformers")

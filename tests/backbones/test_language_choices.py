@@ -12,15 +12,15 @@ import pytest
 import torch
 from torch import Tensor
 
+from cl_adapters._seeding import generator
 from cl_adapters.adapters.base import AdapterType
 from cl_adapters.adapters.bottleneck import Bottleneck
 from cl_adapters.adapters.lora import LoRA
 from cl_adapters.adapters.prefix import Prefix
-from cl_adapters.language import LanguageModel
-from cl_adapters.language_choices import shared_scores
-from cl_adapters.language_routes import summed
-from cl_adapters.randomness import generator
-from cl_adapters.routes import BARE, Route
+from cl_adapters.bank.routes import BARE, Route
+from cl_adapters.language.choices import shared_scores
+from cl_adapters.language.model import LanguageModel
+from cl_adapters.language.routes import summed
 from tests.backbones.conftest import DECODERS
 
 pytest.importorskip("transformers")

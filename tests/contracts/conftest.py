@@ -13,9 +13,9 @@ from torch import Tensor
 
 from cl_adapters.adapters import adapters
 from cl_adapters.adapters.base import AdapterType
-from cl_adapters.backbone import FrozenBackbone
-from cl_adapters.bank import AdapterBank
-from cl_adapters.sites import Layout, Site
+from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.bank.bank import AdapterBank
+from cl_adapters.sites.sites import Layout, Site
 from tests.contracts.families import FAMILIES, Case, case_of
 
 NUMBERS: dict[str, tuple[Any, ...]] = {"dropout": (0.0, 0.5), "kernel": (1, 3)}

@@ -9,11 +9,11 @@ import pytest
 from torch import Tensor
 
 from cl_adapters.adapters.base import AdapterType
-from cl_adapters.backbone import FrozenBackbone
-from cl_adapters.bank import AdapterBank
-from cl_adapters.batches import Inputs
+from cl_adapters.backbones.batches import Inputs
+from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.bank.bank import AdapterBank
 from cl_adapters.errors import IncompatibleBackbone
-from cl_adapters.sites import Layout
+from cl_adapters.sites.sites import Layout
 
 AROUND = ("attn_parallel", "attn_sequential", "attn_before")
 FFN = ("ffn_parallel", "ffn_sequential", "ffn_before")

@@ -11,9 +11,9 @@ from torch import Tensor
 
 from cl_adapters.adapters import adapters
 from cl_adapters.adapters.base import AdapterType, adapter_from, adapter_to_plain
-from cl_adapters.bank import sites_of
+from cl_adapters.bank.bank import sites_of
 from cl_adapters.errors import ConfigError, IncompatibleBackbone, UnknownName
-from cl_adapters.sites import Site, Tap
+from cl_adapters.sites.sites import Site, Tap
 
 WIDTH = 12
 

@@ -14,13 +14,13 @@ import torch
 from torch import Tensor, nn
 
 from cl_adapters.adapters.bottleneck import Bottleneck
-from cl_adapters.backbone import FrozenBackbone
-from cl_adapters.bank import AdapterBank, Route
-from cl_adapters.batches import Inputs, take
+from cl_adapters.backbones.batches import Inputs, take
+from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.backbones.preprocessing import Preprocessing
+from cl_adapters.bank.bank import AdapterBank, Route
 from cl_adapters.errors import ClAdaptersError
-from cl_adapters.model import AdapterModel
+from cl_adapters.model.facade import AdapterModel
 from cl_adapters.predictors.self_refine import SelfRefine
-from cl_adapters.preprocessing import Preprocessing
 
 
 def routed(bank: AdapterBank, backbone: FrozenBackbone, x: Inputs, route: Route) -> Tensor:

@@ -12,8 +12,8 @@ from torch import Tensor, nn
 
 from cl_adapters.adapters.base import AdapterType
 from cl_adapters.adapters.bottleneck import Bottleneck
-from cl_adapters.backbone import FrozenBackbone
-from cl_adapters.bank import BARE, AdapterBank, Route
+from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.bank.bank import BARE, AdapterBank, Route
 from cl_adapters.errors import ClAdaptersError
 
 Filled = Callable[..., AdapterBank]

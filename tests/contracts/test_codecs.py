@@ -21,7 +21,7 @@ from cl_adapters.codecs.onebit import OneBit
 from cl_adapters.codecs.packing import pack_positions, unpack_positions
 from cl_adapters.codecs.ternary import Ternary
 from cl_adapters.errors import ClAdaptersError, ConfigError, StorageError, UnknownName
-from cl_adapters.sites import Site, Tap
+from cl_adapters.sites.sites import Site, Tap
 
 Named = dict[str, Tensor]
 CODECS: list[Codec] = [codecs.get(name)() for name in codecs.names()]

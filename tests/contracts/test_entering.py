@@ -11,7 +11,7 @@ from torch import Tensor
 
 from cl_adapters.adapters import adapters
 from cl_adapters.adapters.base import AdapterType, adapter_from
-from cl_adapters.bank import BARE, AdapterBank, Route
+from cl_adapters.bank.bank import BARE, AdapterBank, Route
 from cl_adapters.errors import IncompatibleBackbone
 
 PLAIN = ("ViT", "DeiT", "DINOv2", "CLIP", "SigLIP", "drop path")
@@ -101,7 +101,7 @@ def test_rows_may_be_entered_one_by_one(case: Any) -> None:
 def test_a_subclass_that_computes_otherwise_is_refused(tiny_vit: Any) -> None:
     from timm.models.vision_transformer import VisionTransformer
 
-    from cl_adapters.backbone import FrozenBackbone
+    from cl_adapters.backbones.frozen import FrozenBackbone
 
     class Doubled(VisionTransformer):
         def forward_features(self, x: torch.Tensor) -> torch.Tensor:  # type: ignore[override]

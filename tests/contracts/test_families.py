@@ -9,9 +9,9 @@ import torch
 
 from cl_adapters.adapters import adapters
 from cl_adapters.adapters.base import AdapterType, adapter_from
-from cl_adapters.backbone import FrozenBackbone
-from cl_adapters.bank import BARE, AdapterBank, Route
-from cl_adapters.batches import take
+from cl_adapters.backbones.batches import take
+from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.bank.bank import BARE, AdapterBank, Route
 from tests.contracts.family_sites import fitting, routed
 
 TYPES = [pytest.param(adapter_from(name), id=name) for name in adapters.names()]

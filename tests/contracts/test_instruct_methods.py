@@ -14,8 +14,8 @@ import torch
 from cl_adapters.adapters.lora import LoRA
 from cl_adapters.config import build, to_plain
 from cl_adapters.errors import ClAdaptersError, DataError, PoolError
-from cl_adapters.language import LanguageModel
-from cl_adapters.model import AdapterModel
+from cl_adapters.language.model import LanguageModel
+from cl_adapters.model.facade import AdapterModel
 from cl_adapters.strategies.instruct import Example, InstructConfig, InstructMethod, InstructTask, instruct_methods
 from cl_adapters.strategies.instruct.evaluation import evaluate
 

@@ -12,11 +12,11 @@ from torch import Tensor, nn
 
 from cl_adapters.adapters.base import AdapterType
 from cl_adapters.adapters.bottleneck import Bottleneck
-from cl_adapters.backbone import FrozenBackbone
-from cl_adapters.bank import AdapterBank, Route
+from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.bank.bank import AdapterBank, Route
 from cl_adapters.errors import IncompatibleBackbone
-from cl_adapters.model import AdapterModel
-from cl_adapters.sites import Site, Tap
+from cl_adapters.model.facade import AdapterModel
+from cl_adapters.sites.sites import Site, Tap
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor, nn
 
 from cl_adapters.adapters.bottleneck import Bottleneck
-from cl_adapters.backbone import FrozenBackbone
-from cl_adapters.bank import AdapterBank, Route
+from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.bank.bank import AdapterBank, Route
 from cl_adapters.config import build, to_plain
 from cl_adapters.errors import ClAdaptersError, ConfigError
 from cl_adapters.features import FeatureMemory
-from cl_adapters.model import AdapterModel
+from cl_adapters.model.facade import AdapterModel
 from cl_adapters.parts.keys import Keys, KeysConfig
 from cl_adapters.parts.mixture import Mixture
 from cl_adapters.parts.ridge import Ridge, random_projection

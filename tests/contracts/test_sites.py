@@ -10,9 +10,9 @@ import torch
 from torch import Tensor, nn
 
 from cl_adapters.adapters.base import adapter_from
-from cl_adapters.bank import AdapterBank, Route
+from cl_adapters.bank.bank import AdapterBank, Route
 from cl_adapters.errors import IncompatibleBackbone
-from cl_adapters.site_families import find_family
+from cl_adapters.sites.families import find_family
 from tests.contracts.family_sites import AROUND, FFN, KINDS, LAYERS, LINEAR, fitting, lacks_of, layout_of, routed
 
 

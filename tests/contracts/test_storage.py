@@ -14,15 +14,16 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cl_adapters import model_files, storage
+from cl_adapters import _io as storage
+from cl_adapters._io import get_tensors, new_folder, put_tensors
 from cl_adapters.adapters.bottleneck import Bottleneck
-from cl_adapters.backbone import FrozenBackbone
-from cl_adapters.bank import AdapterBank
+from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.bank.bank import AdapterBank
 from cl_adapters.errors import ClAdaptersError, IncompatibleBackbone, StorageError, UnknownName
-from cl_adapters.model import AdapterModel
+from cl_adapters.model import files as model_files
+from cl_adapters.model.facade import AdapterModel
+from cl_adapters.model.statistics import FullGaussian
 from cl_adapters.predictors.self_refine import SelfRefine
-from cl_adapters.statistics import FullGaussian
-from cl_adapters.storage import get_tensors, new_folder, put_tensors
 
 MakeBackbone = Callable[..., FrozenBackbone]
 

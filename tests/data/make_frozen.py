@@ -25,7 +25,7 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from cl_adapters import AdapterIndex, AdapterModel, AdapterPool
-from cl_adapters.benchmarks.cli import app
+from cl_adapters.benchmarks.cli.root import app
 from cl_adapters.predictors import predictors
 
 IMAGES = 16

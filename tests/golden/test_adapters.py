@@ -16,7 +16,7 @@ import torch
 
 from cl_adapters.adapters.bottleneck import Bottleneck
 from cl_adapters.adapters.conv_bottleneck import ConvBottleneck
-from cl_adapters.sites import Site, Tap
+from cl_adapters.sites.sites import Site, Tap
 
 Array = npt.NDArray[np.float64]
 WIDTH, RANK = 768, 16

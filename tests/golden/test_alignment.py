@@ -12,9 +12,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from cl_adapters.alignment import Alignment, align
-from cl_adapters.heads import LinearHead
-from cl_adapters.statistics import ClassStatistics, Covariance
+from cl_adapters.model.alignment import Alignment, align
+from cl_adapters.model.heads import LinearHead
+from cl_adapters.model.statistics import ClassStatistics, Covariance
 
 CLASSES, WIDTH, DRAWS, EPOCHS = 5, 6, 8, 4
 LR, MOMENTUM, DECAY = 0.05, 0.9, 5e-3

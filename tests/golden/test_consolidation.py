@@ -22,10 +22,10 @@ from avalanche.core import SupervisedPlugin
 from torch import Tensor
 from torch.utils.data import TensorDataset
 
-from cl_adapters.alignment import Alignment, align
-from cl_adapters.bank import Route
+from cl_adapters._seeding import generator
+from cl_adapters.bank.bank import Route
+from cl_adapters.model.alignment import Alignment, align
 from cl_adapters.predictors.self_refine import SelfRefine
-from cl_adapters.randomness import generator
 from cl_adapters.strategies.mos import MOS
 
 MakeMos = Callable[..., MOS]

@@ -16,8 +16,8 @@ import torch
 from avalanche.core import SupervisedPlugin
 from torch import Tensor, nn
 
-from cl_adapters.backbone import FrozenBackbone
-from cl_adapters.model import AdapterModel
+from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.model.facade import AdapterModel
 from cl_adapters.parts.accumulation import Accumulation
 from cl_adapters.strategies.lae import LAE, LAEConfig
 

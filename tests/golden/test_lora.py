@@ -17,9 +17,9 @@ import torch
 from torch import Tensor, nn
 
 from cl_adapters.adapters.lora import LoRA
-from cl_adapters.backbone import FrozenBackbone
-from cl_adapters.bank import AdapterBank, Route
-from cl_adapters.sites import Site, Tap
+from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.bank.bank import AdapterBank, Route
+from cl_adapters.sites.sites import Site, Tap
 
 LAE = LoRA(rank=5, learn_scale=True)
 

@@ -14,9 +14,9 @@ import torch
 from torch import Tensor
 
 from cl_adapters.adapters.prefix import Prefix
-from cl_adapters.backbone import FrozenBackbone
-from cl_adapters.bank import AdapterBank, Route
-from cl_adapters.sites import Site, Tap
+from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.bank.bank import AdapterBank, Route
+from cl_adapters.sites.sites import Site, Tap
 
 WIDTH, HEADS, LENGTH = 32, 4, 3
 SITE = Site(

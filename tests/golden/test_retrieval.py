@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cl_adapters.bank import Route
+from cl_adapters.bank.bank import Route
 from cl_adapters.features import LazyFeatures
-from cl_adapters.heads import PrototypeHead
+from cl_adapters.model.heads import PrototypeHead
 from cl_adapters.predictors.base import Prediction
 from cl_adapters.predictors.self_refine import SelfRefine
 

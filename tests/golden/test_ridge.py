@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cl_adapters.bank import Route
+from cl_adapters.bank.bank import Route
 from cl_adapters.parts.ridge import Ridge, pack, random_projection, unpack
 from cl_adapters.strategies.ranpac import RanPAC, hold_back
 

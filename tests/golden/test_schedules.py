@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from cl_adapters.alignment import cosine_lr
+from cl_adapters.model.alignment import cosine_lr
 from cl_adapters.strategies.phases import ParamGroup, Phase, all_classes_loss
 
 VALUES = [(10, 0, 1.0), (10, 5, 0.5), (10, 9, 0.0244717), (20, 0, 1.0), (20, 10, 0.5), (20, 19, 0.0061558)]

@@ -10,7 +10,7 @@ import numpy.typing as npt
 import pytest
 import torch
 
-from cl_adapters.statistics import ClassStatistics, DiagonalGaussian, FullGaussian, LowRankGaussian
+from cl_adapters.model.statistics import ClassStatistics, DiagonalGaussian, FullGaussian, LowRankGaussian
 
 Array = npt.NDArray[np.float64]
 

@@ -12,7 +12,7 @@ import pytest
 
 from cl_adapters.errors import ConfigError, DataError, UnknownName
 from cl_adapters.index import IndexBackend, indexes
-from cl_adapters.index.base import Floats, Ids, Metric
+from cl_adapters.index.backends.base import Floats, Ids, Metric
 
 WIDTH = 16
 METRICS: tuple[Metric, ...] = ("ip", "l2")

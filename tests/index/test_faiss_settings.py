@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from cl_adapters.index import indexes
-from cl_adapters.index.faiss import GEMM_FROM, library, settings
+from cl_adapters.index.backends._faiss import GEMM_FROM, library, settings
 
 
 def test_put_back_after_the_last_of_several_calls() -> None:

@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from cl_adapters.adapters.lora import LoRA
-from cl_adapters.backbone import FrozenBackbone
-from cl_adapters.bank import AdapterBank
+from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.bank.bank import AdapterBank
 from cl_adapters.errors import IncompatibleBackbone
 from cl_adapters.interchange import export_peft, import_peft
 from tests.interchange.conftest import (

@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from cl_adapters.adapters.lora import LoRA, Target
-from cl_adapters.backbone import FrozenBackbone
-from cl_adapters.bank import AdapterBank, Route
+from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.bank.bank import AdapterBank, Route
 from cl_adapters.errors import ConfigError, IncompatibleBackbone, StorageError, UnknownName
 from cl_adapters.interchange import export_peft, import_peft
 from cl_adapters.pool import AdapterPool, PoolClass

@@ -13,8 +13,8 @@ from torch import nn
 
 from cl_adapters.adapters.base import adapter_from
 from cl_adapters.adapters.lora import LoRA, Target
-from cl_adapters.backbone import FrozenBackbone
-from cl_adapters.bank import AdapterBank
+from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.bank.bank import AdapterBank
 from cl_adapters.errors import ConfigError, IncompatibleBackbone, StorageError
 from cl_adapters.interchange import lora_from_peft
 from cl_adapters.strategies.mos import MOS, MOSConfig

@@ -15,7 +15,7 @@ from torch import nn
 
 from cl_adapters.adapters.base import adapter_from
 from cl_adapters.adapters.lora import LoRA
-from cl_adapters.backbone import FrozenBackbone
+from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.errors import ClAdaptersError, ConfigError, IncompatibleBackbone, StorageError
 from cl_adapters.interchange import export_peft, import_peft
 from tests.interchange.conftest import ALL, CONFIG, OURS, TENSORS, close, features, filled, inputs

@@ -11,10 +11,10 @@ import torch
 from torch import Tensor, nn
 
 from cl_adapters.adapters.bottleneck import Bottleneck
-from cl_adapters.backbone import FrozenBackbone
-from cl_adapters.bank import AdapterBank
+from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.bank.bank import AdapterBank
 from cl_adapters.pool import AdapterPool, PoolClass
-from cl_adapters.sites import Site, Tap
+from cl_adapters.sites.sites import Site, Tap
 
 D = 8
 BOTTLENECK = Bottleneck(bottleneck=2)

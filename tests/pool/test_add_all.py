@@ -10,9 +10,9 @@ import pytest
 import torch
 from torch import Tensor
 
-from cl_adapters.backbone import FrozenBackbone
+from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.errors import PoolError
-from cl_adapters.model import AdapterModel
+from cl_adapters.model.facade import AdapterModel
 from cl_adapters.pool import AdapterPool, NewAdapter, PoolClass
 from cl_adapters.pool.manifest import write_manifest
 from tests.pool.conftest import BOTTLENECK, classes_of, make_knowledge, make_tensors

@@ -12,13 +12,13 @@ import torch
 from torch import Tensor, nn
 
 from cl_adapters.adapters.bottleneck import Bottleneck
-from cl_adapters.backbone import FrozenBackbone
-from cl_adapters.bank import AdapterBank
+from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.bank.bank import AdapterBank
 from cl_adapters.errors import StorageError, UnknownName
 from cl_adapters.index.calibration import calibrate
 from cl_adapters.index.index import AdapterIndex
-from cl_adapters.model import AdapterModel
-from cl_adapters.origins import Origin
+from cl_adapters.model.facade import AdapterModel
+from cl_adapters.model.origins import Origin
 from cl_adapters.parts.keys import Keys, KeysConfig
 from cl_adapters.pool import AdapterPool
 from cl_adapters.pool.forget import forget

@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from cl_adapters.adapters.bottleneck import Bottleneck
-from cl_adapters.backbone import FrozenBackbone
-from cl_adapters.bank import AdapterBank
+from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.bank.bank import AdapterBank
 from cl_adapters.errors import ClAdaptersError, PoolError, UnknownName
 from cl_adapters.pool import AdapterPool, PoolClass, Record, reader, store
 

@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 from typer.testing import CliRunner
 
-from cl_adapters.backbone import FrozenBackbone
-from cl_adapters.benchmarks.cli import app
+from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.benchmarks.cli.root import app
 from cl_adapters.errors import PoolError, UnknownName
 from cl_adapters.pool import AdapterPool
 
@@ -88,7 +88,7 @@ def test_verify_gc_and_broken_records(pool: AdapterPool) -> None:
 
 def test_an_error_is_one_line_and_listing_loads_no_torch(pool: AdapterPool, repo_root: Path) -> None:
     code = (
-        "import sys; from cl_adapters.benchmarks.cli import app, main; "
+        "import sys; from cl_adapters.benchmarks.cli.root import app, main; "
         f"app(['pool', 'ls', {str(pool.path)!r}], standalone_mode=False); assert 'torch' not in sys.modules; "
         f"sys.argv = ['cl-adapters', 'pool', 'show', {str(pool.path)!r}, 'no-such']; main()"
     )

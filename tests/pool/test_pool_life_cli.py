@@ -19,18 +19,18 @@ from typer.testing import CliRunner
 
 from cl_adapters.adapters.bottleneck import Bottleneck
 from cl_adapters.adapters.lora import LoRA
-from cl_adapters.backbone import FrozenBackbone
-from cl_adapters.bank import AdapterBank, Route
+from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.backbones.preprocessing import Preprocessing
+from cl_adapters.bank.bank import AdapterBank, Route
 from cl_adapters.benchmarks.base import ImageSet
-from cl_adapters.benchmarks.cli import app
+from cl_adapters.benchmarks.cli.root import app
 from cl_adapters.errors import ClAdaptersError, ConfigError, PoolError, StorageError, UnknownName
 from cl_adapters.index.index import AdapterIndex
 from cl_adapters.merge.adapters import merge_adapters
-from cl_adapters.model import AdapterModel
+from cl_adapters.model.facade import AdapterModel
 from cl_adapters.pool import AdapterPool, PoolClass
 from cl_adapters.pool.merging import merge_records
 from cl_adapters.predictors.nearest_key import NearestKey
-from cl_adapters.preprocessing import Preprocessing
 
 NAMES = tuple(f"class{label}" for label in range(6))
 

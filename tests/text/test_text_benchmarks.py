@@ -12,10 +12,10 @@ import numpy as np
 import pytest
 
 from cl_adapters.benchmarks.base import BenchmarkData, ImageSet, TextSet
+from cl_adapters.benchmarks.data._text_files import read_rows
 from cl_adapters.benchmarks.data.text import Text
-from cl_adapters.benchmarks.experiment import data_fingerprint
+from cl_adapters.benchmarks.run.experiment import data_fingerprint
 from cl_adapters.benchmarks.spec import parse_benchmark
-from cl_adapters.benchmarks.text_files import read_rows
 from cl_adapters.errors import ConfigError, DataError, UnknownName
 
 CLASSES = ("card payment", "late_card", "über")

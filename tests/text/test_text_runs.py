@@ -12,9 +12,9 @@ from typer.testing import CliRunner
 
 from cl_adapters import AdapterModel, FrozenBackbone
 from cl_adapters.benchmarks import load_benchmark
-from cl_adapters.benchmarks.cli import app
-from cl_adapters.benchmarks.experiment import resolve
-from cl_adapters.benchmarks.runner import resume, run
+from cl_adapters.benchmarks.cli.root import app
+from cl_adapters.benchmarks.run.experiment import resolve
+from cl_adapters.benchmarks.run.runner import resume, run
 from cl_adapters.errors import ClAdaptersError, ConfigError
 from cl_adapters.strategies.sequential import Sequential
 

@@ -15,9 +15,9 @@ import cl_adapters.strategies.base as strategy_base
 from cl_adapters import AdapterModel, FrozenBackbone
 from cl_adapters.benchmarks import load_benchmark
 from cl_adapters.benchmarks.data.text import Text
-from cl_adapters.benchmarks.datasets import as_dataset
-from cl_adapters.benchmarks.evaluation import evaluate
-from cl_adapters.benchmarks.prepared import prepare
+from cl_adapters.benchmarks.run.evaluation import evaluate
+from cl_adapters.benchmarks.streams.datasets import as_dataset
+from cl_adapters.benchmarks.streams.prepared import prepare
 from cl_adapters.features import FeatureMemory
 
 

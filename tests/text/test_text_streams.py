@@ -14,16 +14,16 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cl_adapters import AdapterModel, FrozenBackbone
+from cl_adapters.backbones.text import TextPreprocessing
 from cl_adapters.benchmarks import load_benchmark
 from cl_adapters.benchmarks.base import TextSet
 from cl_adapters.benchmarks.data.text import Text
-from cl_adapters.benchmarks.datasets import TextDataset, as_dataset
-from cl_adapters.benchmarks.prepared import prepare
-from cl_adapters.benchmarks.tokenised import TokenSet
+from cl_adapters.benchmarks.streams.datasets import TextDataset, as_dataset
+from cl_adapters.benchmarks.streams.prepared import prepare
+from cl_adapters.benchmarks.streams.tokenised import TokenSet
 from cl_adapters.errors import ConfigError, DataError
-from cl_adapters.strategies.order import length_batches, reading_loader
-from cl_adapters.strategies.views import Views
-from cl_adapters.text_preprocessing import TextPreprocessing
+from cl_adapters.strategies._loop.activation_cache import Views
+from cl_adapters.strategies._loop.order import length_batches, reading_loader
 
 
 def prepared_data(table: Path, backbone: FrozenBackbone, tasks: int = 3) -> Any:

@@ -114,8 +114,8 @@ def test_own_module_as_a_backbone(name: str, lab: Any) -> None:
 
 
 def test_own_module_with_sites(name: str, lab: Any) -> None:
-    from cl_adapters.backbone import FrozenBackbone
-    from cl_adapters.sites import Site, Tap
+    from cl_adapters.backbones.frozen import FrozenBackbone
+    from cl_adapters.sites.sites import Site, Tap
 
     class Tokens(nn.Module):
         num_features = 12

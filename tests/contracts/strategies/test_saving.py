@@ -13,8 +13,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from cl_adapters.backbone import FrozenBackbone
-from cl_adapters.model import AdapterModel
+from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.model.facade import AdapterModel
 from cl_adapters.strategies.base import strategies
 
 LOAD = """

@@ -9,10 +9,10 @@ import torch
 from torch import Tensor, nn
 
 from cl_adapters.adapters.bottleneck import Bottleneck
-from cl_adapters.backbone import FrozenBackbone
-from cl_adapters.bank import AdapterBank
-from cl_adapters.model import AdapterModel
-from cl_adapters.origins import Origin
+from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.bank.bank import AdapterBank
+from cl_adapters.model.facade import AdapterModel
+from cl_adapters.model.origins import Origin
 from cl_adapters.parts.keys import Keys, KeysConfig
 from cl_adapters.predictors import Predictor
 from cl_adapters.predictors.self_refine import SelfRefine

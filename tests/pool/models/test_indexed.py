@@ -11,14 +11,14 @@ import pytest
 import torch
 from torch import Tensor
 
-from cl_adapters.abstention import calibrate as calibrate_model
-from cl_adapters.abstention import open_set
 from cl_adapters.errors import ClAdaptersError, PoolError, StorageError
 from cl_adapters.index import indexes
 from cl_adapters.index.answers import Neighbours
 from cl_adapters.index.calibration import calibrate
 from cl_adapters.index.index import AdapterIndex
-from cl_adapters.model import AdapterModel
+from cl_adapters.model.facade import AdapterModel
+from cl_adapters.openset import calibrate as calibrate_model
+from cl_adapters.openset import open_set
 from cl_adapters.parts.abstention import Abstention
 from cl_adapters.parts.keys import Keys
 from cl_adapters.pool import AdapterPool, PoolClass

@@ -10,12 +10,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from cl_adapters.abstention import calibrate
 from cl_adapters.adapters.bottleneck import Bottleneck
-from cl_adapters.backbone import FrozenBackbone
-from cl_adapters.bank import BARE, AdapterBank
+from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.bank.bank import BARE, AdapterBank
 from cl_adapters.errors import PoolError, StorageError, UnknownName
-from cl_adapters.model import AdapterModel
+from cl_adapters.model.facade import AdapterModel
+from cl_adapters.openset import calibrate
 from cl_adapters.parts.keys import Keys
 from cl_adapters.pool import AdapterPool, PoolClass
 from cl_adapters.predictors import Predictor

@@ -11,9 +11,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cl_adapters.bank import Route
+from cl_adapters.bank.bank import Route
 from cl_adapters.errors import ClAdaptersError, PoolError
-from cl_adapters.model import AdapterModel
+from cl_adapters.model.facade import AdapterModel
 from cl_adapters.pool import AdapterPool
 from cl_adapters.predictors.fixed import Fixed
 from cl_adapters.predictors.nearest_key import NearestKey

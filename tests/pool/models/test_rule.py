@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from cl_adapters.errors import PoolError
-from cl_adapters.model import AdapterModel
+from cl_adapters.model.facade import AdapterModel
 from cl_adapters.pool import AdapterPool
 from cl_adapters.pool.compression import compress_records
 from cl_adapters.pool.forget import forget

@@ -1,0 +1,1 @@
+"""Measurements: every table of the README and the docs."""

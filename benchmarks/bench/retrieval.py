@@ -1,0 +1,177 @@
+"""Retrieval without training on real digits: accuracy, routing, passes; and what is refused of classes never seen.
+
+    python -m cl_adapters.benchmarks.bench.retrieval
+
+Trains MOS on all tasks but the last, whose classes are then the strangers. Each predictor answers the test images of
+the known classes; with a threshold at the target rates it also says which images are of none of them.
+
+Accuracy tells of retrieval only where adapters change answers. So the table begins with what no retrieval gives, the
+bare backbone and the wrong adapter for every image, and says how far adapters move the features. Merging holds MOS's
+adapters near the first one: with few or short steps that one stays near the identity, and all rows agree.
+"""
+
+from __future__ import annotations
+
+import argparse
+from collections.abc import Iterator
+from pathlib import Path
+
+import torch
+import yaml
+from torch import Tensor
+from torch.utils.data import DataLoader
+
+from cl_adapters.adapters.bottleneck import Bottleneck
+from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.bank.bank import Route
+from cl_adapters.benchmarks.base import BenchmarkData
+from cl_adapters.benchmarks.spec import parse_benchmark
+from cl_adapters.benchmarks.streams.avalanche import to_avalanche
+from cl_adapters.benchmarks.streams.datasets import as_dataset, task_indices
+from cl_adapters.benchmarks.streams.prepared import prepare
+from cl_adapters.features import LazyFeatures
+from cl_adapters.model.facade import AdapterModel
+from cl_adapters.openset import OpenSet, calibrate, open_set
+from cl_adapters.parts.keys import Keys, KeysConfig
+from cl_adapters.predictors.base import Prediction, Predictor
+from cl_adapters.predictors.fixed import Fixed
+from cl_adapters.predictors.knn_vote import KNNVote
+from cl_adapters.predictors.nearest_key import NearestKey
+from cl_adapters.predictors.nearest_prototype import NearestPrototype
+from cl_adapters.predictors.self_refine import SelfRefine
+from cl_adapters.predictors.soft_top_k import SoftTopK
+from cl_adapters.strategies.mos import MOS
+
+PREDICTORS: dict[str, Predictor] = {
+    "self-refine, from adapter 0 (MOS)": SelfRefine(),
+    "nearest prototype under adapter 0": NearestPrototype(),
+    "nearest key": NearestKey(),
+    "k-NN vote": KNNVote(),
+    "soft top-k": SoftTopK(),
+    "self-refine, from the keys": SelfRefine(start="keys"),
+}
+
+
+class WrongAdapter(Predictor):
+    """The adapter of another task than the nearest key's: what retrieval has to be better than."""
+
+    def predict(self, model: AdapterModel, features: LazyFeatures) -> Prediction:
+        """Linear logits under the next adapter."""
+        wrong_B = (NearestKey().predict(model, features).adapter + 1) % model.num_slots
+        return Prediction(model.head(features(features.rows, wrong_B)), wrong_B, features.passes_B)
+
+
+CONTROLS: dict[str, Predictor] = {
+    "control: no adapter": Fixed(),
+    "control: the wrong adapter": WrongAdapter(),
+}
+
+
+def main() -> None:
+    """Train twice (adapters in all blocks, and in the late ones only) and print a table for each."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--benchmark", default="digits")
+    parser.add_argument("--backbone", default="vit_glyph_tiny")
+    parser.add_argument("--weights", type=Path, help="local weights of the backbone")
+    parser.add_argument("--img-size", type=int)
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="options of the benchmark")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--epochs", type=int, default=8)
+    parser.add_argument("--lr", type=float, default=0.1)
+    parser.add_argument("--scale", type=float, default=0.1, help="of the adapters' output")
+    parser.add_argument("--momentum", type=float, default=0.1, help="of the merging; 0 lets adapters go their own ways")
+    parser.add_argument("--keys", choices=("prototypes", "centroids", "features"), default="features")
+    parser.add_argument("--late", type=int, help="blocks with adapters in the second model; default a quarter")
+    parser.add_argument("--rates", type=float, nargs="*", default=[0.05, 0.1])
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    settings = {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in options.set)}
+    data = parse_benchmark(options.benchmark, settings)[1].load(options.seed)
+    backbone = load(options)
+    late = options.late or max(1, backbone.depth // 4)
+    for blocks in (None, tuple(range(backbone.depth - late, backbone.depth))):
+        where = "all blocks" if blocks is None else f"the last {len(blocks)} of {backbone.depth} blocks"
+        print(f"\nMOS on {len(data.tasks) - 1} tasks of {options.benchmark}, adapters in {where}, keys: {options.keys}")
+        model = trained(load(options), data, options, blocks)
+        table(model, data, options.rates)
+
+
+def load(options: argparse.Namespace) -> FrozenBackbone:
+    """A backbone of its own for every model: hooks stay where they are attached."""
+    return FrozenBackbone.load(options.backbone, weights=options.weights, img_size=options.img_size)
+
+
+def trained(
+    backbone: FrozenBackbone, data: BenchmarkData, options: argparse.Namespace, blocks: tuple[int, ...] | None
+) -> AdapterModel:
+    """MOS on all tasks but the last."""
+    keys = KeysConfig(kind=options.keys)
+    strategy = MOS(
+        model=backbone,
+        seed=options.seed,
+        evaluator=None,
+        keys=keys,
+        train_epochs=options.epochs,
+        lr=options.lr,
+        adapter=Bottleneck(scale=options.scale),
+        adapter_momentum=options.momentum,
+        blocks=blocks,
+    )
+    for experience in to_avalanche(*prepare(data, backbone)).train_stream[: len(data.tasks) - 1]:
+        strategy.train(experience)
+    model: AdapterModel = strategy.model
+    return model
+
+
+def table(model: AdapterModel, data: BenchmarkData, rates: list[float]) -> None:
+    """Print what each predictor finds, then what thresholds refuse."""
+    known = list(batches(model, data, data.tasks[:-1]))
+    strangers = [x for x, _ in batches(model, data, data.tasks[-1:])]
+    print(f"{'':36}{'accuracy %':>12}{'routing %':>12}{'passes':>9}")
+    for name, predictor in (CONTROLS | PREDICTORS).items():
+        found = open_set(model, known, predictor=predictor)
+        routing = "" if found.routing is None else f"{100 * found.routing:.1f}"
+        print(f"{name:36}{100 * found.accuracy:12.1f}{routing:>12}{found.passes:9.2f}")
+    print(f"adapters move the features by {100 * shift(model, known[0][0]):.2g} % of their length")
+    free = open_set(model, known, strangers, predictor=NearestKey())
+    keys = model.part("class_keys", Keys)
+    print(f"AUROC, {images(known)} known against {sum(map(len, strangers))} of classes never seen: {free.auroc:.3f}")
+    print(f"threshold from {len(keys.held_out_HD)} held-back features:   coverage %   false accepts %   accuracy %")
+    for rate in rates:
+        for target in ("false_reject", "false_accept"):
+            reject, accept = (rate, None) if target == "false_reject" else (None, rate)
+            calibrate(model, false_reject=reject, false_accept=accept)
+            show(f"  {target.replace('_', ' ')} at {100 * rate:g} %", open_set(model, known, strangers))
+    del model.parts["abstention"]
+
+
+def shift(model: AdapterModel, x: Tensor) -> float:
+    """Mean over the adapters of |f - f_bare| / |f_bare|."""
+    with torch.inference_mode():
+        bare = model.features(x, None)
+        moved = [(model.features(x, Route.single(slot)) - bare).norm() for slot in range(model.num_slots)]
+        return float(torch.stack(moved).mean() / bare.norm())
+
+
+def show(name: str, found: OpenSet) -> None:
+    """One line of the second table."""
+    assert found.false_accept is not None
+    print(f"{name:38}{100 * found.coverage:14.1f}{100 * found.false_accept:18.1f}{100 * found.accuracy:13.1f}")
+
+
+def batches(
+    model: AdapterModel, data: BenchmarkData, tasks: tuple[tuple[int, ...], ...]
+) -> Iterator[tuple[Tensor, Tensor]]:
+    """Test samples of these tasks."""
+    prepared = prepare(data, model.backbone)
+    indices = [index for labels in tasks for index in task_indices(data.test, labels)]
+    yield from DataLoader(as_dataset(prepared.data.test, indices, prepared.eval_transform), batch_size=128)
+
+
+def images(known: list[tuple[Tensor, Tensor]]) -> int:
+    """How many."""
+    return sum(len(y) for _, y in known)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,150 @@
+"""What a training step of SEMA costs when the blocks below the new adapters are cached.
+
+    python -m cl_adapters.benchmarks.bench.sema_step
+
+Both steps (forward, backward, SGD) are run by turns in one process on one thread; the figures are medians of CPU time.
+The network is a ViT of DeiT-tiny's shape with random weights, which cost what trained ones cost. "Cached" is the step
+after the first task: a second adapter with its router row at the last three blocks and the head are trained on
+activations read from the cache; "uncached" trains adapters in all blocks and the head, from images.
+"""
+
+from __future__ import annotations
+
+import argparse
+import statistics
+import time
+from collections.abc import Callable
+
+import torch
+from timm.models.vision_transformer import VisionTransformer
+from torch import Tensor, nn
+
+from cl_adapters.adapters.bottleneck import Bottleneck
+from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.bank.bank import AdapterBank, Route, Routes
+from cl_adapters.model.facade import AdapterModel
+from cl_adapters.parts.mixture import Mixture
+from cl_adapters.parts.novelty import Novelty
+from cl_adapters.predictors.mixture import MixtureOfAdapters
+from cl_adapters.strategies._loop.hidden_store import HiddenStore
+
+CLASSES = 10
+
+
+def main() -> None:
+    """Print both medians and their ratio, and how often evaluation asks a descriptor."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--batch", type=int, default=32)
+    parser.add_argument("--side", type=int, default=112, help="of the images, in pixels")
+    parser.add_argument("--repeats", type=int, default=15)
+    options = parser.parse_args()
+    torch.set_num_threads(1)
+    torch.manual_seed(0)
+    model = _model(options.side)
+    assert model.bank is not None
+    mixture = model.part("mixture", Mixture)
+    x, y = torch.randn(options.batch, 3, options.side, options.side), torch.arange(options.batch) % CLASSES
+    route = Route.single(0)
+    uncached = _step(model, model.bank.slot_parameters(0), y, lambda: model.features(x, route))
+    everywhere = _median([uncached], 2)[0]  # warm up, then freeze as after the first task
+    model.bank.freeze(0)
+    mixture.freeze()
+    rows = [_expand(model, mixture, block) for block in mixture.blocks]
+    new = [p for slot in range(1, 4) for p in model.bank.slot_parameters(slot)] + [p for row in rows for p in row]
+    start = min(mixture.blocks)
+    with torch.no_grad():
+        h = model.features(x, mixture.routes(model.bank), stop=start)
+    store = HiddenStore(1, len(h), h.shape[1:], 4096)
+    store.write(0, 0, h)
+    first = torch.zeros(len(h), dtype=torch.long)
+    routes: Routes = mixture.routes(model.bank)
+    cached = _step(
+        model,
+        new,
+        y,
+        lambda: model.features(store.read(first, torch.arange(len(h))), routes, start=start),
+    )
+    everywhere, last = _median([_thaw(model, uncached), _chill(model, cached)], options.repeats)
+    per = 1000 / options.batch
+    print(f"uncached step, adapters in all 12 blocks  {per * everywhere:7.2f} ms/image")
+    print(f"cached step, adapters in the last 3       {per * last:7.2f} ms/image")
+    print(f"cached / uncached                         {last / everywhere:7.3f}")
+    print(f"descriptors asked during evaluation       {_descriptor_calls(model, x):7d}")
+
+
+def _model(side: int) -> AdapterModel:
+    vit = VisionTransformer(img_size=side, patch_size=16, embed_dim=192, depth=12, num_heads=3, num_classes=0)
+    backbone = FrozenBackbone.wrap(vit)
+    bank = AdapterBank(backbone, Bottleneck(scale=1.0, dropout=0.0))
+    bank.add_slot(bank.fresh(torch.Generator().manual_seed(0)))
+    model = AdapterModel(backbone, bank)
+    model.add_task(list(range(CLASSES)))
+    model.head.grow(CLASSES, torch.Generator().manual_seed(0))
+    widths = {site.block: site.width for site in bank.sites if site.block >= 9}
+    model.parts["mixture"], model.parts["novelty"] = Mixture(widths), Novelty(widths, 32, 500)
+    for block in widths:
+        model.part("mixture", Mixture).grow(block, 0, torch.Generator().manual_seed(block))
+        model.part("novelty", Novelty).grow(block, 0, torch.Generator().manual_seed(block))
+    model.predictor = MixtureOfAdapters()
+    return model
+
+
+def _expand(model: AdapterModel, mixture: Mixture, block: int) -> list[nn.Parameter]:
+    assert model.bank is not None
+    slot = model.bank.add_slot(model.bank.fresh(torch.Generator().manual_seed(block), blocks=[block]))
+    return mixture.grow(block, slot, torch.Generator().manual_seed(block))
+
+
+def _step(
+    model: AdapterModel, adapter: list[nn.Parameter], y: Tensor, features: Callable[[], Tensor]
+) -> Callable[[], None]:
+    optimizer = torch.optim.SGD([*adapter, *model.head.parameters()], lr=1e-6, momentum=0.9)
+
+    def step() -> None:
+        optimizer.zero_grad()
+        nn.functional.cross_entropy(model.head(features()), y).backward()
+        optimizer.step()
+
+    return step
+
+
+def _thaw(model: AdapterModel, step: Callable[[], None]) -> Callable[[], None]:
+    """The first adapter trains in this step."""
+    return lambda: _with_first(model, True, step)
+
+
+def _chill(model: AdapterModel, step: Callable[[], None]) -> Callable[[], None]:
+    """The first adapter is frozen in this step."""
+    return lambda: _with_first(model, False, step)
+
+
+def _with_first(model: AdapterModel, live: bool, step: Callable[[], None]) -> None:
+    assert model.bank is not None
+    for parameter in model.bank.slot_parameters(0):
+        parameter.requires_grad_(live)
+    step()
+
+
+def _median(steps: list[Callable[[], None]], repeats: int) -> list[float]:
+    """CPU seconds of each step, median over rounds in which they take turns."""
+    seconds: list[list[float]] = [[] for _ in steps]
+    for _ in range(repeats):
+        for step, times in zip(steps, seconds, strict=True):
+            began = time.process_time()
+            step()
+            times.append(time.process_time() - began)
+    return [statistics.median(times) for times in seconds]
+
+
+def _descriptor_calls(model: AdapterModel, x: Tensor) -> int:
+    calls: list[int] = []
+    novelty = model.part("novelty", Novelty)
+    for block in novelty.blocks:
+        for slot in novelty.slots(block):
+            novelty.descriptor(block, slot).register_forward_hook(lambda module, args, out: calls.append(1))
+    model.predict(x)
+    return len(calls)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,166 @@
+r"""Many seeds of several strategies, in parallel processes of one thread each, and one table.
+
+    python -m cl_adapters.benchmarks.bench.table --benchmarks digits glyphs --seeds 0 1 2 3 4 --out runs/table
+    python -m cl_adapters.benchmarks.bench.table --benchmarks glyphs glyphs:200,tasks=20 \
+        --strategies mos lae lae:adapter=lora lae:adapter=prefix --out runs/table
+
+Strategies and benchmarks are written NAME, NAME:KEY=VALUE,KEY=VALUE or, for benchmarks that take an argument,
+NAME:ARGUMENT,KEY=VALUE; keys and values are those of `cl-adapters run --set`, without the "benchmark." in front.
+Finished runs found under ``--out`` are not run again and interrupted ones are resumed, so the command can be stopped
+and repeated.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import re
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+
+from rich.console import Console
+
+from cl_adapters.benchmarks.bench.comparison import summarise, to_markdown
+from cl_adapters.benchmarks.results.results import read
+from cl_adapters.errors import ConfigError
+
+STRATEGIES = ("simple_cil", "sequential", "ranpac", "lae", "sema", "mos", "joint")
+_KEY = r"[A-Za-z_][\w.]*="
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A strategy or a benchmark with settings, as written on the command line.
+
+    Attributes:
+        text: as written.
+        name: what `cl-adapters run` gets for --strategy or --benchmark, an argument included.
+        settings: (key, value) for --set.
+    """
+
+    text: str
+    name: str
+    settings: tuple[tuple[str, str], ...] = ()
+
+    @classmethod
+    def parse(cls, text: str) -> Choice:
+        """Read NAME, NAME:ARGUMENT, NAME:KEY=VALUE, or either with further ,KEY=VALUE.
+
+        A comma separates only where KEY= follows, so values may be lists ("blocks=[4,5]").
+
+        Raises:
+            ConfigError: no name, or a key that is given twice.
+        """
+        head, *rest = re.split(rf",(?={_KEY})", text)
+        name, _, first = head.partition(":")
+        if re.match(_KEY, first):
+            head, rest = name, [first, *rest]
+        settings = [(key, value) for key, _, value in (pair.partition("=") for pair in rest)]
+        keys = [key for key, _ in settings]
+        twice = sorted({key for key in keys if keys.count(key) > 1})
+        if not name or "=" in name or twice:
+            problem = f"{twice[0]} is given twice" if twice else "there is no name in front"
+            raise ConfigError(f"{text!r}: {problem}; write NAME, NAME:KEY=VALUE or NAME:KEY=VALUE,KEY=VALUE")
+        return cls(text, head, tuple(settings))
+
+    @property
+    def folder(self) -> str:
+        """The text as part of a folder's name."""
+        return re.sub(r"[^\w.=-]+", "_", self.text, flags=re.ASCII).strip("_")
+
+
+@dataclass(frozen=True)
+class Job:
+    """One run: what, with which seed, where."""
+
+    strategy: Choice
+    benchmark: Choice
+    seed: int
+    out: Path
+
+    def command(self, settings: Sequence[str]) -> list[str]:
+        """The words after `cl-adapters`: begin the run, or go on with it where its folder exists.
+
+        Args:
+            settings: KEY=VALUE for all runs; the job's own win.
+        """
+        if self.out.exists():
+            return ["resume", str(self.out), "--threads", "1"]
+        own = dict(self.strategy.settings)
+        own |= {f"benchmark.{key.removeprefix('benchmark.')}": value for key, value in self.benchmark.settings}
+        pairs = [pair for pair in settings if pair.partition("=")[0] not in own]
+        pairs += [f"{key}={value}" for key, value in own.items()]
+        words = ["run", "--strategy", self.strategy.name, "--benchmark", self.benchmark.name]
+        words += ["--seed", str(self.seed), "--out", str(self.out), "--threads", "1"]
+        return words + [word for pair in pairs for word in ("--set", pair)]
+
+
+def jobs(strategies: Sequence[str], benchmarks: Sequence[str], seeds: Sequence[int], out: Path) -> list[Job]:
+    """All combinations, each with a folder of its own under ``out``.
+
+    Raises:
+        ConfigError: a text that cannot be read, or two that would share a folder.
+    """
+    found = [
+        Job(strategy, benchmark, seed, out / f"{strategy.folder}-{benchmark.folder}-s{seed}")
+        for benchmark in map(Choice.parse, benchmarks)
+        for seed in seeds
+        for strategy in map(Choice.parse, strategies)
+    ]
+    places: dict[Path, Job] = {}
+    for job in found:
+        other = places.setdefault(job.out, job)
+        if other is not job:
+            pair = [f"{one.strategy.text} on {one.benchmark.text}, seed {one.seed}" for one in (other, job)]
+            raise ConfigError(f"{pair[0]!r} and {pair[1]!r} would both be written to {job.out}; leave one of them out")
+    return found
+
+
+def known_strategies() -> list[str]:
+    """The strategies of a full table that this installation has, in the order of its rows."""
+    from cl_adapters.strategies.base import strategies
+
+    known = strategies.names()
+    return [name for name in STRATEGIES if name in known]
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run what is missing, then print the table as Markdown."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--benchmarks", nargs="+", default=["digits"], help="such as digits, glyphs:200,tasks=20")
+    parser.add_argument("--strategies", nargs="+", help="such as mos, lae:adapter=lora; default all of the package")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
+    parser.add_argument(
+        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="for all runs, as in `cl-adapters run`"
+    )
+    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
+    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
+    options = parser.parse_args(arguments)
+    try:
+        todo = jobs(options.strategies or known_strategies(), options.benchmarks, options.seeds, options.out)
+    except ConfigError as error:
+        parser.error(str(error))
+    with ThreadPoolExecutor(options.jobs) as pool:
+        failures = [line for line in pool.map(lambda job: _run(job, options.set), todo) if line]
+    for line in failures:
+        print(line, file=sys.stderr)
+    runs = [read(job.out) for job in todo if (job.out / "results.json").is_file()]
+    Console().print(to_markdown(summarise(runs)), soft_wrap=True, markup=False, highlight=False)
+    return bool(failures)
+
+
+def _run(job: Job, settings: Sequence[str]) -> str | None:
+    """Run or resume one experiment in a process of its own; return what went wrong, if anything."""
+    command = [sys.executable, "-m", "cl_adapters.benchmarks.cli.root", *job.command(settings)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    print(f"{'done' if done.returncode == 0 else 'FAILED'} {job.out}", file=sys.stderr, flush=True)
+    return None if done.returncode == 0 else f"{job.out}: {done.stderr.strip().splitlines()[-1:] or done.returncode}"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

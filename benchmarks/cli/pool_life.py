@@ -1,0 +1,254 @@
+"""The `cl-adapters pool` commands that make, merge and compress adapters; they need the backbone."""
+
+from __future__ import annotations
+
+import dataclasses
+import shutil
+import tempfile
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Annotated, Any
+
+import typer
+from rich.markup import escape
+from rich.table import Table
+
+from cl_adapters.benchmarks.cli.pool import Json, Pool, console, opened, plain_record, print_json, say
+from cl_adapters.benchmarks.cli.pool_exchange import app  # has the commands of pool_cli and of its own
+from cl_adapters.benchmarks.cli.settings import parse_settings
+from cl_adapters.errors import ClAdaptersError, ConfigError
+
+if TYPE_CHECKING:
+    from cl_adapters.benchmarks.run.pool_accuracy import Change
+    from cl_adapters.pool import AdapterPool, Record
+
+__all__ = ["app"]
+
+Settings = Annotated[
+    list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Option of the method or codec; may be repeated.")
+]
+Benchmark = Annotated[
+    str | None, typer.Option(help="Measures the accuracy before and after; default the one that the adapters name.")
+]
+Seed = Annotated[int, typer.Option(help="Of the benchmark.", min=0)]
+Limit = Annotated[int | None, typer.Option(help="Test samples per class; default all.", min=1)]
+Accuracy = Annotated[bool, typer.Option("--accuracy/--no-accuracy", help="Measure it.")]
+DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would come out, write nothing.")]
+
+
+@app.command("create")
+def create_command(
+    pool: Annotated[Path, typer.Argument(help="New folder.")],
+    run: Annotated[Path, typer.Option("--run", help="Folder of a run.")],
+    task: Annotated[
+        int | None, typer.Option(help="The model after this task, from 0; default the last.", min=0)
+    ] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="Of every adapter; may be repeated.")] = None,
+    compress: Annotated[str | None, typer.Option(metavar="CODEC", help="See `cl-adapters list codecs`.")] = None,
+    weights: Annotated[
+        Path | None, typer.Option(help="The backbone's weights, if their file (hf: folder) has moved.")
+    ] = None,
+) -> None:
+    """Make a pool of the model of a run, one record per adapter."""
+    from cl_adapters.benchmarks.run.pool_of_run import pool_of_run
+
+    made = pool_of_run(pool, run, task=task, tags=tag or (), compression=compress, weights=weights)
+    say(f"wrote {pool}: {len(made)} adapters of backbone {made.backbone_card.name}")
+    if not any("keys" in made.knowledge(record.id) for record in made.records):
+        say("without keys, which the index needs: run with --keys prototypes (or centroids, features)")
+
+
+@app.command("merge")
+def merge_command(
+    pool: Pool,
+    ids: Annotated[list[str], typer.Argument(help="Ids of the adapters to merge.")],
+    new: Annotated[str, typer.Option("--id", help="Id of the merged adapter.")],
+    method: Annotated[str, typer.Option(help="See `cl-adapters list merges`.")] = "mean",
+    settings: Settings = None,
+    weights: Annotated[
+        str | None, typer.Option(help="For --method weighted: numbers 0.7,0.3, or the name of a recorded metric.")
+    ] = None,
+    base: Annotated[
+        str | None, typer.Option(help="Adapter that all were trained from, where the method takes it.")
+    ] = None,
+    rank: Annotated[
+        int | None, typer.Option(help="Of the merged low-rank adapter; default the largest.", min=1)
+    ] = None,
+    tag: Annotated[list[str] | None, typer.Option(help="Of the merged adapter; may be repeated.")] = None,
+    compress: Annotated[str | None, typer.Option(metavar="CODEC", help="See `cl-adapters list codecs`.")] = None,
+    benchmark: Benchmark = None,
+    seed: Seed = 0,
+    limit: Limit = None,
+    accuracy: Accuracy = True,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Merge adapters into a new one; the old ones stay."""
+    from cl_adapters.benchmarks.run.pool_accuracy import change
+    from cl_adapters.pool.merging import merge_records
+
+    store = opened(pool)
+    parents = [store.get(id) for id in ids]
+    if new in store:
+        raise ConfigError(f"{pool} has an adapter {new!r} already; choose another --id")
+    options = parse_settings(settings or ())
+    if weights is not None:
+        options["metrics"] = _weights(weights, parents)
+    chosen: dict[str, Any] = {"id": new, "base": base, "rank": rank, "tags": tag or (), "compression": compress}
+    with _scratch(store) as scratch:
+        done = merge_records(store, ids, method, options, **chosen, into=scratch)
+        measured = _measured(
+            parents, benchmark, seed, limit, accuracy, lambda it: change((store, ids), (scratch, [new]), it)
+        )
+    record = done.record
+    if not dry_run:
+        metrics = None if isinstance(measured, str) else {"accuracy": measured.after}
+        record = merge_records(store, ids, method, options, **chosen, metrics=metrics).record
+    if as_json:
+        result = {"written": not dry_run, "record": plain_record(record), "notes": done.notes}
+        print_json(result | {"report": done.report.to_plain(), "accuracy": _plain_accuracy(measured)})
+        return
+    report = done.report
+    how = (
+        f"exactly, as changes of weight matrices, to rank {report.rank}"
+        if report.space == "delta"
+        else "number by number"
+    )
+    say(f"{'would merge' if dry_run else 'merged'} {', '.join(ids)} into {new} by {method}: {how}")
+    if report.space == "delta":
+        say(f"truncation lost {report.error:.2e} of the merged change's norm")
+    for note in done.notes:
+        say(note)
+    say(_accuracy_line(measured))
+    if not dry_run:
+        say(f"{', '.join(ids)} stay; a model takes either them or {new}: remove them (pool rm), or choose by ids=")
+
+
+@app.command("compress")
+def compress_command(
+    pool: Pool,
+    codec: Annotated[str, typer.Option(help="See `cl-adapters list codecs`.")],
+    ids: Annotated[list[str] | None, typer.Argument(help="Ids of adapters; default all.")] = None,
+    settings: Settings = None,
+    to: Annotated[Path | None, typer.Option(help="Write a new pool of these adapters, leave this one.")] = None,
+    benchmark: Benchmark = None,
+    seed: Seed = 0,
+    limit: Limit = None,
+    accuracy: Accuracy = True,
+    dry_run: DryRun = False,
+    as_json: Json = False,
+) -> None:
+    """Store adapters in fewer bits; prints what that costs."""
+    from cl_adapters.benchmarks.run.pool_accuracy import change
+    from cl_adapters.codecs import codec_from
+    from cl_adapters.pool.compression import compress_records
+
+    store = opened(pool)
+    made = codec_from({"type": codec} | parse_settings(settings or ()))
+    chosen = [store.get(id) for id in ids] if ids else list(store.records)
+    model = _largest_model(store, [record.id for record in chosen])
+    with _scratch(store, dict.fromkeys([*model, *(record.id for record in chosen)])) as scratch:
+        done = compress_records(scratch, made, ids or None)
+        asked = [store.get(id) for id in model]
+        measured = _measured(
+            asked, benchmark, seed, limit, accuracy, lambda it: change((store, model), (scratch, model), it)
+        )
+    if not dry_run and to is None:
+        compress_records(store, made, ids or None)
+    elif not dry_run and to is not None:
+        _write_compressed(store, to, ids or None, made)
+    if as_json:
+        rows = [dataclasses.asdict(one) for one in done]
+        print_json({"written": not dry_run, "adapters": rows, "accuracy": _plain_accuracy(measured)})
+        return
+    table = Table("id", "stored before", "after", "ratio", "relative error")
+    for one in done:
+        ratio = f"{one.before / max(1, one.after):.1f}"
+        table.add_row(escape(one.id), f"{one.before:,}", f"{one.after:,}", ratio, f"{one.error:.2e}")
+    console.print(table)
+    before, after = sum(one.before for one in done), sum(one.after for one in done)
+    where = "nothing written" if dry_run else f"written to {to or pool}"
+    say(f"{len(done)} adapters as {codec}: {before:,} -> {after:,} bytes; {where}")
+    say(_accuracy_line(measured))
+
+
+def _write_compressed(store: AdapterPool, to: Path, ids: Sequence[str] | None, codec: Any) -> None:
+    from cl_adapters._io import new_folder
+    from cl_adapters.pool.compression import compress_records
+
+    with new_folder(to) as folder:
+        compress_records(_copied(store, folder, ids), codec)
+
+
+@contextmanager
+def _scratch(store: AdapterPool, ids: Sequence[str] | dict[str, None] = ()) -> Iterator[AdapterPool]:
+    """A pool for a while, with copies of these adapters and the rule that predicts with them."""
+    with tempfile.TemporaryDirectory() as folder:
+        yield _copied(store, Path(folder) / "pool", list(ids))
+
+
+def _copied(store: AdapterPool, folder: Path, ids: Sequence[str] | None) -> AdapterPool:
+    from cl_adapters.pool import AdapterPool
+    from cl_adapters.pool.model_card import CARD
+
+    made = AdapterPool.create(folder, store.backbone)
+    store.copy_to(made, ids)
+    if (store.path / CARD).is_file():
+        shutil.copyfile(store.path / CARD, folder / CARD)
+    return made
+
+
+def _largest_model(store: AdapterPool, ids: Sequence[str]) -> list[str]:
+    """All records, where no class belongs to two of them; else these."""
+    labels = [label for record in store.records for label in record.labels]
+    return list(store.ids) if len(labels) == len(set(labels)) else list(ids)
+
+
+def _weights(text: str, parents: Sequence[Record]) -> list[float]:
+    """Numbers as written, or the parents' metric of that name."""
+    try:
+        return [float(part) for part in text.split(",")]
+    except ValueError:
+        without = [record.id for record in parents if text not in record.metrics]
+        if without:
+            known = sorted({name for record in parents for name in record.metrics})
+            raise ConfigError(
+                f"--weights takes numbers (0.7,0.3) or the name of a metric that all have; {', '.join(without)} has no "
+                f"{text!r}; recorded: {', '.join(known) or 'none'}"
+            ) from None
+        return [record.metrics[text] for record in parents]
+
+
+def _measured(
+    records: Sequence[Record],
+    benchmark: str | None,
+    seed: int,
+    limit: int | None,
+    wanted: bool,
+    measure: Callable[[Any], Change],
+) -> Change | str:
+    """The accuracy before and after, or why it is not known. What is asked for by name has to work."""
+    from cl_adapters.benchmarks.run.pool_accuracy import items_for
+
+    if not wanted:
+        return "--no-accuracy"
+    try:
+        return measure(items_for(records, benchmark, seed, limit))
+    except ClAdaptersError as error:
+        if benchmark is not None:
+            raise
+        return f"{error}; give --benchmark"
+
+
+def _accuracy_line(measured: Change | str) -> str:
+    if isinstance(measured, str):
+        return f"accuracy not measured: {measured}"
+    return (
+        f"accuracy {measured.before:.2f} % -> {measured.after:.2f} % ({measured.after - measured.before:+.2f}) on "
+        f"{measured.samples} test samples of {measured.benchmark}, predictor {measured.predictor}"
+    )
+
+
+def _plain_accuracy(measured: Change | str) -> dict[str, Any]:
+    return {"not_measured": measured} if isinstance(measured, str) else dataclasses.asdict(measured)

@@ -1,0 +1,1 @@
+"""Rendered characters, and the pre-training of the embedded backbone on them."""

@@ -1,0 +1,1 @@
+"""Running experiments: what is run, its session, its folder, its evaluation."""

@@ -1,0 +1,234 @@
+"""An experiment: one strategy on one benchmark with one backbone and one seed, fully resolved."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import itertools
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from cl_adapters.backbones.frozen import FrozenBackbone, Pooling
+from cl_adapters.backbones.load import absolute_name
+from cl_adapters.benchmarks.base import BenchmarkConfig, BenchmarkData, TextSet
+from cl_adapters.benchmarks.spec import parse_benchmark
+from cl_adapters.config import build, to_plain
+from cl_adapters.errors import ConfigError, UnknownName
+from cl_adapters.parts.keys import KeysConfig
+from cl_adapters.predictors.base import Predictor, predictor_from, predictor_to_plain
+from cl_adapters.strategies.base import AdapterStrategy, strategies
+from cl_adapters.strategies.config import StrategyConfig
+
+CONFIGS = Path(__file__).parent.parent / "configs"
+DEFAULT_BACKBONE = "vit_glyph_tiny"
+
+
+@dataclasses.dataclass(frozen=True)
+class Preset:
+    """Settings of a strategy on a benchmark or data set: the file ``configs/STRATEGY-NAME.yaml``.
+
+    Attributes:
+        strategy: registered name.
+        name: a benchmark, or a data set that the benchmark "folder" reads.
+        path: of the file.
+    """
+
+    strategy: str
+    name: str
+    path: Path
+
+    @property
+    def summary(self) -> str:
+        """What it is: the header of the file up to the command that runs it, as one line."""
+        lines = self.path.read_text(encoding="utf-8").splitlines()
+        header = itertools.takewhile(lambda line: line.startswith("#"), lines)
+        return " ".join(line.lstrip("# ") for line in header).partition(" Run it with")[0]
+
+    def read(self) -> dict[str, Any]:
+        """The settings as plain values.
+
+        Raises:
+            ConfigError: other sections than "strategy", "benchmark" and "backbone".
+        """
+        content = yaml.safe_load(self.path.read_text(encoding="utf-8")) or {}
+        unknown = set(content) - {"strategy", "benchmark", "backbone"}
+        if unknown:
+            raise ConfigError(f"{self.path}: unknown sections {sorted(unknown)}; known: strategy, benchmark, backbone")
+        return dict(content)
+
+
+def presets() -> list[Preset]:
+    """All presets, by strategy and name."""
+    stems = ((path.stem.partition("-"), path) for path in sorted(CONFIGS.glob("*-*.yaml")))
+    return [Preset(strategy, name, path) for (strategy, _, name), path in stems]
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class BackboneConfig:
+    """Which backbone; see :meth:`FrozenBackbone.load`.
+
+    Attributes:
+        name: embedded name, "timm:" and a model name, or "hf:" and a folder or name of a transformers model.
+        weights: local .safetensors file.
+        img_size: input side.
+        crop_pct: centre-crop fraction.
+        pooling: of a transformers model: "encoder", "cls", "mean" or "last".
+        max_length: tokens kept of a text.
+        dtype: of the frozen weights of a transformers model: "float32", "bfloat16", "float16" or "auto".
+        quantization: of the frozen weights of a transformers model: "int8" or "nf4".
+    """
+
+    name: str = DEFAULT_BACKBONE
+    weights: str | None = None
+    img_size: int | None = None
+    crop_pct: float | None = None
+    pooling: Pooling | None = None
+    max_length: int | None = None
+    dtype: str | None = None
+    quantization: str | None = None
+
+    def load(self) -> FrozenBackbone:
+        """Load it."""
+        return FrozenBackbone.load(**dataclasses.asdict(self))
+
+    def to_plain(self) -> dict[str, Any]:
+        """JSON-ready; options of transformers models only where they are set, as in files of earlier runs."""
+        later = ("pooling", "max_length", "dtype", "quantization")
+        return {key: value for key, value in to_plain(self).items() if key not in later or value is not None}
+
+
+@dataclasses.dataclass(frozen=True)
+class Experiment:
+    """Everything that decides a run's numbers.
+
+    Attributes:
+        strategy: registered name, with
+        strategy_config: its settings.
+        benchmark: registered name, with
+        benchmark_config: its parameters.
+        backbone: which backbone.
+        seed: of the run.
+        keys: what is kept of each class to look inputs up by; None: nothing.
+        predictor: the inference rule; None: the strategy's own.
+    """
+
+    strategy: str
+    strategy_config: StrategyConfig
+    benchmark: str
+    benchmark_config: BenchmarkConfig
+    backbone: BackboneConfig
+    seed: int
+    keys: KeysConfig | None = None
+    predictor: Predictor | None = None
+
+    @property
+    def strategy_class(self) -> type[AdapterStrategy]:
+        """The registered class."""
+        return strategies.get(self.strategy)
+
+    def to_plain(self) -> dict[str, Any]:
+        """JSON-ready; :meth:`from_plain` gives it back."""
+        later = {} if self.keys is None else {"keys": to_plain(self.keys)}
+        if self.predictor is not None:
+            later["predictor"] = predictor_to_plain(self.predictor)
+        return {
+            "strategy": {"name": self.strategy} | to_plain(self.strategy_config),
+            "benchmark": {"name": self.benchmark} | to_plain(self.benchmark_config),
+            "backbone": self.backbone.to_plain(),
+            "seed": self.seed,
+        } | later
+
+    @classmethod
+    def from_plain(cls, plain: Mapping[str, Any]) -> Experiment:
+        """Build from nested plain values: "strategy", "benchmark" (each with a "name"), "backbone", "seed" and more.
+
+        Raises:
+            UnknownName, ConfigError: with the nearest valid name.
+        """
+        strategy, benchmark = dict(plain["strategy"]), dict(plain["benchmark"])
+        name = strategy.pop("name")
+        config = build(strategies.get(name).Config, strategy, name)
+        benchmark_name, benchmark_config = parse_benchmark(benchmark.pop("name"), benchmark)
+        backbone = build(BackboneConfig, plain.get("backbone", {}), "backbone")
+        keys = None if plain.get("keys") is None else build(KeysConfig, plain["keys"], "keys")
+        predictor = None if plain.get("predictor") is None else predictor_from(plain["predictor"])
+        return cls(name, config, benchmark_name, benchmark_config, backbone, int(plain.get("seed", 0)), keys, predictor)
+
+
+def resolve(
+    strategy: str,
+    benchmark: str,
+    *,
+    preset: str | None = None,
+    backbone: str | None = None,
+    weights: str | None = None,
+    seed: int = 0,
+    settings: Mapping[str, Any] | None = None,
+) -> Experiment:
+    """An experiment from the command line: a preset, then the user's settings on top.
+
+    Args:
+        strategy: name.
+        benchmark: "digits" or "folder:PATH".
+        preset: name of one of the strategy's :func:`presets`; default that of the benchmark, if there is one.
+        backbone: default that of the preset, else the embedded one.
+        weights: local weights file.
+        seed: of the run.
+        settings: dotted keys to values. "benchmark.KEY", "backbone.KEY", "keys.KEY" and "predictor.KEY" go there;
+            "img_size", "weights" and "crop_pct" are the backbone's; every other key is the strategy's ("lr",
+            "adapter.bottleneck").
+
+    Raises:
+        UnknownName, ConfigError: with the nearest valid name.
+    """
+    strategies.get(strategy)
+    known = {known.name: known for known in presets() if known.strategy == strategy}
+    if preset is not None and preset not in known:
+        raise UnknownName.of(f"preset of {strategy}", preset, known)
+    name = preset or benchmark.partition(":")[0]
+    plain = known[name].read() if name in known else {}
+    chosen = {"name": backbone or plain.get("backbone", {}).get("name", DEFAULT_BACKBONE)}
+    if backbone is None or backbone == plain.get("backbone", {}).get("name"):
+        chosen = plain.get("backbone", {}) | chosen
+    chosen["name"] = absolute_name(chosen["name"])  # so that the run goes on from any folder
+    plain["backbone"] = chosen | ({} if weights is None else {"weights": str(Path(weights).resolve())})
+    plain["strategy"] = plain.get("strategy", {}) | {"name": strategy}
+    plain["benchmark"] = plain.get("benchmark", {}) | {"name": benchmark}
+    plain["seed"] = seed
+    backbone_keys = {field.name for field in dataclasses.fields(BackboneConfig)} - {"name"}
+    for key, value in (settings or {}).items():
+        path = key.split(".")
+        if path[0] in ("benchmark", "backbone", "strategy", "keys", "predictor") and len(path) > 1:
+            section, *path = path
+        else:
+            section = "backbone" if key in backbone_keys else "strategy"
+        _put(plain.setdefault(section, {}), path, value, key)
+    return Experiment.from_plain(plain)
+
+
+def data_fingerprint(data: BenchmarkData) -> str:
+    """SHA-256 over class order, task sizes, labels and every pixel or letter: the same data or not."""
+    digest = hashlib.sha256(repr((data.classes, data.class_order, data.task_sizes)).encode())
+    for part in (data.train, data.test):
+        digest.update(part.labels.tobytes())
+        if isinstance(part, TextSet):
+            for text in part.texts:
+                content = text.encode("utf-8", "surrogatepass")
+                digest.update(len(content).to_bytes(8, "little") + content)
+            continue
+        for image in part.images:
+            digest.update(repr(image.shape).encode())
+            digest.update(image.tobytes())
+    return digest.hexdigest()
+
+
+def _put(target: dict[str, Any], path: list[str], value: Any, key: str) -> None:
+    for step in path[:-1]:
+        inner = target.setdefault(step, {})
+        if not isinstance(inner, dict):
+            inner = target[step] = {"type": inner}
+        target = inner
+    target[path[-1]] = value

@@ -1,0 +1,127 @@
+"""What is written after each task (``row.json``), and how the rows of all tasks become :class:`Results`."""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from cl_adapters.benchmarks.base import BenchmarkData
+from cl_adapters.benchmarks.results.results import BackboneInfo, Expansion, Passes, Results, Routing, Seconds
+from cl_adapters.benchmarks.run.experiment import Experiment
+from cl_adapters.model.facade import AdapterModel
+from cl_adapters.strategies.base import AdapterStrategy
+
+Plain = dict[str, Any]
+
+
+def growth(strategy: AdapterStrategy) -> Plain:
+    """The adapters after a task, and those that the task asked for: the JSON-ready part of its row."""
+    model: AdapterModel = strategy.model
+    bank = model.bank
+    at: Counter[int] = Counter()
+    if bank is not None:
+        at.update(dict.fromkeys(bank.blocks, 0))
+        block_of = {site.name: site.block for site in bank.sites}
+        for slot in range(bank.num_slots):
+            # one adapter has many tensors, and may have several sites in a block
+            at.update({block_of[key.rpartition("/")[0]] for key, _ in bank.named_slot(slot)})
+    return {
+        "adapters": model.num_slots,
+        "adapter_parameters": 0 if bank is None else sum(parameter.numel() for parameter in bank.parameters()),
+        "adapters_per_block": {str(block): at[block] for block in sorted(at)},
+        "task_of_slot": list(model.task_of_slot),
+        "expansions": [_finite(dataclasses.asdict(entry)) for entry in strategy.expansions],
+    }
+
+
+def to_results(
+    rows: Sequence[Plain], experiment: Experiment, data: BenchmarkData, backbone: BackboneInfo, run: Mapping[str, Any]
+) -> Results:
+    """Put the rows of the finished tasks together.
+
+    Args:
+        rows: one per finished task, at least one.
+        experiment: what was run.
+        data: the benchmark.
+        backbone: the one in use.
+        run: "experiment", "versions" and "hardware" as recorded in ``config.json``.
+    """
+    tasks = data.tasks[: len(rows)]
+    pad = [None] * len(rows)
+    labels = data.test.labels
+    strategy = experiment.strategy_class
+    found = tuple(Expansion(**entry) for row in rows for entry in row.get("expansions", ()))
+    return Results(
+        strategy=experiment.strategy,
+        benchmark=experiment.benchmark,
+        backbone=backbone,
+        seed=experiment.seed,
+        class_names=data.classes,
+        class_order=data.class_order,
+        task_classes=tasks,
+        test_counts=tuple(int(sum((labels == label).sum() for label in task)) for task in tasks),
+        accuracy_matrix=tuple(tuple([*row["accuracy"], *pad][: len(rows)]) for row in rows),
+        backbone_passes_per_image=Passes(
+            per_evaluation=tuple(row["passes"] for row in rows), overall=_weighted_passes(rows)
+        ),
+        trainable_parameters=tuple(row["trainable_parameters"] for row in rows),
+        stored_bytes_per_task=tuple(row["stored_bytes"] for row in rows),
+        seconds_per_task=tuple(Seconds(**row["seconds"]) for row in rows),
+        cpu_seconds_per_task=tuple(Seconds(**row["cpu_seconds"]) for row in rows),
+        started=rows[0]["started"],
+        finished=rows[-1]["finished"],
+        config=run["experiment"],
+        versions=run["versions"],
+        hardware=run["hardware"],
+        licence=data.licence,
+        routing=_routing(rows) if strategy.retrieves else None,
+        expansions=found if found or strategy.expands else None,
+        **{name: _of_all(rows, name) for name in ("adapters", "adapter_parameters", "adapters_per_block")},
+    )
+
+
+def _routing(rows: Sequence[Plain]) -> Routing | None:
+    """Which adapter answered, against the task for which it was made; None while there is no choice."""
+    slots = len(rows[-1]["routing"][0]) - 1
+    # rows written before adapters were dated come from strategies that made one per task
+    tasks = tuple(rows[-1].get("task_of_slot", range(slots)))
+    if slots < 2:
+        return None
+    return Routing(
+        adapters=tuple(map(str, range(slots))),
+        adapter_tasks=tasks,
+        counts=tuple(tuple(line[1:]) for line in rows[-1]["routing"]),
+        right_share=tuple(_right_share(row["routing"], tasks) for row in rows),
+    )
+
+
+def _right_share(counts: Sequence[Sequence[int]], tasks: Sequence[int]) -> float:
+    """Percent of images answered by an adapter of their own task; the first column is the bare backbone."""
+    right = sum(
+        images
+        for task, line in enumerate(counts)
+        for made_in, images in zip(tasks, line[1:], strict=False)  # later slots were not there yet
+        if made_in == task
+    )
+    return 100 * right / _total(counts)
+
+
+def _of_all(rows: Sequence[Plain], name: str) -> Any:
+    """One value per task; None if a row is from before it was recorded."""
+    return tuple(row[name] for row in rows) if all(name in row for row in rows) else None
+
+
+def _finite(entry: Plain) -> Plain:
+    return entry | {"score": entry["score"] if math.isfinite(entry["score"]) else None}
+
+
+def _total(counts: Sequence[Sequence[int]]) -> int:
+    return max(1, sum(map(sum, counts)))
+
+
+def _weighted_passes(rows: Sequence[Plain]) -> float:
+    images = [_total(row["routing"]) for row in rows]
+    return float(sum(row["passes"] * n for row, n in zip(rows, images, strict=True)) / sum(images))

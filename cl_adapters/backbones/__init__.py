@@ -1,0 +1,1 @@
+"""Frozen backbones: loading, forward passes, preprocessing, identity."""

@@ -1,0 +1,1 @@
+"""INDEX BACK-ENDS, one file each."""

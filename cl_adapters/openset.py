@@ -1,0 +1,220 @@
+"""Saying "none of these": thresholds with a known rate of error, and how well they work.
+
+A feature under the bare backbone is compared with the keys of all classes (:mod:`cl_adapters.parts.keys`). Below a
+threshold on the largest cosine the input is of no known class.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from cl_adapters.backbones.batches import Inputs, to_device
+from cl_adapters.errors import ClAdaptersError, ConfigError, DataError
+from cl_adapters.model.facade import AdapterModel
+from cl_adapters.parts.abstention import Abstention
+from cl_adapters.parts.keys import Keys
+from cl_adapters.parts.retrieval import keys_of
+from cl_adapters.predictors.base import Predictor
+
+
+def calibrate(
+    model: AdapterModel,
+    *,
+    false_reject: float | None = None,
+    false_accept: float | None = None,
+    confidences_N: Tensor | None = None,
+) -> Abstention:
+    """Set the model's threshold from the features that were held back in training; it is saved with model and pool.
+
+    ``false_reject`` bounds the share of inputs of known classes that are refused. This one is exact: for new inputs
+    drawn like the held-back ones the chance is at most the target, whatever the features (the rank of a new one among
+    H held-back ones is uniform; Vovk et al. 2005, conformal prediction).
+
+    ``false_accept`` bounds the share of inputs of unknown classes that are let through. There are none to measure it
+    with, so each task's held-back features act as strangers to the keys of the other tasks. It is an estimate: it
+    holds as far as strangers are to the known classes what the tasks are to each other.
+
+    Args:
+        model: with keys, some of them held back (``KeysConfig.held_out``).
+        false_reject: target rate in (0, 1); give this one, or
+        false_accept: this one.
+        confidences_N: with ``false_reject``: largest softmax of the model's answers for N images of known classes that
+            it was not trained on. Then a second threshold, on that, is set too, at the same rate: together they
+            refuse at most twice as many.
+
+    Returns:
+        The model's part "abstention", new.
+
+    Raises:
+        ConfigError: not exactly one target, or one outside (0, 1).
+        DataError: too few held-back features for the target.
+        ClAdaptersError: no keys, or an index in their place, which has a threshold of its own.
+    """
+    if (false_reject is None) == (false_accept is None):
+        raise ConfigError("give one target: false_reject (of known classes) or false_accept (of unknown ones)")
+    if confidences_N is not None and false_reject is None:
+        raise ConfigError("a threshold on confidence is calibrated for false_reject only")
+    keys = _own_keys(model)
+    if false_reject is not None:
+        known_H = keys.similarity(keys.held_out_HD).amax(1)
+        found = lower_threshold(known_H, false_reject)
+        calibration = {"false_reject": false_reject, "exact": True, "held_out": len(known_H)}
+    else:
+        assert false_accept is not None
+        strangers_H = stranger_scores(model)
+        found = upper_threshold(strangers_H, false_accept)
+        calibration = {"false_accept": false_accept, "exact": False, "held_out": len(strangers_H)}
+    confidence = None if confidences_N is None else lower_threshold(confidences_N, calibration["false_reject"])
+    made = Abstention(found, confidence, calibration)
+    model.parts["abstention"] = made
+    return made
+
+
+def lower_threshold(scores_N: Tensor, rate: float) -> float:
+    """The largest threshold below which a new score falls with a chance of at most ``rate``.
+
+    Raises:
+        ConfigError: a rate outside (0, 1).
+        DataError: fewer than 1 / rate - 1 scores.
+    """
+    return float(scores_N.sort().values[_rank(len(scores_N), rate) - 1])
+
+
+def upper_threshold(scores_N: Tensor, rate: float) -> float:
+    """The smallest threshold that a new score reaches with a chance of at most ``rate``.
+
+    Raises:
+        ConfigError: a rate outside (0, 1).
+        DataError: fewer than 1 / rate - 1 scores.
+    """
+    value = scores_N.sort(descending=True).values[_rank(len(scores_N), rate) - 1]
+    return float(torch.nextafter(value, value.new_tensor(torch.inf)))
+
+
+def _own_keys(model: AdapterModel) -> Keys:
+    keys = keys_of(model)
+    if not isinstance(keys, Keys):
+        raise ClAdaptersError(
+            "this model looks inputs up in an index, whose threshold it took: calibrate that one with "
+            "cl_adapters.index.calibration.calibrate(index, ...), and make the model again"
+        )
+    return keys
+
+
+def _rank(n: int, rate: float) -> int:
+    if not 0 < rate < 1:
+        raise ConfigError(f"a target rate lies between 0 and 1, got {rate}")
+    rank = math.floor(rate * (n + 1) + 1e-9)
+    if rank < 1:
+        raise DataError(
+            f"{n} held-back features cannot promise a rate of {rate}: at least {math.ceil(1 / rate) - 1} are needed. "
+            "Train with keys=KeysConfig(held_out=...) larger, or take a higher target"
+        )
+    return rank
+
+
+def stranger_scores(model: AdapterModel) -> Tensor:
+    """For each held-back feature the cosine to the nearest key of all other tasks, float32 [H].
+
+    Raises:
+        DataError: fewer than two tasks.
+    """
+    if model.num_tasks < 2 or len(model.task_of_column.unique()) < 2:
+        raise DataError("false_accept needs at least two tasks: each is a stranger to the others")
+    keys = _own_keys(model)
+    near_HM = keys.similarity(keys.held_out_HD)
+    task_C = model.task_of_column.to(near_HM.device)
+    own_HM = task_C[keys.held_out_column_H][:, None] == task_C[keys.column_M]
+    return near_HM.masked_fill(own_HM, -1.0).amax(1)
+
+
+@dataclass(frozen=True)
+class OpenSet:
+    """How a model does on images of known classes and of classes that it has never seen.
+
+    Attributes:
+        accuracy: share of known images whose class is right, refused ones answered by the bare backbone included.
+        routing: share of known images answered by the adapter of their class; None where nothing is routed.
+        coverage: share of known images that are not refused; 1 without a threshold.
+        false_accept: share of strangers that are not refused; None without strangers.
+        auroc: of the score of the nearest key, known against strangers; 0.5 is chance. None without strangers.
+        passes: mean backbone passes per known image.
+    """
+
+    accuracy: float
+    routing: float | None
+    coverage: float
+    false_accept: float | None
+    auroc: float | None
+    passes: float
+
+
+def open_set(
+    model: AdapterModel,
+    known: Iterable[tuple[Inputs, Tensor]],
+    strangers: Iterable[Inputs] = (),
+    *,
+    predictor: Predictor | None = None,
+) -> OpenSet:
+    """Measure a model.
+
+    Args:
+        model: with keys where there are strangers.
+        known: batches of inputs and class labels (int64 [B]) that the model knows.
+        strangers: batches of inputs of other classes.
+        predictor: another inference rule than the model's own.
+
+    Raises:
+        ClAdaptersError: no known input.
+        DataError: a label that the model does not know.
+    """
+    from sklearn.metrics import roc_auc_score
+
+    right, routed, kept, passes, near = [], [], [], [], [torch.empty(0)]
+    for x, y in known:
+        columns_B = model.columns_of(y)
+        if (columns_B < 0).any():
+            raise DataError(f"the model does not know class {int(y[columns_B < 0][0])}; give such images as strangers")
+        answer = model.answer(x, predictor=predictor)
+        right.append(answer.logits.argmax(1).cpu() == columns_B)
+        routed.append(answer.adapter == model.slot_of_column[columns_B])
+        kept.append(_kept(answer.abstained, len(columns_B)))
+        passes.append(answer.passes)
+        near.append(_near(model, x))
+    if not right:
+        raise ClAdaptersError("nothing to measure: give at least one batch of known classes")
+    far, accepted = [torch.empty(0)], []
+    for x in strangers:
+        answer = model.answer(x, predictor=predictor)
+        accepted.append(_kept(answer.abstained, len(answer.logits)))
+        far.append(_near(model, x))
+    scores, truth = torch.cat([*near, *far]), [1] * len(torch.cat(near)) + [0] * len(torch.cat(far))
+    return OpenSet(
+        accuracy=_share(right),
+        routing=_share(routed) if model.num_slots else None,
+        coverage=_share(kept),
+        false_accept=_share(accepted) if accepted else None,
+        auroc=float(roc_auc_score(truth, scores.numpy())) if accepted and 1 in truth else None,
+        passes=float(torch.cat(passes).mean()),
+    )
+
+
+def _kept(abstained_B: Tensor | None, batch: int) -> Tensor:
+    return torch.ones(batch, dtype=torch.bool) if abstained_B is None else ~abstained_B
+
+
+def _near(model: AdapterModel, x: Inputs) -> Tensor:
+    """Score of the nearest key, float32 [B]; nothing where there are no keys."""
+    if "class_keys" not in model.parts:
+        return torch.empty(0)
+    with torch.inference_mode():
+        return keys_of(model).nearest(model.features(to_device(x, model.device), None), 1)[0][:, 0].cpu()
+
+
+def _share(flags: list[Tensor]) -> float:
+    return float(torch.cat(flags).float().mean())
