@@ -92,7 +92,7 @@ NEW_PLACES = {
     "language_source": "language.load",
     "language_tokens": "language.tokens",
     "model_files": "model.files",
-    "origins": "model.origins",
+    "origins": "model.state",
     "passes": "backbones.passes",
     "preprocessing": "backbones.preprocessing",
     "randomness": "_seeding",

@@ -6,7 +6,6 @@ Where all adapters sit in late blocks, the blocks before them give the same for 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -14,9 +13,7 @@ from torch import Tensor
 from cl_adapters.backbones.batches import Inputs, batch_size, take
 from cl_adapters.bank.bank import BARE, Route, Routes
 from cl_adapters.errors import ClAdaptersError, IncompatibleBackbone
-
-if TYPE_CHECKING:
-    from cl_adapters.model.facade import AdapterModel
+from cl_adapters.model.encoder import AdaptedEncoder
 
 
 class FeatureMemory:
@@ -29,14 +26,14 @@ class FeatureMemory:
         model: whose features these are; the memory is void for any other.
     """
 
-    def __init__(self, model: AdapterModel) -> None:
+    def __init__(self, model: AdaptedEncoder) -> None:
         self.model = model
         self._kept: dict[tuple[int, int], Tensor] = {}
 
     def __len__(self) -> int:
         return len(self._kept)
 
-    def check(self, model: AdapterModel, batch: int, samples: Sequence[int] | None) -> None:
+    def check(self, model: AdaptedEncoder, batch: int, samples: Sequence[int] | None) -> None:
         """Check that this memory is the model's, and that a batch has numbers.
 
         Raises:
@@ -78,7 +75,7 @@ class LazyFeatures:
 
     def __init__(
         self,
-        model: AdapterModel,
+        model: AdaptedEncoder,
         x: Inputs,
         memory: FeatureMemory | None = None,
         samples: Sequence[int] | None = None,
@@ -172,7 +169,7 @@ class LazyFeatures:
             self._stored += len(found)
 
 
-def _late_blocks(model: AdapterModel) -> tuple[int, float]:
+def _late_blocks(model: AdaptedEncoder) -> tuple[int, float]:
     """The first block that has adapters, and the share of the blocks from there on.
 
     0 and 1.0 where that is the first one, or where the backbone cannot go on from a block.

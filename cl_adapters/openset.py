@@ -15,7 +15,7 @@ from torch import Tensor
 
 from cl_adapters.backbones.batches import Inputs, to_device
 from cl_adapters.errors import ClAdaptersError, ConfigError, DataError
-from cl_adapters.model.facade import AdapterModel
+from cl_adapters.model.classifier import Classifier
 from cl_adapters.parts.abstention import Abstention
 from cl_adapters.parts.keys import Keys
 from cl_adapters.parts.retrieval import keys_of
@@ -23,7 +23,7 @@ from cl_adapters.predictors.base import Predictor
 
 
 def calibrate(
-    model: AdapterModel,
+    model: Classifier,
     *,
     false_reject: float | None = None,
     false_accept: float | None = None,
@@ -96,7 +96,7 @@ def upper_threshold(scores_N: Tensor, rate: float) -> float:
     return float(torch.nextafter(value, value.new_tensor(torch.inf)))
 
 
-def _own_keys(model: AdapterModel) -> Keys:
+def _own_keys(model: Classifier) -> Keys:
     keys = keys_of(model)
     if not isinstance(keys, Keys):
         raise ClAdaptersError(
@@ -118,7 +118,7 @@ def _rank(n: int, rate: float) -> int:
     return rank
 
 
-def stranger_scores(model: AdapterModel) -> Tensor:
+def stranger_scores(model: Classifier) -> Tensor:
     """For each held-back feature the cosine to the nearest key of all other tasks, float32 [H].
 
     Raises:
@@ -155,7 +155,7 @@ class OpenSet:
 
 
 def open_set(
-    model: AdapterModel,
+    model: Classifier,
     known: Iterable[tuple[Inputs, Tensor]],
     strangers: Iterable[Inputs] = (),
     *,
@@ -208,7 +208,7 @@ def _kept(abstained_B: Tensor | None, batch: int) -> Tensor:
     return torch.ones(batch, dtype=torch.bool) if abstained_B is None else ~abstained_B
 
 
-def _near(model: AdapterModel, x: Inputs) -> Tensor:
+def _near(model: Classifier, x: Inputs) -> Tensor:
     """Score of the nearest key, float32 [B]; nothing where there are no keys."""
     if "class_keys" not in model.parts:
         return torch.empty(0)

@@ -25,7 +25,7 @@ from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.bank.bank import AdapterBank, Routes
 from cl_adapters.errors import DataError
 from cl_adapters.model.facade import AdapterModel
-from cl_adapters.model.origins import Origin
+from cl_adapters.model.state import Origin
 from cl_adapters.parts.keys import KeysConfig, Kind
 from cl_adapters.predictors.base import Predictor, predictor_from
 from cl_adapters.registry import Registry

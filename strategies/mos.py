@@ -20,7 +20,7 @@ from cl_adapters.bank.bank import Route
 from cl_adapters.merge.ema import ema
 from cl_adapters.merge.mean import mean
 from cl_adapters.model.alignment import Alignment, align
-from cl_adapters.model.origins import Origin
+from cl_adapters.model.state import Origin
 from cl_adapters.model.statistics import ClassStatistics, Covariance
 from cl_adapters.predictors.base import Predictor
 from cl_adapters.predictors.fixed import Fixed

@@ -31,6 +31,7 @@ from cl_adapters.benchmarks.streams.datasets import as_dataset, task_indices
 from cl_adapters.benchmarks.streams.prepared import prepare
 from cl_adapters.features import LazyFeatures
 from cl_adapters.model.facade import AdapterModel
+from cl_adapters.model.state import ModelState
 from cl_adapters.openset import OpenSet, calibrate, open_set
 from cl_adapters.parts.keys import Keys, KeysConfig
 from cl_adapters.predictors.base import Prediction, Predictor
@@ -55,7 +56,7 @@ PREDICTORS: dict[str, Predictor] = {
 class WrongAdapter(Predictor):
     """The adapter of another task than the nearest key's: what retrieval has to be better than."""
 
-    def predict(self, model: AdapterModel, features: LazyFeatures) -> Prediction:
+    def predict(self, model: ModelState, features: LazyFeatures) -> Prediction:
         """Linear logits under the next adapter."""
         wrong_B = (NearestKey().predict(model, features).adapter + 1) % model.num_slots
         return Prediction(model.head(features(features.rows, wrong_B)), wrong_B, features.passes_B)

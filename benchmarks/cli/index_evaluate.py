@@ -112,16 +112,16 @@ def _predictor(name: str | None, options: dict[str, Any]) -> Predictor | None:
 def _model(store: AdapterPool, index: AdapterIndex, predictor: Predictor | None) -> AdapterModel:
     """Of the index's records; by the nearest key where the pool's own rule cannot run on them."""
     from cl_adapters.errors import PoolError
-    from cl_adapters.pool.models import from_pool
+    from cl_adapters.model.facade import AdapterModel
     from cl_adapters.predictors.nearest_key import NearestKey
 
     ids = index.records
     if predictor is not None:
-        return from_pool(store, ids, predictor=predictor, index=index)
+        return AdapterModel.from_pool(store, ids, predictor=predictor, index=index)
     try:
-        return from_pool(store, ids, index=index)
+        return AdapterModel.from_pool(store, ids, index=index)
     except PoolError:
-        return from_pool(store, ids, predictor=NearestKey(), index=index)
+        return AdapterModel.from_pool(store, ids, predictor=NearestKey(), index=index)
 
 
 def _asked(

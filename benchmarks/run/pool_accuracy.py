@@ -16,7 +16,6 @@ from cl_adapters.benchmarks.streams.prepared import prepare
 from cl_adapters.errors import ClAdaptersError, ConfigError, PoolError
 from cl_adapters.model.facade import AdapterModel
 from cl_adapters.pool import AdapterPool, Record
-from cl_adapters.pool.models import from_pool
 from cl_adapters.predictors.base import predictors
 from cl_adapters.predictors.nearest_key import NearestKey
 
@@ -141,9 +140,9 @@ def benchmark_text(name: str, config: object) -> str:
 
 def _models(*pools: tuple[AdapterPool, Sequence[str] | None]) -> list[AdapterModel]:
     try:
-        return [from_pool(pool, ids) for pool, ids in pools]
+        return [AdapterModel.from_pool(pool, ids) for pool, ids in pools]
     except PoolError:
-        models = [from_pool(pool, ids, predictor=NearestKey()) for pool, ids in pools]
+        models = [AdapterModel.from_pool(pool, ids, predictor=NearestKey()) for pool, ids in pools]
         if not all("class_keys" in model.parts for model in models):
             raise
         return models

@@ -1,4 +1,4 @@
-"""AdapterModel on disk.
+"""Classifier on disk.
 
     model.json                    schema, backbone identity, adapter type, classes, predictor, SHA-256 of every file
     heads.safetensors             linear.weight [C, D], linear.bias [C], prototypes [C, D]
@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -25,16 +25,17 @@ from cl_adapters.backbones.load import moved_source
 from cl_adapters.bank.bank import AdapterBank
 from cl_adapters.config import build, to_plain
 from cl_adapters.errors import IncompatibleBackbone, StorageError
-from cl_adapters.model.facade import AdapterModel
-from cl_adapters.model.origins import Origin
+from cl_adapters.model.classifier import Classifier
+from cl_adapters.model.state import Origin
 from cl_adapters.model.statistics import ClassStatistics
 from cl_adapters.parts import Part, parts
 from cl_adapters.predictors import predictors
 
 SCHEMA = 1
+M = TypeVar("M", bound=Classifier)
 
 
-def save_model(model: AdapterModel, path: Path, *, overwrite: bool = False, link_from: Path | None = None) -> Path:
+def save_model(model: Classifier, path: Path, *, overwrite: bool = False, link_from: Path | None = None) -> Path:
     """Write ``model`` as the folder ``path``; see :meth:`AdapterModel.save`."""
     with new_folder(path, overwrite=overwrite) as folder:
         files = {name: put_tensors(folder, name, tensors, link_from) for name, tensors in _tensors(model).items()}
@@ -42,13 +43,13 @@ def save_model(model: AdapterModel, path: Path, *, overwrite: bool = False, link
     return path
 
 
-def load_model(path: Path, backbone: FrozenBackbone | None = None) -> AdapterModel:
-    """Read the folder ``path``; see :meth:`AdapterModel.load`."""
+def load_model(cls: type[M], path: Path, backbone: FrozenBackbone | None = None) -> M:
+    """Read the folder ``path`` into a new ``cls``; see :meth:`AdapterModel.load`."""
     if not path.is_dir():
         raise StorageError(f"no saved model at {path}: the folder does not exist")
     card = read_json(path / "model.json", schema_version=SCHEMA)
     try:
-        return _assemble(path, card, _backbone(card["backbone"], backbone))
+        return _assemble(cls, path, card, _backbone(card["backbone"], backbone))
     except (KeyError, TypeError, IndexError) as error:
         raise StorageError(f"{path / 'model.json'} is incomplete: {type(error).__name__} {error}") from error
 
@@ -69,7 +70,7 @@ def moved_backbone(path: Path, place: Path) -> FrozenBackbone:
     return FrozenBackbone.load(**moved_source(card["source"], place))
 
 
-def _describe(model: AdapterModel) -> dict[str, Any]:
+def _describe(model: Classifier) -> dict[str, Any]:
     backbone = model.backbone
     recipe = None if backbone.preprocessing is None else to_plain(backbone.preprocessing)
     bank = model.bank
@@ -106,7 +107,7 @@ def _describe(model: AdapterModel) -> dict[str, Any]:
     }
 
 
-def _tensors(model: AdapterModel) -> dict[str, dict[str, Tensor]]:
+def _tensors(model: Classifier) -> dict[str, dict[str, Tensor]]:
     """File name to tensors."""
     linear = {"linear.weight": model.head.weight, "linear.bias": model.head.bias}
     files = {"heads.safetensors": {**linear, "prototypes": model.prototypes.prototypes}}
@@ -146,13 +147,13 @@ def _check_named(card: Mapping[str, Any]) -> None:
         )
 
 
-def _assemble(path: Path, card: Mapping[str, Any], backbone: FrozenBackbone) -> AdapterModel:
+def _assemble(cls: type[M], path: Path, card: Mapping[str, Any], backbone: FrozenBackbone) -> M:
     files = card["files"]
 
     def read(name: str) -> dict[str, Tensor]:
         return get_tensors(path / name, files[name])
 
-    model = AdapterModel(backbone, _bank(card["adapter"], backbone, read))
+    model = cls(backbone, _bank(card["adapter"], backbone, read))
     for row in card["classes"]:
         model.classes.append(int(row["label"]))
         if row["name"] is not None:
@@ -192,6 +193,6 @@ def _bank(card: Mapping[str, Any] | None, backbone: FrozenBackbone, read: Any) -
     return bank
 
 
-def stored_bytes(model: AdapterModel) -> int:
+def stored_bytes(model: Classifier) -> int:
     """Bytes of all tensors that :func:`save_model` writes."""
     return sum(value.numel() * value.element_size() for part in _tensors(model).values() for value in part.values())

@@ -5,25 +5,22 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 
+from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.backbones.preprocessing import Preprocessing
 from cl_adapters.backbones.text import TextPreprocessing
 from cl_adapters.backbones.tokens import mask_of
 from cl_adapters.errors import ClAdaptersError
 from cl_adapters.images import decode_image
-
-if TYPE_CHECKING:
-    from cl_adapters.backbones.frozen import FrozenBackbone
-    from cl_adapters.model.facade import AdapterModel
-    from cl_adapters.predictors.base import Prediction, Predictor
+from cl_adapters.model.classifier import Classifier
+from cl_adapters.predictors.base import Prediction, Predictor
 
 
 @dataclass(frozen=True)
 class Answer:
-    """What :meth:`AdapterModel.predict_files` says about one file, or :meth:`AdapterModel.predict_texts` of one text.
+    """What :meth:`Classifier.predict_files` says about one file, or :meth:`Classifier.predict_texts` of one text.
 
     Attributes:
         input: path of the file as given, or the text itself.
@@ -80,9 +77,9 @@ def text_preprocessing(backbone: FrozenBackbone) -> TextPreprocessing:
 
 
 def answer_files(
-    model: AdapterModel, files: Sequence[str | Path], batch: int, predictor: Predictor | None
+    model: Classifier, files: Sequence[str | Path], batch: int, predictor: Predictor | None
 ) -> list[Answer]:
-    """Classify image files; see :meth:`AdapterModel.predict_files`."""
+    """Classify image files; see :meth:`Classifier.predict_files`."""
     transform = image_preprocessing(model.backbone).eval_transform()
     answers: list[Answer] = []
     for start in range(0, len(files), batch):
@@ -93,8 +90,8 @@ def answer_files(
     return answers
 
 
-def answer_texts(model: AdapterModel, texts: Sequence[str], batch: int, predictor: Predictor | None) -> list[Answer]:
-    """Classify texts, those of similar length together; see :meth:`AdapterModel.predict_texts`."""
+def answer_texts(model: Classifier, texts: Sequence[str], batch: int, predictor: Predictor | None) -> list[Answer]:
+    """Classify texts, those of similar length together; see :meth:`Classifier.predict_texts`."""
     tokens_BN = text_preprocessing(model.backbone).encode(texts)
     order_B = mask_of(tokens_BN).sum(1).argsort(descending=True, stable=True)
     answers: dict[int, Answer] = {}
@@ -104,7 +101,7 @@ def answer_texts(model: AdapterModel, texts: Sequence[str], batch: int, predicto
     return [answers[row] for row in range(len(texts))]
 
 
-def explained(model: AdapterModel, given: str | Path, prediction: Prediction, row: int) -> Answer:
+def explained(model: Classifier, given: str | Path, prediction: Prediction, row: int) -> Answer:
     """One row of a prediction as an answer."""
     scores_C = prediction.logits[row].float().softmax(0).cpu()
     best = scores_C.topk(min(5, len(scores_C)))

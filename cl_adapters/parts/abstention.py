@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -12,13 +12,11 @@ from torch import Tensor
 
 from cl_adapters.bank.routes import BARE
 from cl_adapters.errors import ConfigError
+from cl_adapters.features import LazyFeatures
+from cl_adapters.model.state import ModelState
 from cl_adapters.parts.base import Part, parts
 from cl_adapters.parts.retrieval import keys_of
-
-if TYPE_CHECKING:
-    from cl_adapters.features import LazyFeatures
-    from cl_adapters.model.facade import AdapterModel
-    from cl_adapters.predictors.base import Prediction
+from cl_adapters.predictors.base import Prediction
 
 
 @parts.register("abstention")
@@ -45,7 +43,7 @@ class Abstention(Part):
         self.confidence = confidence
         self.calibration = dict(calibration or {})
 
-    def applied(self, model: AdapterModel, features: LazyFeatures, prediction: Prediction) -> Prediction:
+    def applied(self, model: ModelState, features: LazyFeatures, prediction: Prediction) -> Prediction:
         """The prediction, with refused rows answered by the class means under the bare backbone.
 
         A prediction costs the bare pass, where its predictor has not asked for it already.

@@ -5,18 +5,14 @@ B batch, C classes, M keys, T adapters.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 from torch import Tensor
 
 from cl_adapters.errors import ClAdaptersError
+from cl_adapters.model.state import ModelState
 from cl_adapters.parts.keys import KeyLookup
 
-if TYPE_CHECKING:
-    from cl_adapters.model.facade import AdapterModel
 
-
-def keys_of(model: AdapterModel) -> KeyLookup:
+def keys_of(model: ModelState) -> KeyLookup:
     """The model's keys, or the index that stands in their place.
 
     Raises:
@@ -40,7 +36,7 @@ def check_neighbours(k: int, temperature: float) -> None:
         raise ValueError(f"k must be at least 1 and temperature positive, got k={k}, temperature={temperature}")
 
 
-def answered(model: AdapterModel, f_BD: Tensor, bare_BD: Tensor) -> Tensor:
+def answered(model: ModelState, f_BD: Tensor, bare_BD: Tensor) -> Tensor:
     """Logits [B, C] of the linear head on the adapted features; without such a head, scores of the classes' keys.
 
     Args:

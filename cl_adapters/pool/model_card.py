@@ -12,16 +12,11 @@ import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
-from cl_adapters.config import to_plain
 from cl_adapters.errors import PoolError
 from cl_adapters.pool.blobs import read_file
 from cl_adapters.pool.record import Record
-
-if TYPE_CHECKING:
-    from cl_adapters.model.facade import AdapterModel
-    from cl_adapters.pool.pool import AdapterPool
 
 CARD = "model.json"
 SCHEMA = 1
@@ -108,31 +103,3 @@ def anchor_of(card: Mapping[str, Any], records: Iterable[Record]) -> Record | No
     same = [record for record in present if record.adapter_sha == anchor[1]]
     same += [record for record in present if record.id == anchor[0]]
     return same[0] if same else None
-
-
-def card_of(model: AdapterModel, pool: AdapterPool, names: Mapping[int, str]) -> dict[str, Any]:
-    """What the records do not say of a model.
-
-    Args:
-        model: what was saved.
-        pool: its records.
-        names: id of the record of each slot.
-
-    Returns:
-        JSON-ready. The predictor's own adapter is named by id and, should that change, by content.
-    """
-    from cl_adapters.bank.bank import BARE  # torch, which copying a pool does without
-    from cl_adapters.parts.abstention import Abstention
-    from cl_adapters.parts.keys import Keys
-    from cl_adapters.predictors.base import predictors
-
-    anchor = model.predictor.anchor
-    parts = dict(model.parts.items())
-    threshold, keys = parts.get("abstention"), parts.get("class_keys")
-    return {
-        "schema_version": SCHEMA,
-        "predictor": {"type": predictors.name_of(model.predictor), "config": to_plain(model.predictor)},
-        "anchor": None if anchor == BARE else [names[anchor], pool.get(names[anchor]).adapter_sha],
-        "abstention": threshold.description() if isinstance(threshold, Abstention) else None,
-        "keys": to_plain(keys.config) if isinstance(keys, Keys) else None,
-    }

@@ -1,41 +1,46 @@
-"""A model of a pool's records; the other way is :mod:`cl_adapters.pool.model_records`.
+"""A model as a pool, one record per adapter, and a model of a pool's records.
 
-Record i is slot i and task i of the model; one that the bare backbone answers for is a slot that adds nothing.
+A class belongs to the newest adapter that was made up to its task. The other way round, record i is slot i and task i
+of the model; one that the bare backbone answers for is a slot that adds nothing.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import count
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
+from cl_adapters._io import new_folder, write_json
 from cl_adapters.backbones.frozen import FrozenBackbone
-from cl_adapters.bank.bank import AdapterBank, Loader
-from cl_adapters.config import build
+from cl_adapters.bank.bank import BARE, AdapterBank, Loader
+from cl_adapters.config import build, to_plain
 from cl_adapters.errors import ClAdaptersError, PoolError
-from cl_adapters.model.facade import AdapterModel
-from cl_adapters.model.origins import Origin
+from cl_adapters.model.classifier import Classifier
+from cl_adapters.model.state import Origin
 from cl_adapters.parts.abstention import Abstention
 from cl_adapters.parts.keys import Keys, KeysConfig
+from cl_adapters.parts.retrieval import keys_of
 from cl_adapters.pool.checks import adapter_of, check_fingerprint
-from cl_adapters.pool.model_card import CARD, anchor_of, read_card
-from cl_adapters.pool.model_records import save_pool
+from cl_adapters.pool.model_card import CARD, SCHEMA, anchor_of, read_card
+from cl_adapters.pool.new_adapter import NewAdapter
 from cl_adapters.pool.pool import AdapterPool
-from cl_adapters.pool.record import Record
+from cl_adapters.pool.record import PoolClass, Record
 from cl_adapters.predictors.base import Predictor, predictors
 from cl_adapters.predictors.nearest_key import NearestKey
 
 if TYPE_CHECKING:
     from cl_adapters.index.index import AdapterIndex
 
-__all__ = ["from_pool", "save_pool"]
+M = TypeVar("M", bound=Classifier)
 
 
 def from_pool(
+    cls: type[M],
     pool: AdapterPool | str | Path,
     ids: Sequence[str] | None = None,
     *,
@@ -43,7 +48,7 @@ def from_pool(
     predictor: Predictor | None = None,
     index: AdapterIndex | str | Path | None = None,
     limit: int = 64,
-) -> AdapterModel:
+) -> M:
     """A model of a pool's records, in the order of the pool; adapters are loaded when they are used.
 
     Without a record its classes are gone, and every other number that the model reads is the same. Whether answers are
@@ -59,6 +64,7 @@ def from_pool(
     Like every model of adapters in a pool it cannot be trained further, since statistics of the classes are not there.
 
     Args:
+        cls: what to make, :class:`AdapterModel` or a class derived from it.
         pool: a pool, or its folder.
         ids: the records; default all.
         backbone: where it is at hand; default the pool's.
@@ -80,7 +86,7 @@ def from_pool(
     elif backbone is not None:
         check_fingerprint(pool.backbone_card, backbone, "backbone")
     records = _chosen(pool, ids)
-    model = AdapterModel(backbone or pool.backbone, _bank(pool, records, backbone or pool.backbone, limit))
+    model = cls(backbone or pool.backbone, _bank(pool, records, backbone or pool.backbone, limit))
     for task, record in enumerate(records):
         if record.classes:
             model.classes += record.labels
@@ -165,7 +171,7 @@ def _rows(pool: AdapterPool, record: Record, indexed: bool) -> dict[str, Tensor]
     return found
 
 
-def _fill_heads(model: AdapterModel, known: list[tuple[Record, dict[str, Tensor]]]) -> None:
+def _fill_heads(model: Classifier, known: list[tuple[Record, dict[str, Tensor]]]) -> None:
     weight, bias, prototypes = (_column(known, key) for key in ("head.weight", "head.bias", "prototypes"))
     groups = tuple(len(record.classes) for record, _ in known)
     model.head.groups = model.prototypes.groups = groups  # no record's logits depend on which others there are
@@ -175,7 +181,7 @@ def _fill_heads(model: AdapterModel, known: list[tuple[Record, dict[str, Tensor]
         model.prototypes.prototypes = prototypes
 
 
-def _fill_keys(model: AdapterModel, known: list[tuple[Record, dict[str, Tensor]]], card: Mapping[str, Any]) -> None:
+def _fill_keys(model: Classifier, known: list[tuple[Record, dict[str, Tensor]]], card: Mapping[str, Any]) -> None:
     """Keys, and the saved thresholds."""
     rows = _column(known, "keys")
     if rows is None:
@@ -191,7 +197,7 @@ def _fill_keys(model: AdapterModel, known: list[tuple[Record, dict[str, Tensor]]
 
 
 def _look_up(
-    model: AdapterModel,
+    model: Classifier,
     pool: AdapterPool,
     index: AdapterIndex | str | Path,
     known: list[tuple[Record, dict[str, Tensor]]],
@@ -230,7 +236,7 @@ def _columns(known: list[tuple[Record, dict[str, Tensor]]], key: str) -> Tensor:
     return torch.cat(found)
 
 
-def _predictor(model: AdapterModel, records: list[Record], card: Mapping[str, Any]) -> Predictor:
+def _predictor(model: Classifier, records: list[Record], card: Mapping[str, Any]) -> Predictor:
     """The saved inference rule, its own adapter by the slot that it has now."""
     if not card:
         if "class_keys" not in model.parts:
@@ -254,3 +260,167 @@ def _predictor(model: AdapterModel, records: list[Record], card: Mapping[str, An
         )
     changed: Any = made
     return dataclasses.replace(changed, slot=records.index(own))  # type: ignore[no-any-return]
+
+
+def save_pool(
+    model: Classifier,
+    path: Path,
+    *,
+    tags: Sequence[str] = (),
+    benchmark: str | None = None,
+    metrics: Mapping[int, Mapping[str, float]] | None = None,
+    compression: str | None = None,
+) -> AdapterPool:
+    """Write a model as a new pool with one record per adapter, or none of it.
+
+    Each record has the classes of its adapter with their keys, rows of both heads and held-back features. To add them
+    to another pool: ``AdapterPool.copy_to``.
+
+    Args:
+        model: whose predictor answers a class by the adapter of its task.
+        path: a folder that does not exist.
+        tags: of every record.
+        benchmark: where the data came from.
+        metrics: of the record of a task, by the task's number.
+        compression: codec of the stored adapters; see :class:`AdapterPool`.
+
+    Raises:
+        PoolError: a model that is more than its adapters: its answers need all of them together.
+        StorageError: the place exists or cannot be written.
+    """
+    _check_by_class(model)
+    with new_folder(path) as scratch:
+        pool = AdapterPool.create(scratch, model.backbone)
+        groups = list(_groups(model))
+        ids = _ids(model, [slot for slot, _ in groups])
+        names = {slot: id for (slot, _), id in zip(groups, ids, strict=True) if slot != BARE}
+        pool.add_all(
+            _new(
+                model,
+                slot,
+                columns,
+                id,
+                names,
+                tags=tuple(tags),
+                benchmark=benchmark,
+                metrics=metrics or {},
+                compression=compression,
+            )
+            for (slot, columns), id in zip(groups, ids, strict=True)
+        )
+        write_json(scratch / CARD, _card(model, pool, names))
+    return AdapterPool.open(path, backbone=model.backbone)
+
+
+def _new(
+    model: Classifier,
+    slot: int,
+    columns: list[int],
+    id: str,
+    names: Mapping[int, str],
+    *,
+    tags: tuple[str, ...],
+    benchmark: str | None,
+    metrics: Mapping[int, Mapping[str, float]],
+    compression: str | None,
+) -> NewAdapter:
+    """One adapter of a model, or the bare backbone, with its classes."""
+    task, origin = _task_of(model, slot, columns), model.origins.get(slot, Origin())
+    bank = None if slot == BARE else model.bank
+    return NewAdapter(
+        tensors={} if bank is None else bank.export(slot),
+        adapter=None if bank is None else bank.adapter,
+        classes=[PoolClass(label=model.classes[c], name=model.class_names.get(model.classes[c])) for c in columns],
+        id=id,
+        knowledge=_knowledge(model, columns),
+        tags=tags,
+        parents=[names[parent] for parent in origin.parents if parent in names],
+        merge=origin.merge,
+        compression=None if slot == BARE else compression,
+        benchmark=benchmark,
+        metrics=None if task is None else metrics.get(task),
+        task=task,
+    )
+
+
+def _check_by_class(model: Classifier) -> None:
+    if not model.predictor.by_class:
+        raise PoolError(
+            f"a model that predicts by {predictors.name_of(model.predictor)!r} is no set of adapters with classes of "
+            "their own, so it cannot be a pool: its answers need all its parts. Keep it with model.save(folder)"
+        )
+    if "class_keys" in model.parts and not isinstance(model.parts["class_keys"], Keys):
+        keys_of(model).description()  # an index in the place of keys: says why it cannot be saved
+    if not model.classes:
+        raise PoolError("this model knows no class yet: train it on a task first")
+
+
+def _groups(model: Classifier) -> Iterator[tuple[int, list[int]]]:
+    """Each adapter with its columns; before them the tasks that the bare backbone answers for, one by one."""
+    slots, tasks = model.slot_of_column.tolist(), model.task_of_column.tolist()
+    bare = {task: [c for c, slot in enumerate(slots) if slot == BARE and tasks[c] == task] for task in sorted({*tasks})}
+    yield from ((BARE, columns) for columns in bare.values() if columns)
+    for slot in range(model.num_slots):
+        yield slot, [column for column, own in enumerate(slots) if own == slot]
+
+
+def _task_of(model: Classifier, slot: int, columns: list[int]) -> int | None:
+    if columns:
+        return int(model.task_of_column[columns[0]])
+    return model.task_of_slot[slot] if slot < len(model.task_of_slot) else None
+
+
+def _ids(model: Classifier, slots: list[int]) -> list[str]:
+    """Ids of the records: those that the adapters had in the pool that they came from; else the next free ones."""
+    known = model.record_of_slot
+    free = (id for id in (f"task-{number:03d}" for number in count()) if id not in known)
+    return [known[slot] if 0 <= slot < len(known) else next(free) for slot in slots]
+
+
+def _knowledge(model: Classifier, columns: list[int]) -> dict[str, Tensor]:
+    """The rows of these classes."""
+    found: dict[str, Tensor] = {}
+    if not columns:
+        return found
+    if model.head.num_classes == len(model.classes):
+        found |= {"head.weight": model.head.weight[columns], "head.bias": model.head.bias[columns]}
+    if model.prototypes.num_classes == len(model.classes):
+        found["prototypes"] = model.prototypes.prototypes[columns]
+    if "class_keys" in model.parts:
+        keys = model.part("class_keys", Keys)
+        found["keys"], found["key_class"] = _rows_of_columns(keys.keys_MD, keys.column_M, columns)
+        found["held_out"], found["held_out_class"] = _rows_of_columns(keys.held_out_HD, keys.held_out_column_H, columns)
+    elif "prototypes" in found and getattr(model.predictor, "slot", None) == BARE:
+        found |= {"keys": found["prototypes"], "key_class": torch.arange(len(columns))}  # taken under the bare backbone
+    return {key: value.detach().cpu().clone() for key, value in found.items()}
+
+
+def _rows_of_columns(rows_MD: Tensor, column_M: Tensor, columns: list[int]) -> tuple[Tensor, Tensor]:
+    """The rows of these columns, and the position of each one's column among them."""
+    position = torch.full((max([*columns, *column_M.tolist()]) + 1,), -1)
+    position[columns] = torch.arange(len(columns))
+    place_M = position[column_M.cpu()]
+    return rows_MD.cpu()[place_M >= 0], place_M[place_M >= 0]
+
+
+def _card(model: Classifier, pool: AdapterPool, names: Mapping[int, str]) -> dict[str, Any]:
+    """What the records do not say of a model.
+
+    Args:
+        model: what was saved.
+        pool: its records.
+        names: id of the record of each slot.
+
+    Returns:
+        JSON-ready. The predictor's own adapter is named by id and, should that change, by content.
+    """
+    anchor = model.predictor.anchor
+    parts = dict(model.parts.items())
+    threshold, keys = parts.get("abstention"), parts.get("class_keys")
+    return {
+        "schema_version": SCHEMA,
+        "predictor": {"type": predictors.name_of(model.predictor), "config": to_plain(model.predictor)},
+        "anchor": None if anchor == BARE else [names[anchor], pool.get(names[anchor]).adapter_sha],
+        "abstention": threshold.description() if isinstance(threshold, Abstention) else None,
+        "keys": to_plain(keys.config) if isinstance(keys, Keys) else None,
+    }

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 
+from cl_adapters.features import LazyFeatures
+from cl_adapters.model.state import ModelState
 from cl_adapters.predictors.base import Prediction, Predictor, predictors
-
-if TYPE_CHECKING:
-    from cl_adapters.features import LazyFeatures
-    from cl_adapters.model.facade import AdapterModel
 
 
 @predictors.register("fixed")
@@ -30,7 +28,7 @@ class Fixed(Predictor):
     slot: int = -1
     head: Literal["linear", "prototype"] = "linear"
 
-    def predict(self, model: AdapterModel, features: LazyFeatures) -> Prediction:
+    def predict(self, model: ModelState, features: LazyFeatures) -> Prediction:
         """Logits of the chosen head on the features under ``slot``."""
         f_BD = features.under(self.slot)
         logits_BC = model.head(f_BD) if self.head == "linear" else model.prototypes(f_BD)

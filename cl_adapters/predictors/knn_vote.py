@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 from cl_adapters.bank.routes import BARE
+from cl_adapters.features import LazyFeatures
+from cl_adapters.model.state import ModelState
 from cl_adapters.parts.retrieval import answered, check_neighbours, keys_of
 from cl_adapters.predictors.base import Prediction, Predictor, predictors
-
-if TYPE_CHECKING:
-    from cl_adapters.features import LazyFeatures
-    from cl_adapters.model.facade import AdapterModel
 
 
 @predictors.register("knn_vote")
@@ -42,7 +40,7 @@ class KNNVote(Predictor):
         """Always."""
         return True
 
-    def predict(self, model: AdapterModel, features: LazyFeatures) -> Prediction:
+    def predict(self, model: ModelState, features: LazyFeatures) -> Prediction:
         """Linear logits under the elected adapters."""
         bare_BD = features.under(BARE)
         best_BK, column_BK = keys_of(model).nearest(bare_BD, self.k)

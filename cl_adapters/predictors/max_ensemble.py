@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 
+from cl_adapters.features import LazyFeatures
+from cl_adapters.model.state import ModelState
 from cl_adapters.predictors.base import Prediction, Predictor, predictors
-
-if TYPE_CHECKING:
-    from cl_adapters.features import LazyFeatures
-    from cl_adapters.model.facade import AdapterModel
 
 
 @predictors.register("max_ensemble")
@@ -34,7 +32,7 @@ class MaxEnsemble(Predictor):
         if not self.slots or len(set(self.slots)) < len(self.slots):
             raise ValueError(f"slots must be different adapters, at least one, got {list(self.slots)}")
 
-    def predict(self, model: AdapterModel, features: LazyFeatures) -> Prediction:
+    def predict(self, model: ModelState, features: LazyFeatures) -> Prediction:
         """log p of the linear head; the maximum is taken of logarithms, which a small probability survives."""
         log_p_SBC = torch.stack([model.head(features.under(slot)).log_softmax(1) for slot in self.slots])
         best_BC, winner_BC = log_p_SBC.max(0)

@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import dataclasses
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 from torch import Tensor
 
 from cl_adapters.bank.routes import Route
 from cl_adapters.errors import ClAdaptersError
+from cl_adapters.features import LazyFeatures
+from cl_adapters.model.state import ModelState
 from cl_adapters.parts.mixture import Mixture
 from cl_adapters.predictors.base import Prediction, Predictor, predictors
-
-if TYPE_CHECKING:
-    from cl_adapters.features import LazyFeatures
-    from cl_adapters.model.facade import AdapterModel
 
 
 @predictors.register("mixture")
@@ -31,7 +29,7 @@ class MixtureOfAdapters(Predictor):
     summary: ClassVar[str] = "SEMA: one pass through routed mixtures of adapters"
     remembers: ClassVar[bool] = False
 
-    def predict(self, model: AdapterModel, features: LazyFeatures) -> Prediction:
+    def predict(self, model: ModelState, features: LazyFeatures) -> Prediction:
         """Linear logits on the features under the mixture."""
         mixture = model.part("mixture", Mixture)
         if model.bank is None:

@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 
+from cl_adapters.features import LazyFeatures
+from cl_adapters.model.state import ModelState
 from cl_adapters.parts.ridge import Ridge
 from cl_adapters.predictors.base import Prediction, Predictor, predictors
-
-if TYPE_CHECKING:
-    from cl_adapters.features import LazyFeatures
-    from cl_adapters.model.facade import AdapterModel
 
 
 @predictors.register("ridge")
@@ -28,7 +26,7 @@ class RidgeClassifier(Predictor):
 
     slot: int = 0
 
-    def predict(self, model: AdapterModel, features: LazyFeatures) -> Prediction:
+    def predict(self, model: ModelState, features: LazyFeatures) -> Prediction:
         """relu(f W) (G + ridge I)^-1 S."""
         logits_BC = model.part("ridge", Ridge)(features.under(self.slot))
         return Prediction(logits_BC, torch.full((features.batch,), self.slot), features.passes_B)

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar, Literal
+from typing import ClassVar, Literal
 
 import torch
 
 from cl_adapters.bank.routes import BARE
+from cl_adapters.features import LazyFeatures
+from cl_adapters.model.state import ModelState
 from cl_adapters.parts.retrieval import keys_of
 from cl_adapters.predictors.base import Prediction, Predictor, predictors
-
-if TYPE_CHECKING:
-    from cl_adapters.features import LazyFeatures
-    from cl_adapters.model.facade import AdapterModel
 
 
 @predictors.register("self_refine")
@@ -58,7 +56,7 @@ class SelfRefine(Predictor):
         """The adapter under which the prototypes were taken, where they are used."""
         return self.slot if self.start == "prototypes" else BARE
 
-    def predict(self, model: AdapterModel, features: LazyFeatures) -> Prediction:
+    def predict(self, model: ModelState, features: LazyFeatures) -> Prediction:
         """Lazy retrieval with the logits of the version that runs every adapter."""
         slots = model.slot_of_column
         if self.start == "keys":

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 
 from cl_adapters.bank.routes import BARE, Route
+from cl_adapters.features import LazyFeatures
+from cl_adapters.model.state import ModelState
 from cl_adapters.parts.retrieval import answered, check_neighbours, keys_of
 from cl_adapters.predictors.base import Prediction, Predictor, predictors
-
-if TYPE_CHECKING:
-    from cl_adapters.features import LazyFeatures
-    from cl_adapters.model.facade import AdapterModel
 
 
 @predictors.register("soft_top_k")
@@ -45,7 +43,7 @@ class SoftTopK(Predictor):
         """Always."""
         return True
 
-    def predict(self, model: AdapterModel, features: LazyFeatures) -> Prediction:
+    def predict(self, model: ModelState, features: LazyFeatures) -> Prediction:
         """Linear logits on the mixed features; the adapter that is named has the largest share."""
         bare_BD = features.under(BARE)
         owner_C = model.slot_of_column.to(bare_BD.device) + 1  # the bare backbone stands first

@@ -3,17 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, ClassVar
+from typing import ClassVar
 
 import torch
 
 from cl_adapters.bank.routes import BARE, Route
+from cl_adapters.features import LazyFeatures
+from cl_adapters.model.state import ModelState
 from cl_adapters.parts.retrieval import keys_of
 from cl_adapters.predictors.base import Prediction, Predictor, predictors
-
-if TYPE_CHECKING:
-    from cl_adapters.features import LazyFeatures
-    from cl_adapters.model.facade import AdapterModel
 
 
 @predictors.register("summed")
@@ -30,7 +28,7 @@ class Summed(Predictor):
     remembers: ClassVar[bool] = False
     sums: ClassVar[bool] = True
 
-    def predict(self, model: AdapterModel, features: LazyFeatures) -> Prediction:
+    def predict(self, model: ModelState, features: LazyFeatures) -> Prediction:
         """Linear logits on the features under the sum, or scores of the classes' keys."""
         classes = len(model.classes)
         if model.head.num_classes == classes:

@@ -18,7 +18,7 @@ from cl_adapters.errors import StorageError, UnknownName
 from cl_adapters.index.calibration import calibrate
 from cl_adapters.index.index import AdapterIndex
 from cl_adapters.model.facade import AdapterModel
-from cl_adapters.model.origins import Origin
+from cl_adapters.model.state import Origin
 from cl_adapters.parts.keys import Keys, KeysConfig
 from cl_adapters.pool import AdapterPool
 from cl_adapters.pool.forget import forget

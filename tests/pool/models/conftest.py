@@ -12,7 +12,7 @@ from cl_adapters.adapters.bottleneck import Bottleneck
 from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.bank.bank import AdapterBank
 from cl_adapters.model.facade import AdapterModel
-from cl_adapters.model.origins import Origin
+from cl_adapters.model.state import Origin
 from cl_adapters.parts.keys import Keys, KeysConfig
 from cl_adapters.predictors import Predictor
 from cl_adapters.predictors.self_refine import SelfRefine

@@ -1,0 +1,69 @@
+"""Classifier: a model's state with the predictor by which it answers."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from cl_adapters.backbones.batches import Inputs, batch_size, take, to_device
+from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.bank.bank import AdapterBank
+from cl_adapters.errors import ClAdaptersError
+from cl_adapters.features import FeatureMemory, LazyFeatures
+from cl_adapters.model.state import ModelState
+from cl_adapters.parts.abstention import Abstention
+from cl_adapters.predictors.base import Prediction, Predictor
+from cl_adapters.predictors.fixed import Fixed
+
+
+class Classifier(ModelState):
+    """From a batch to logits.
+
+    Attributes:
+        predictor: the inference rule.
+    """
+
+    def __init__(self, backbone: FrozenBackbone, bank: AdapterBank | None = None) -> None:
+        super().__init__(backbone, bank)
+        self.predictor: Predictor = Fixed(slot=-1, head="prototype")
+
+    def answer(
+        self,
+        x: Inputs,
+        memory: FeatureMemory | None = None,
+        samples: Sequence[int] | None = None,
+        *,
+        predictor: Predictor | None = None,
+    ) -> Prediction:
+        """Predict one batch and say how; changes no state.
+
+        Args:
+            x: B inputs.
+            memory: features known from earlier evaluations, and
+            samples: the B numbers under which it knows them.
+            predictor: another inference rule than the model's own.
+
+        Raises:
+            ClAdaptersError: no task was learned yet, or the memory is of another model or another batch.
+        """
+        if not self.classes:
+            raise ClAdaptersError("this model knows no class yet: train it on a task first")
+        if memory is not None:
+            memory.check(self, batch_size(x), samples)
+        with torch.inference_mode():
+            lazy = LazyFeatures(self, to_device(x, self.device), memory, samples)
+            prediction = (predictor or self.predictor).predict(self, lazy)
+            if "abstention" not in self.parts:
+                return prediction
+            return self.part("abstention", Abstention).applied(self, lazy, prediction)
+
+    def forward(self, x: Inputs) -> Tensor:
+        """Logits float32 [B, C]; columns are ``classes``."""
+        return self.answer(x).logits.float()
+
+    def predict(self, x: Inputs, batch: int = 64, *, predictor: Predictor | None = None) -> Tensor:
+        """Logits float32 [B, C] on the CPU, in batches of ``batch``; columns are ``classes``."""
+        rows = torch.arange(batch_size(x)).split(batch)
+        return torch.cat([self.answer(take(x, part), predictor=predictor).logits.float().cpu() for part in rows])

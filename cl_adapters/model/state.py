@@ -1,0 +1,128 @@
+"""ModelState: all that was learned, class by class and adapter by adapter. Predictors and parts read it."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.bank.bank import AdapterBank
+from cl_adapters.errors import ClAdaptersError, DataError
+from cl_adapters.model.encoder import AdaptedEncoder
+from cl_adapters.model.heads import LinearHead, PrototypeHead
+from cl_adapters.model.statistics import ClassStatistics
+from cl_adapters.parts.base import Part
+
+P = TypeVar("P", bound=Part)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Origin:
+    """What one adapter was made of, besides its own images.
+
+    Attributes:
+        parents: slots of the adapters that it started from or was merged with.
+        merge: how, as plain JSON, such as {"method": "ema", "momentum": 0.1}; None where nothing was merged. With
+            "head": "aligned" the linear head's rows of all classes were trained on samples of all classes up to then.
+    """
+
+    parents: tuple[int, ...] = ()
+    merge: Mapping[str, Any] | None = None
+
+
+class ModelState(AdaptedEncoder):
+    """An encoder with heads, classes, statistics and parts.
+
+    Attributes:
+        head: linear head, one column per class.
+        prototypes: prototype head, one column per class.
+        statistics: class Gaussians in column order, or None.
+        parts: whatever else the strategy keeps, by name; saved with the model.
+        classes: class label of each column, in arrival order.
+        class_names: label to name, where known.
+        task_of_column: int64 [C], the task (0-based) in which each column arrived.
+        task_of_slot: the task in which each adapter was made.
+        origins: what each adapter was made of, by slot, where a strategy said so.
+        record_of_slot: id of each adapter in the pool that the model was made from; else empty.
+    """
+
+    parts: nn.ModuleDict
+
+    def __init__(self, backbone: FrozenBackbone, bank: AdapterBank | None = None) -> None:
+        super().__init__(backbone, bank)
+        self.head = LinearHead(backbone.num_features)
+        self.prototypes = PrototypeHead(backbone.num_features)
+        self.statistics: ClassStatistics | None = None
+        self.parts = nn.ModuleDict()
+        self.classes: list[int] = []
+        self.class_names: dict[int, str] = {}
+        self.task_of_column = torch.empty(0, dtype=torch.long)
+        self.task_of_slot: list[int] = []
+        self.origins: dict[int, Origin] = {}
+        self.record_of_slot: tuple[str, ...] = ()
+        self.to(backbone.device)
+
+    @property
+    def num_tasks(self) -> int:
+        """Tasks so far."""
+        return int(self.task_of_column[-1]) + 1 if len(self.task_of_column) else 0
+
+    @property
+    def slot_of_column(self) -> Tensor:
+        """The adapter of each class, int64 [C]: the newest that was made up to its task; -1 where there was none."""
+        made = [*self.task_of_slot, *range(len(self.task_of_slot), self.num_slots)]
+        return torch.searchsorted(torch.tensor(made, dtype=torch.long), self.task_of_column, right=True) - 1
+
+    def add_task(self, labels: Sequence[int]) -> None:
+        """Append one column per new label, as the next task.
+
+        Raises:
+            DataError: see :meth:`check_new`.
+        """
+        self.check_new(labels)
+        task = self.num_tasks
+        self.classes.extend(labels)
+        self.task_of_column = torch.cat([self.task_of_column, torch.full((len(labels),), task)])
+
+    def date_slots(self, task: int) -> None:
+        """Note that the adapters added since the last call belong to ``task``."""
+        self.task_of_slot += [task] * (self.num_slots - len(self.task_of_slot))
+
+    def part(self, name: str, kind: type[P]) -> P:
+        """A part by name.
+
+        Raises:
+            ClAdaptersError: the model has none of that name and kind.
+        """
+        found = dict(self.parts.items()).get(name)
+        if not isinstance(found, kind):
+            raise ClAdaptersError(f"this model has no part {name!r} of type {kind.__name__}; it has {list(self.parts)}")
+        return found
+
+    def check_new(self, labels: Sequence[int]) -> None:
+        """Check that these labels can be the next task.
+
+        Raises:
+            DataError: no label, or one that is already known.
+        """
+        if not labels:
+            raise DataError("a task needs at least one class")
+        known = sorted(set(labels) & set(self.classes))
+        if known:
+            raise DataError(
+                f"classes {known} were learned in an earlier task; class-incremental learning takes each class in one "
+                "task. Merge the tasks, or leave those images out"
+            )
+
+    def columns_of(self, labels_B: Tensor) -> Tensor:
+        """Columns (int64 [B]) of class labels (int64 [B]); -1 where the class is not known."""
+        table = {label: column for column, label in enumerate(self.classes)}
+        return torch.tensor([table.get(label, -1) for label in labels_B.tolist()], dtype=torch.long)
+
+    def name_of(self, label: int) -> str:
+        """Class name of a label, or its number as text."""
+        return self.class_names.get(label, str(label))
