@@ -2,17 +2,13 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from cl_adapters.errors import ConfigError, DataError
 from cl_adapters.index.index import AdapterIndex
+from cl_adapters.index.keys import KeyRecord
 from cl_adapters.openset import lower_threshold, upper_threshold
-
-if TYPE_CHECKING:
-    from cl_adapters.pool.record import Record
 
 
 def calibrate(index: AdapterIndex, false_reject: float | None = None, *, false_accept: float | None = None) -> float:
@@ -77,12 +73,12 @@ def stranger_scores(index: AdapterIndex) -> Tensor:
     return torch.cat(scores)
 
 
-def _records(index: AdapterIndex) -> list[Record]:
+def _records(index: AdapterIndex) -> list[KeyRecord]:
     """Those of the index that know classes and are in the pool still."""
     present = set(index.records)
     return [record for record in index.pool.records if record.id in present and record.classes]
 
 
-def _held_out(index: AdapterIndex, record: Record) -> Tensor:
+def _held_out(index: AdapterIndex, record: KeyRecord) -> Tensor:
     """float32 [H, D]; none: [0, 0]."""
     return index.pool.knowledge(record.id).get("held_out", torch.empty(0, 0))

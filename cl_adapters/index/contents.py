@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -14,12 +14,9 @@ from cl_adapters.errors import DataError, StorageError
 from cl_adapters.index.answers import Changes, IndexConfig, IndexStats, Neighbours
 from cl_adapters.index.backends._choice import choose
 from cl_adapters.index.backends.base import Floats, Ids, IndexBackend, finite_rows, indexes
-from cl_adapters.index.keys import KeySource, digest, make_keys, space_of
+from cl_adapters.index.keys import KeyRecord, KeySource, digest, make_keys, space_of
 from cl_adapters.index.space import Space
 from cl_adapters.index.table import KeyTable
-
-if TYPE_CHECKING:
-    from cl_adapters.pool.record import Record
 
 
 class Contents:
@@ -38,7 +35,7 @@ class Contents:
         self.config, self.table, self.space, self.backend = config, table, space, backend
 
     @classmethod
-    def of_records(cls, pool: KeySource, records: list[Record], config: IndexConfig) -> Contents:
+    def of_records(cls, pool: KeySource, records: list[KeyRecord], config: IndexConfig) -> Contents:
         """Make everything from the knowledge of these records.
 
         Raises:
@@ -55,7 +52,7 @@ class Contents:
     def __len__(self) -> int:
         return 0 if self.backend is None else len(self.backend)
 
-    def append(self, pool: KeySource, records: list[Record]) -> bool:
+    def append(self, pool: KeySource, records: list[KeyRecord]) -> bool:
         """Add records; False, with nothing changed, where everything has to be made anew instead."""
         if self.space is None or self.backend is None:
             return not records
@@ -133,7 +130,7 @@ class Contents:
         )
 
     def _keys(
-        self, pool: KeySource, records: list[Record], width: int | None
+        self, pool: KeySource, records: list[KeyRecord], width: int | None
     ) -> tuple[Floats, list[tuple[str, str, Ids]]]:
         """Keys float32 [M, D] before projection, and rows for the table."""
         parts, rows, bare = [], [], []
@@ -167,6 +164,6 @@ class Contents:
             raise error if isinstance(error, DataError) else DataError(f"index {name}: {error}") from error
 
 
-def wanted(pool: KeySource, config: IndexConfig) -> list[Record]:
+def wanted(pool: KeySource, config: IndexConfig) -> list[KeyRecord]:
     """The records that an index of a pool is of."""
     return [record for record in pool.records if set(config.tags) <= set(record.tags)]

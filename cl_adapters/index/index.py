@@ -9,7 +9,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Iterable, Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import Any, Literal, get_args
 
 import numpy as np
 from torch import Tensor
@@ -21,12 +21,9 @@ from cl_adapters.index.classes import nearest_classes
 from cl_adapters.index.contents import Contents, wanted
 from cl_adapters.index.index_files import default_folder, open_index, save_index
 from cl_adapters.index.inputs import features_of
-from cl_adapters.index.keys import KeyRule, Keys, KeySource
+from cl_adapters.index.keys import KeyRecord, KeyRule, Keys, KeySource
 from cl_adapters.index.locks import ReadersWriter
 from cl_adapters.index.space import Similarity, Space
-
-if TYPE_CHECKING:
-    from cl_adapters.pool.record import Record
 
 Stale = Literal["error", "warn", "refresh", "ignore"]
 
@@ -52,7 +49,7 @@ class AdapterIndex:
         self.threads: int | None = None
         self._contents = contents
         self._lock = ReadersWriter()
-        self._names: tuple[tuple[Record, ...], dict[tuple[str, int], str | None]] = ((), {})
+        self._names: tuple[Sequence[KeyRecord], dict[tuple[str, int], str | None]] = ((), {})
 
     @classmethod
     def build(

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, get_args
+from typing import Any, Literal, Protocol, get_args
 
 import numpy as np
 from torch import Tensor
@@ -17,13 +17,46 @@ from cl_adapters.errors import ConfigError, DataError
 from cl_adapters.index.backends.base import Floats, Ids, finite_rows
 from cl_adapters.index.space import Space, fit_space
 
-if TYPE_CHECKING:
-    from cl_adapters.pool.record import Record
-
 Keys = Literal["prototypes", "centroids", "features"]
 
 PER_CLASS = {"prototypes": 1, "centroids": 4, "features": None}
 """Keys of a class unless told otherwise; None: all there are."""
+
+
+class KeyClass(Protocol):
+    """One class of a record."""
+
+    @property
+    def label(self) -> int:
+        """Its number in the benchmark."""
+
+    @property
+    def name(self) -> str | None:
+        """Its name, where it has one."""
+
+
+class KeyRecord(Protocol):
+    """What an index wants of a record: :class:`~cl_adapters.pool.record.Record`, or anything like it."""
+
+    @property
+    def id(self) -> str:
+        """Of the adapter."""
+
+    @property
+    def classes(self) -> Sequence[KeyClass]:
+        """Row i of the knowledge belongs to class i."""
+
+    @property
+    def labels(self) -> tuple[int, ...]:
+        """Of the classes."""
+
+    @property
+    def tags(self) -> tuple[str, ...]:
+        """Words to select by."""
+
+    @property
+    def knowledge_sha(self) -> str | None:
+        """SHA-256 of the file of keys; None: there is none."""
 
 
 class KeySource(Protocol):
@@ -34,7 +67,7 @@ class KeySource(Protocol):
         """Folder of the pool."""
 
     @property
-    def records(self) -> tuple[Record, ...]:
+    def records(self) -> Sequence[KeyRecord]:
         """One per adapter."""
 
     @property
@@ -74,7 +107,7 @@ class KeyRule:
         return PER_CLASS[self.kind] if self.per_class is None else self.per_class
 
 
-def class_features(record: Record, knowledge: Mapping[str, Tensor]) -> Iterator[tuple[int, Floats]]:
+def class_features(record: KeyRecord, knowledge: Mapping[str, Tensor]) -> Iterator[tuple[int, Floats]]:
     """The features of each class of a record.
 
     Args:
@@ -100,7 +133,7 @@ def class_features(record: Record, knowledge: Mapping[str, Tensor]) -> Iterator[
             yield known.label, keys_MD[rows]
 
 
-def make_keys(record: Record, knowledge: Mapping[str, Tensor], rule: KeyRule, scaled: bool) -> tuple[Floats, Ids]:
+def make_keys(record: KeyRecord, knowledge: Mapping[str, Tensor], rule: KeyRule, scaled: bool) -> tuple[Floats, Ids]:
     """Keys of one record, before projection.
 
     Args:
@@ -122,13 +155,13 @@ def make_keys(record: Record, knowledge: Mapping[str, Tensor], rule: KeyRule, sc
     return np.concatenate([keys for _, keys in parts]), labels
 
 
-def space_of(pool: KeySource, records: list[Record], similarity: Any, keys_MD: Floats) -> Space:
+def space_of(pool: KeySource, records: list[KeyRecord], similarity: Any, keys_MD: Floats) -> Space:
     """The space in which the keys of these records are compared."""
     features = (f_ND for record in records for _, f_ND in class_features(record, pool.knowledge(record.id)))
     return fit_space(similarity, keys_MD, features)
 
 
-def digest(record: Record) -> str:
+def digest(record: KeyRecord) -> str:
     """Changes when the keys of a record would: its features, or the labels of its classes."""
     content = json.dumps([record.knowledge_sha, [known.label for known in record.classes]])
     return hashlib.sha256(content.encode()).hexdigest()
