@@ -116,3 +116,20 @@ def test_groups_of_entry_points_keep_their_names() -> None:
     )
     groups = "adapters benchmarks.data codecs index merge parts predictors strategies strategies.instruct"
     assert [registry.group for registry in registries] == [f"cl_adapters.{name}" for name in groups.split()]
+
+
+def test_plugins_of_another_distribution_are_found_under_these_groups(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A distribution made for version 0.1, whose back-ends lay in ``cl_adapters.index`` itself."""
+    from cl_adapters.index import indexes
+
+    (tmp_path / "their_backend.py").write_text("class Theirs: ...\n")
+    metadata = tmp_path / "theirs-1.0.dist-info"
+    metadata.mkdir()
+    (metadata / "METADATA").write_text("Metadata-Version: 2.1\nName: theirs\nVersion: 1.0\n")
+    (metadata / "entry_points.txt").write_text("[cl_adapters.index]\ntheirs = their_backend:Theirs\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    fresh: Registry[Any] = Registry(indexes.kind, indexes.package, group=indexes.group)
+    assert fresh.names() == ["theirs"]  # ours are registered with the one registry, when they were first imported
+    assert fresh.get("theirs").__module__ == "their_backend"

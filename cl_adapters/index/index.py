@@ -7,7 +7,7 @@ pool's knowledge: it holds nothing that :meth:`AdapterIndex.rebuild` would not f
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, get_args
 
