@@ -44,5 +44,5 @@ def test_old_commands_still_run() -> None:
 
 
 def test_other_names_are_not_found() -> None:
-    with pytest.raises(ModuleNotFoundError, match="cl_adapters.no_such_module"):
+    with pytest.raises(ModuleNotFoundError, match=r"cl_adapters\.no_such_module"):
         importlib.import_module("cl_adapters.no_such_module")

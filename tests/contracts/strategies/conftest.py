@@ -129,7 +129,7 @@ class Lab:
         found["rng"] = (torch.get_rng_state(), random.getstate(), str(np.random.get_state()))
         return found
 
-    def same(self, first: dict[str, Any], second: dict[str, Any]) -> list[str]:
+    def differing(self, first: dict[str, Any], second: dict[str, Any]) -> list[str]:
         """Keys that differ between two states, bit for bit."""
         return [key for key in first.keys() | second.keys() if not _equal(first.get(key), second.get(key))]
 
