@@ -16,10 +16,9 @@ from cl_adapters.adapters.bottleneck import Bottleneck
 from cl_adapters.adapters.lora import LoRA
 from cl_adapters.adapters.prefix import Prefix
 from cl_adapters.backbones.frozen import FrozenBackbone
-from cl_adapters.bank.routes import BARE, Route
+from cl_adapters.bank.routes import BARE, Route, summed, taken
 from cl_adapters.errors import ClAdaptersError, ConfigError, DataError, IncompatibleBackbone
 from cl_adapters.language.model import LanguageModel
-from cl_adapters.language.routes import summed, taken
 from cl_adapters.language.tokens import joined
 from cl_adapters.model.facade import AdapterModel
 

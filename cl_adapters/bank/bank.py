@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from cl_adapters.adapters.base import AdapterType
 from cl_adapters.backbones.frozen import FrozenBackbone
-from cl_adapters.bank.routes import BARE, Route, Routes
+from cl_adapters.bank.routes import BARE, Route, Routes, each_route
 from cl_adapters.bank.site_adapters import Active, SiteAdapters, Watch
 from cl_adapters.errors import ClAdaptersError, IncompatibleBackbone
 from cl_adapters.sites.sites import Site
@@ -158,7 +158,7 @@ class AdapterBank(nn.Module):
             ClAdaptersError: a slot or site that does not exist.
         """
         self._check(routes)
-        self._bring([slot for route in _each(routes) for slot in route.slots])
+        self._bring([slot for route in each_route(routes) for slot in route.slots])
         active = self._active
         before = (active.routes, active.noise, active.watch)
         active.routes, active.noise, active.watch = routes, noise, watch
@@ -173,7 +173,7 @@ class AdapterBank(nn.Module):
             absent = sorted(set(routes) - set(names))
             if absent:
                 raise ClAdaptersError(f"no site {absent[0]!r}; the bank has {', '.join(names)}")
-        for route in _each(routes):
+        for route in each_route(routes):
             wrong = [slot for slot in route.slots if not BARE <= slot < self.num_slots]
             if wrong:
                 known = f"slots 0..{self.num_slots - 1}" if self.num_slots else "no slot yet"
@@ -231,13 +231,6 @@ class AdapterBank(nn.Module):
             if at is None or site.name in at
             for name, shape in self.adapter.shapes(site).items()
         }
-
-
-def _each(routes: Routes | None) -> Iterable[Route]:
-    """The single routes."""
-    if routes is None:
-        return ()
-    return routes.values() if isinstance(routes, Mapping) else (routes,)
 
 
 def sites_of(backbone: FrozenBackbone, adapter: AdapterType, blocks: Sequence[int] | None = None) -> tuple[Site, ...]:

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+from cl_adapters.errors import ClAdaptersError
 
 BARE = -1
 """Slot number that stands for the backbone without any adapter."""
@@ -54,3 +56,53 @@ class Route:
 
 Routes: TypeAlias = Route | Mapping[str, Route]
 """One route for all sites, or one per site name (sites that are not named stay bare)."""
+
+
+def taken(routes: Routes | None, rows_M: Tensor) -> Routes | None:
+    """The routes of these rows.
+
+    Args:
+        routes: of B rows, or the same for all.
+        rows_M: int64 [M], in [0, B); may repeat.
+    """
+    if isinstance(routes, Mapping):
+        return {site: _taken(route, rows_M) for site, route in routes.items()}
+    return None if routes is None else _taken(routes, rows_M)
+
+
+def summed(slots: Sequence[int], rows: int, device: torch.device | str = "cpu") -> Route:
+    """Every row uses all these adapters, their outputs added (each with weight 1)."""
+    return Route(tuple(slots), weights_BU=torch.ones(rows, len(slots), device=device))
+
+
+def check_prompts(routes: Routes | None, prompts: int) -> None:
+    """Check that routes are made for a batch of so many prompts.
+
+    Raises:
+        ClAdaptersError: they are for another one.
+    """
+    for route in each_route(routes):
+        for choices in (route.index_B, route.weights_BU):
+            if choices is not None and len(choices) != prompts:
+                raise ClAdaptersError(f"the route has {len(choices)} samples, but there are {prompts} prompts")
+
+
+def has_router(routes: Routes | None) -> bool:
+    """Whether a route is computed from the text during the pass."""
+    return any(route.router is not None for route in each_route(routes))
+
+
+def each_route(routes: Routes | None) -> Sequence[Route]:
+    """The single routes."""
+    if routes is None:
+        return ()
+    return tuple(routes.values()) if isinstance(routes, Mapping) else (routes,)
+
+
+def _taken(route: Route, rows_M: Tensor) -> Route:
+    index_B, weights_BU = route.index_B, route.weights_BU
+    return replace(
+        route,
+        index_B=None if index_B is None else index_B[rows_M.to(index_B.device)],
+        weights_BU=None if weights_BU is None else weights_BU[rows_M.to(weights_BU.device)],
+    )

@@ -9,10 +9,9 @@ from typing import Any, ClassVar
 import torch
 from torch import Tensor
 
-from cl_adapters.bank.routes import Routes
+from cl_adapters.bank.routes import Routes, summed
 from cl_adapters.errors import ConfigError
 from cl_adapters.language.model import LanguageModel
-from cl_adapters.language.routes import summed
 from cl_adapters.predictors.summed import Summed
 from cl_adapters.strategies.instruct.base import InstructConfig, InstructMethod, check_learned, instruct_methods
 

@@ -17,10 +17,8 @@ from cl_adapters.adapters.base import AdapterType
 from cl_adapters.adapters.bottleneck import Bottleneck
 from cl_adapters.adapters.lora import LoRA
 from cl_adapters.adapters.prefix import Prefix
-from cl_adapters.bank.routes import BARE, Route
-from cl_adapters.language.choices import shared_scores
+from cl_adapters.bank.routes import BARE, Route, summed
 from cl_adapters.language.model import LanguageModel
-from cl_adapters.language.routes import summed
 from tests.backbones.conftest import DECODERS
 
 pytest.importorskip("transformers")
@@ -92,10 +90,10 @@ def test_the_same_as_from_whole_texts(family: str, make: Callable[..., LanguageM
     slots = [0, 1, BARE, 1]
     wanted = expanded(language, lambda row: Route.single(slots[row]))
     for batch in (16, 3):
-        found = shared_scores(language, pairs, rows, Route.hard(torch.tensor(slots)), batch)
+        found = language._shared_scores(pairs, rows, Route.hard(torch.tensor(slots)), batch)
         assert found is not None and torch.allclose(found, wanted, atol=1e-5), batch
     shuffled = torch.randperm(len(pairs), generator=torch.Generator().manual_seed(0))
-    found = shared_scores(language, [pairs[i] for i in shuffled.tolist()], rows[shuffled], Route.single(1), 5)
+    found = language._shared_scores([pairs[i] for i in shuffled.tolist()], rows[shuffled], Route.single(1), 5)
     assert found is not None
     assert torch.allclose(found, expanded(language, lambda row: Route.single(1))[shuffled], atol=1e-5)
 
@@ -127,7 +125,7 @@ def test_where_nothing_can_be_shared(make: Callable[..., LanguageModel]) -> None
     language = make("Llama")
     long = [" ".join(["red"] * 40), "grass"]
     pairs, rows = pairs_of(language, long)
-    assert shared_scores(language, pairs, rows, None, 16) is None
+    assert language._shared_scores(pairs, rows, None, 16) is None
     wanted = expanded(language, lambda row: None, long).view(len(long), -1)
     assert language.choose(long, CHOICES) == [CHOICES[best] for best in wanted.argmax(1).tolist()]
 
