@@ -15,7 +15,7 @@ from cl_adapters.registry import Registry
 
 C = TypeVar("C")
 
-LATER = {"left out at its default": True}
+OMITTED_AT_DEFAULT = {"left out at its default": True}
 """Metadata of a dataclass field that came later than files in use: at its default these stay as they were."""
 
 
@@ -61,13 +61,13 @@ def build_named(registry: Registry[type[C]], value: str | Mapping[str, Any], whe
 def to_plain(config: Any) -> dict[str, Any]:
     """Return the dataclass as JSON-ready plain values; ``build`` of the same class gives it back.
 
-    Its fields with the metadata :data:`LATER` are left out at their default.
+    Its fields with the metadata :data:`OMITTED_AT_DEFAULT` are left out at their default.
     """
     cls: Any = type(config)
     unsaid = {
         field.name
         for field in dataclasses.fields(cls)
-        if LATER.items() <= field.metadata.items() and getattr(config, field.name) == field.default
+        if OMITTED_AT_DEFAULT.items() <= field.metadata.items() and getattr(config, field.name) == field.default
     }
     plain = _adapter(cls).dump_python(config, mode="json", include=set(_options(cls)) - unsaid)
     assert isinstance(plain, dict)

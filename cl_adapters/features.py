@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cl_adapters.backbones.batches import Inputs, batch_size, take
+from cl_adapters.backbones.inputs import Inputs, batch_size, take
 from cl_adapters.bank.bank import BARE, Route, Routes
 from cl_adapters.errors import ClAdaptersError, IncompatibleBackbone
 from cl_adapters.model.encoder import AdaptedEncoder

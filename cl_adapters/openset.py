@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from cl_adapters.backbones.batches import Inputs, to_device
+from cl_adapters.backbones.inputs import Inputs, to_device
 from cl_adapters.errors import ClAdaptersError, ConfigError, DataError
 from cl_adapters.model.classifier import Classifier
 from cl_adapters.parts.abstention import Abstention

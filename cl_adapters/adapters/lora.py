@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cl_adapters.adapters.base import AdapterType, adapters
 from cl_adapters.adapters.bottleneck import affine, check_rate, dropped, kaiming_uniform, lifted
-from cl_adapters.config import LATER
+from cl_adapters.config import OMITTED_AT_DEFAULT
 from cl_adapters.errors import ConfigError
 from cl_adapters.sites.sites import Site
 
@@ -52,7 +52,7 @@ class LoRA(AdapterType):
     scale: float = 1.0
     learn_scale: bool = False
     dropout: float = 0.0
-    init_scheme: Literal["kaiming", "gaussian", "random"] = field(default="kaiming", metadata=LATER)
+    init_scheme: Literal["kaiming", "gaussian", "random"] = field(default="kaiming", metadata=OMITTED_AT_DEFAULT)
 
     def __post_init__(self) -> None:
         if self.rank < 1:

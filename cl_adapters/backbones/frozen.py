@@ -11,10 +11,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cl_adapters.backbones.batches import Inputs
 from cl_adapters.backbones.fingerprint import fingerprint_of
-from cl_adapters.backbones.hf_forward import Pooling, check_pooling, pooled, width_of
-from cl_adapters.backbones.passes import Pass, begin, go_on, how_blocks_return
+from cl_adapters.backbones.hf_forward import Pooling, check_pooling, hidden_size_of, pooled_features
+from cl_adapters.backbones.inputs import Inputs
+from cl_adapters.backbones.partial import ForwardPass, begin_pass, find_tuple_size, resume_pass
 from cl_adapters.backbones.preprocessing import Preprocessing
 from cl_adapters.backbones.text import TextPreprocessing
 from cl_adapters.errors import ClAdaptersError, IncompatibleBackbone
@@ -61,7 +61,7 @@ class FrozenBackbone(nn.Module):
         self.register_buffer("_place", torch.empty(0), persistent=False)  # a module without weights has a device too
         self._sites = None if sites is None else tuple(sites)
         self._fingerprint: str | None = None
-        self._outputs: tuple[int | None] | None = None  # of _returns, once it is known
+        self._known_tuple_size: tuple[int | None] | None = None  # of _tuple_size, once it is known
         self.token_mask: Tensor | None = None
 
     @classmethod
@@ -145,14 +145,14 @@ class FrozenBackbone(nn.Module):
         """
         if isinstance(module, FrozenBackbone):
             return module
-        width = num_features or getattr(module, "num_features", None) or width_of(module)
+        width = num_features or getattr(module, "num_features", None) or hidden_size_of(module)
         if not isinstance(width, int):
             raise IncompatibleBackbone(
                 f"cannot tell the feature width of {type(module).__name__}: pass num_features=... to "
                 "FrozenBackbone.wrap"
             )
         if pooling is None:
-            pooling = "encoder" if width_of(module) is None else "mean"
+            pooling = "encoder" if hidden_size_of(module) is None else "mean"
         return cls(
             module,
             name=name or type(module).__name__,
@@ -176,7 +176,7 @@ class FrozenBackbone(nn.Module):
         Raises:
             ClAdaptersError: the input's shape is not the encoder's.
         """
-        return self._finish(begin(self.encoder, x, self.preprocessing, self.name))
+        return self._finish(begin_pass(self.encoder, x, self.preprocessing, self.name))
 
     features = forward
 
@@ -212,7 +212,7 @@ class FrozenBackbone(nn.Module):
         Returns:
             h, [B, N, D] for a ViT; for texts [B, N, D] too, with NaN behind the last token and N that of ``x``.
         """
-        return self._finish(begin(self.encoder, x, self.preprocessing, self.name), block)
+        return self._finish(begin_pass(self.encoder, x, self.preprocessing, self.name), block)
 
     def resume(self, h: Tensor, block: int, until: int | None = None) -> Tensor:
         """Go on from the input of one block; ``resume(enter(x, b), b)`` is ``forward(x)``.
@@ -233,8 +233,9 @@ class FrozenBackbone(nn.Module):
             return h
         self.check_resumable()
         if resume is not None:
-            return self._finish(Pass(partial(resume, self.encoder, h, block)), until)
-        return self._finish(go_on(self.encoder, blocks, h, block, self._returns() or 0, self.preprocessing), until)
+            return self._finish(ForwardPass(partial(resume, self.encoder, h, block)), until)
+        rest = resume_pass(self.encoder, blocks, h, block, self._tuple_size() or 0, self.preprocessing)
+        return self._finish(rest, until)
 
     @property
     def fingerprint(self) -> str:
@@ -251,7 +252,7 @@ class FrozenBackbone(nn.Module):
         """
         family = find_family(self.encoder)
         known = family.resumable(self.encoder) and self.pooling == "encoder"
-        if not known and (family.resume is not None or self._returns() is None):
+        if not known and (family.resume is not None or self._tuple_size() is None):
             raise IncompatibleBackbone(
                 f"backbone {self.name!r} ({family.name}) cannot be entered at a block, so nothing can be cached: set "
                 "cached_views=0"
@@ -279,22 +280,22 @@ class FrozenBackbone(nn.Module):
         """Device of the weights."""
         return next(chain(self.encoder.parameters(), self.buffers())).device
 
-    def _finish(self, begun: Pass, stop: int | None = None) -> Tensor:
+    def _finish(self, begun: ForwardPass, stop: int | None = None) -> Tensor:
         """The features, or the input of a block (``depth``: the features)."""
         blocks = [] if stop is None else self._blocks()
         outer, self.token_mask = self.token_mask, None if begun.width is None else begun.mask_BN
         try:
             if stop is None or stop == len(blocks):
-                return pooled(begun.run(), self.pooling, begun.mask_BN)
+                return pooled_features(begun.run(), self.pooling, begun.mask_BN)
             return begun.until(blocks[stop])
         finally:
             self.token_mask = outer
 
-    def _returns(self) -> int | None:
+    def _tuple_size(self) -> int | None:
         """How the blocks of an encoder of transformers return activations; None: it cannot be entered."""
-        if self._outputs is None:
-            self._outputs = (how_blocks_return(self.encoder, self._blocks(), self.pooling, self.preprocessing),)
-        return self._outputs[0]
+        if self._known_tuple_size is None:
+            self._known_tuple_size = (find_tuple_size(self.encoder, self._blocks(), self.pooling, self.preprocessing),)
+        return self._known_tuple_size[0]
 
     def _blocks(self) -> list[nn.Module]:
         return [module for _, module in find_family(self.encoder).find_blocks(self.encoder)]

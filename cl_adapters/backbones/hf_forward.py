@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from cl_adapters.backbones.tokens import check_rows, mask_of, packed
+from cl_adapters.backbones.tokens import check_no_empty_row, mask_of, packed
 from cl_adapters.errors import ClAdaptersError, ConfigError, DataError, IncompatibleBackbone
 
 Pooling: TypeAlias = Literal["encoder", "cls", "mean", "last"]
@@ -41,14 +41,14 @@ def call(encoder: nn.Module, x: Tensor, mask_BN: Tensor | None = None) -> Any:
     options: dict[str, Any] = {"use_cache": False} if "use_cache" in _takes(encoder) else {}
     if mask_BN is not None:
         # some models tell empty places by the id: RoBERTa, which counts positions without them
-        ids_BN = x.masked_fill(~mask_BN, filling_of(encoder))
+        ids_BN = x.masked_fill(~mask_BN, pad_token_of(encoder))
         return encoder(input_ids=ids_BN, attention_mask=mask_BN.long(), **options)
     if "interpolate_pos_encoding" in _takes(encoder) and image_side(config) not in (None, *x.shape[-1:]):
         options["interpolate_pos_encoding"] = True
     return encoder(**{str(encoder.main_input_name): x.to(dtype_of(encoder))}, **options)
 
 
-def filling_of(encoder: nn.Module) -> int:
+def pad_token_of(encoder: nn.Module) -> int:
     """The id that stands at empty places: the one in the configuration where the model has a row for it, else 0.
 
     Some folders say -1, and some tokenizers were given a token for empty places that the model was never told of.
@@ -59,7 +59,7 @@ def filling_of(encoder: nn.Module) -> int:
     return stated
 
 
-def pooled(output: Any, pooling: str, mask_BN: Tensor | None) -> Tensor:
+def pooled_features(output: Any, pooling: str, mask_BN: Tensor | None) -> Tensor:
     """One feature vector per sample, [B, D], float32 where the weights are of half precision.
 
     Args:
@@ -76,8 +76,8 @@ def pooled(output: Any, pooling: str, mask_BN: Tensor | None) -> Tensor:
             raise ClAdaptersError(
                 f'pooling "encoder", but {type(output).__name__} has no features: choose "mean", "cls" or "last"'
             )
-        return wide(features)
-    tokens: Tensor = wide(output.last_hidden_state)
+        return upcast(features)
+    tokens: Tensor = upcast(output.last_hidden_state)
     if pooling == "cls":
         return tokens[:, 0]
     if mask_BN is None:
@@ -121,7 +121,7 @@ def checked_tokens(encoder: nn.Module, tokens_BN: Tensor, name: str) -> Tensor:
             "with backbone.preprocessing.encode(texts)"
         )
     tokens_BN = packed(tokens_BN.long())
-    check_rows(mask_of(tokens_BN))
+    check_no_empty_row(mask_of(tokens_BN))
     vocabulary = vocabulary_of(encoder)
     highest = int(tokens_BN.max()) if tokens_BN.numel() else 0
     if vocabulary is not None and highest >= vocabulary:
@@ -156,14 +156,14 @@ def vocabulary_of(encoder: nn.Module) -> int | None:
     return int(table.num_embeddings) if isinstance(table, nn.Embedding) else None
 
 
-def blank(encoder: nn.Module, h: Tensor, preprocessing: Any) -> Tensor:
+def dummy_input(encoder: nn.Module, h: Tensor, preprocessing: Any) -> Tensor:
     """An input of the size from which hidden states ``h`` [B, N, D] came; its content is of no matter."""
     if modality_of(encoder) == "text":
         return torch.zeros(h.shape[:2], dtype=torch.long, device=h.device)
     return torch.zeros(len(h), *_input_shape(encoder, preprocessing), device=h.device)
 
 
-def made_up(encoder: nn.Module, preprocessing: Any) -> Tensor:
+def probe_input(encoder: nn.Module, preprocessing: Any) -> Tensor:
     """Two small inputs, the same every time: texts of three tokens and one, images or spectrograms of waves."""
     device = next(encoder.parameters()).device
     if modality_of(encoder) == "text":
@@ -189,7 +189,7 @@ def image_side(config: Any) -> int | None:
     return int(side[-1] if isinstance(side, (list, tuple)) else side) if side is not None else None
 
 
-def width_of(encoder: nn.Module) -> int | None:
+def hidden_size_of(encoder: nn.Module) -> int | None:
     """Width D of the features: what the configuration says."""
     width = getattr(getattr(encoder, "config", None), "hidden_size", None)
     return width if isinstance(width, int) else None
@@ -216,7 +216,7 @@ def require_transformers(encoder: nn.Module) -> None:
     Raises:
         IncompatibleBackbone: it is not.
     """
-    if modality_of(encoder) is None or width_of(encoder) is None:
+    if modality_of(encoder) is None or hidden_size_of(encoder) is None:
         raise IncompatibleBackbone(
             f"{type(encoder).__name__} takes {getattr(encoder, 'main_input_name', 'unknown inputs')!r}; models of "
             f"transformers that take {', '.join(_NAMES)} and have a hidden_size can be used"
@@ -234,6 +234,6 @@ def _parameters(kind: Any) -> frozenset[str]:
     return frozenset(inspect.signature(kind.forward).parameters)
 
 
-def wide(values: Tensor) -> Tensor:
+def upcast(values: Tensor) -> Tensor:
     """Half precision as float32, which holds it exactly; all else as it is."""
     return values.float() if values.dtype in HALVES else values

@@ -14,18 +14,18 @@ from torch import Tensor, nn
 from cl_adapters.adapters.base import AdapterType
 from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.bank.routes import BARE, Route, Routes, each_route
-from cl_adapters.bank.site_adapters import Active, SiteAdapters, Watch
+from cl_adapters.bank.site_adapters import ActiveRoutes, SiteAdapters, Watch
 from cl_adapters.errors import ClAdaptersError, IncompatibleBackbone
 from cl_adapters.sites.sites import Site
 
 __all__ = ["BARE", "AdapterBank", "Route", "Routes"]
 
 Loader = Callable[[int], Mapping[str, Tensor]]
-"""Tensors of the n-th adapter of a shelf, keyed as by :meth:`AdapterBank.export`; none: it adds nothing."""
+"""Tensors of the n-th lazy slot, keyed as by :meth:`AdapterBank.export`; none: it adds nothing."""
 
 
 @dataclass
-class _Shelf:
+class _LazySlots:
     """Slots whose tensors are loaded when they are used, at most ``limit`` of them at a time, newest use last."""
 
     slots: range
@@ -33,8 +33,8 @@ class _Shelf:
     limit: int
     loaded: OrderedDict[int, None] = field(default_factory=OrderedDict)
 
-    def __deepcopy__(self, memo: dict[int, object]) -> _Shelf:
-        return _Shelf(self.slots, self.loader, self.limit, self.loaded.copy())  # what loads is no part of the copy
+    def __deepcopy__(self, memo: dict[int, object]) -> _LazySlots:
+        return _LazySlots(self.slots, self.loader, self.limit, self.loaded.copy())  # what loads is no part of the copy
 
 
 class AdapterBank(nn.Module):
@@ -57,8 +57,8 @@ class AdapterBank(nn.Module):
         self.adapter = adapter
         self.sites = sites
         self._num_slots = 0
-        self._shelf: _Shelf | None = None
-        self._active = Active(backbone)
+        self._lazy: _LazySlots | None = None
+        self._active = ActiveRoutes(backbone)
         self.at = nn.ModuleList(SiteAdapters(site, adapter, self._active) for site in sites)
         for place in self._places():
             place.attach(backbone.encoder)
@@ -72,9 +72,9 @@ class AdapterBank(nn.Module):
     @property
     def loaded(self) -> tuple[int, ...]:
         """The slots that are in memory; all of them, but for those of :meth:`load_on_use`."""
-        shelf = self._shelf
+        lazy = self._lazy
         return tuple(
-            slot for slot in range(self.num_slots) if shelf is None or slot not in shelf.slots or slot in shelf.loaded
+            slot for slot in range(self.num_slots) if lazy is None or slot not in lazy.slots or slot in lazy.loaded
         )
 
     @property
@@ -107,9 +107,9 @@ class AdapterBank(nn.Module):
         Raises:
             ClAdaptersError: the bank has such slots already, or a limit below 1.
         """
-        if self._shelf is not None or limit < 1:
+        if self._lazy is not None or limit < 1:
             raise ClAdaptersError("a bank loads one set of adapters on use, with a limit of at least 1")
-        self._shelf = _Shelf(range(self._num_slots, self._num_slots + slots), loader, limit)
+        self._lazy = _LazySlots(range(self._num_slots, self._num_slots + slots), loader, limit)
         self._num_slots += slots
 
     def fresh(self, generator: torch.Generator, blocks: Sequence[int] | None = None) -> dict[str, Tensor]:
@@ -203,21 +203,21 @@ class AdapterBank(nn.Module):
                 place.slots[str(slot)] = nn.ParameterDict(fitting)
 
     def _bring(self, slots: Iterable[int]) -> None:
-        """Load the slots of the shelf among these; drop what was not used for longest."""
-        shelf = self._shelf
-        if shelf is None:
+        """Load the lazy slots among these; drop what was not used for longest."""
+        lazy = self._lazy
+        if lazy is None:
             return
-        wanted = [slot for slot in dict.fromkeys(slots) if slot in shelf.slots]
+        wanted = [slot for slot in dict.fromkeys(slots) if slot in lazy.slots]
         for slot in wanted:
-            if slot not in shelf.loaded:
-                tensors = shelf.loader(slot - shelf.slots.start)
+            if slot not in lazy.loaded:
+                tensors = lazy.loader(slot - lazy.slots.start)
                 with torch.inference_mode(False):  # parameters that can be trained, and whose changes are noticed
                     if tensors:
                         self._put(slot, tensors, trainable=False)
-                shelf.loaded[slot] = None
-            shelf.loaded.move_to_end(slot)
-        for slot in list(shelf.loaded)[: -max(shelf.limit, len(wanted))]:
-            del shelf.loaded[slot]
+                lazy.loaded[slot] = None
+            lazy.loaded.move_to_end(slot)
+        for slot in list(lazy.loaded)[: -max(lazy.limit, len(wanted))]:
+            del lazy.loaded[slot]
             for place in self._places():
                 place.drop(slot)
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl_adapters.adapters.base import AdapterType
+from cl_adapters.backbones.hf_forward import upcast
 from cl_adapters.bank.routes import Route, Routes
 from cl_adapters.bank.slot_stacks import SlotStack
 from cl_adapters.errors import ClAdaptersError, IncompatibleBackbone
@@ -29,7 +30,7 @@ Of texts only the mean over the tokens of each, [B, 1, D]: so nothing depends on
 
 
 @dataclass
-class Active:
+class ActiveRoutes:
     """The route of the forward pass in progress, shared by all sites of one bank.
 
     Attributes:
@@ -54,11 +55,6 @@ class Active:
         return self.routes.get(site)
 
 
-def _full(x: Tensor) -> Tensor:
-    """Activations of half precision in float32: adapters are small, and their gradients need the digits."""
-    return x.float() if x.dtype in (torch.bfloat16, torch.float16) else x
-
-
 class SiteAdapters(nn.Module):
     """The adapters at one site.
 
@@ -66,7 +62,7 @@ class SiteAdapters(nn.Module):
         slots: slot number (as text) to its tensors; a slot without adapter at this site adds nothing here.
     """
 
-    def __init__(self, site: Site, adapter: AdapterType, active: Active) -> None:
+    def __init__(self, site: Site, adapter: AdapterType, active: ActiveRoutes) -> None:
         super().__init__()
         self.site = site
         self.adapter = adapter
@@ -156,7 +152,7 @@ class SiteAdapters(nn.Module):
         """Add the routed adapters' output to what the heads of an attention put out."""
         route = self._active.at(self.site.name)
         assert route is not None
-        delta = self._routed(_full(x_BND), _full(heads_BNHd.flatten(2)), route)
+        delta = self._routed(upcast(x_BND), upcast(heads_BNHd.flatten(2)), route)
         return heads_BNHd if delta is None else heads_BNHd + delta.reshape(heads_BNHd.shape).to(heads_BNHd.dtype)
 
     def _added(self, y: Tensor) -> Tensor | None:
@@ -170,12 +166,12 @@ class SiteAdapters(nn.Module):
                 "so its adapters have no input"
             )
         x = y if source is None else source
-        delta = self._routed(_full(self._inward(x)), _full(self._inward(self._shaped(y, x))), route)
+        delta = self._routed(upcast(self._inward(x)), upcast(self._inward(self._shaped(y, x))), route)
         if delta is None:
             return None
         delta = self._outward(delta, y).to(y.dtype)
-        if self.site.third is not None:
-            before = self.site.third * self.site.out_width
+        if self.site.qkv_part is not None:
+            before = self.site.qkv_part * self.site.out_width
             delta = F.pad(delta, (before, y.shape[-1] - before - self.site.out_width))
         return y + delta
 

@@ -43,7 +43,7 @@ def by_module(sites: Iterable[Site]) -> dict[str, list[Site]]:
                 "input and output of one linear layer"
             )
         found.setdefault(module, []).append(site)
-    return {module: sorted(at, key=lambda site: site.third or 0) for module, at in found.items()}
+    return {module: sorted(at, key=lambda site: site.qkv_part or 0) for module, at in found.items()}
 
 
 def lora_layers(backbone: FrozenBackbone) -> dict[str, list[Site]]:
@@ -60,13 +60,13 @@ def _sites(backbone: FrozenBackbone, kind: str) -> tuple[Site, ...]:
 
 def rows_of(site: Site) -> slice:
     """The rows of the layer's weight that the site adds to."""
-    start = (site.third or 0) * site.out_width
+    start = (site.qkv_part or 0) * site.out_width
     return slice(start, start + site.out_width)
 
 
 def height_of(sites: list[Site]) -> int:
     """Rows of the weight of the layer that has these sites."""
-    return sites[0].out_width * (1 if sites[0].third is None else 3)
+    return sites[0].out_width * (1 if sites[0].qkv_part is None else 3)
 
 
 def origin(backbone: FrozenBackbone) -> dict[str, str]:

@@ -112,7 +112,7 @@ def _by_site(pairs: Mapping[str, Factors], layers: Mapping[str, list[Site]]) -> 
             )
         found |= {site: (a_RD, b_OR[rows_of(site)]) for site in at}
     changed = {site.kind for site, (_, b_OR) in found.items() if b_OR.any()}
-    return {site: pair for site, pair in found.items() if site.third is None or not changed or site.kind in changed}
+    return {site: pair for site, pair in found.items() if site.qkv_part is None or not changed or site.kind in changed}
 
 
 def _compact(factors: dict[Site, Factors]) -> dict[Site, Factors]:
@@ -122,7 +122,7 @@ def _compact(factors: dict[Site, Factors]) -> dict[Site, Factors]:
     """
     used = {site: b_OR.any(0) for site, (_, b_OR) in factors.items()}
     counts = {int(columns.sum()) for columns in used.values()}
-    if all(site.third is None for site in factors) or len(counts) > 1 or 0 in counts:
+    if all(site.qkv_part is None for site in factors) or len(counts) > 1 or 0 in counts:
         return factors
     return {site: (a_RD[used[site]], b_OR[:, used[site]]) for site, (a_RD, b_OR) in factors.items()}
 

@@ -22,12 +22,12 @@ from torch import Tensor, nn
 
 from cl_adapters.adapters.base import AdapterType
 from cl_adapters.backbones.frozen import FrozenBackbone
-from cl_adapters.backbones.hf_forward import Pooling, filling_of, vocabulary_of
+from cl_adapters.backbones.hf_forward import Pooling, pad_token_of, vocabulary_of
 from cl_adapters.bank.bank import AdapterBank
 from cl_adapters.bank.routes import Route, Routes, check_prompts, has_router, summed, taken
 from cl_adapters.errors import ClAdaptersError, ConfigError, DataError
 from cl_adapters.language.load import generation_options, open_language_model
-from cl_adapters.language.tokens import Ids, Joined, Pair, PromptTokens, choice_lists, filled, joined, positions
+from cl_adapters.language.tokens import Ids, Joined, Pair, PromptTokens, choice_lists, joined, padded_ids, positions
 from cl_adapters.model.facade import AdapterModel
 from cl_adapters.model.predict import text_preprocessing
 from cl_adapters.parts.keys import Keys, KeysConfig, Kind
@@ -48,7 +48,7 @@ class Before:
     """What was computed already of the same texts.
 
     Attributes:
-        tokens_BP: int64 [B, P], filled on the left.
+        tokens_BP: int64 [B, P], padded on the left.
         cache: keys and values of these tokens, as the model gave them; the pass adds its own.
     """
 
@@ -80,7 +80,7 @@ class LanguageModel(nn.Module):
         self.model = model
         encoder = model.backbone.encoder
         self.tokens = PromptTokens(
-            text_preprocessing(model.backbone), _ends(lm), filling_of(encoder), vocabulary_of(encoder)
+            text_preprocessing(model.backbone), _ends(lm), pad_token_of(encoder), vocabulary_of(encoder)
         )
         self._known = frozenset(inspect.signature(type(lm).forward).parameters)
 
@@ -330,7 +330,7 @@ class LanguageModel(nn.Module):
         found_M = torch.zeros(len(pairs))
         with torch.no_grad():
             for rows in order_B.split(batch):
-                tokens_BP = filled([prompts[row] for row in rows.tolist()], left=True).to(self.device)
+                tokens_BP = padded_ids([prompts[row] for row in rows.tolist()], left=True).to(self.device)
                 output = self.output(tokens_BP, taken(routes, rows), keep=1, use_cache=True)
                 before = Before(tokens_BP, getattr(output, "past_key_values", None))
                 if not hasattr(before.cache, "reorder_cache"):
@@ -340,7 +340,8 @@ class LanguageModel(nn.Module):
                 own = [column for column, row in enumerate(rows_M.tolist()) if row in place_of]
                 own.sort(key=lambda column: len(pairs[column][1]))
                 for columns in torch.tensor(own).split(batch):
-                    answers_Mn = filled([pairs[column][1] for column in columns.tolist()], left=False).to(self.device)
+                    answers = [pairs[column][1] for column in columns.tolist()]
+                    answers_Mn = padded_ids(answers, left=False).to(self.device)
                     places_M = torch.tensor([place_of[row] for row in rows_M[columns].tolist()], device=self.device)
                     first_M = log_p_BV[places_M, answers_Mn[:, 0]]
                     rest_M = self._rest(before, places_M, answers_Mn, taken(routes, rows_M[columns]))
@@ -367,7 +368,7 @@ class LanguageModel(nn.Module):
         """log p of each token of the answers given all before it.
 
         Args:
-            batch: prompts and answers, filled on either side.
+            batch: prompts and answers, padded on either side.
             routes: who uses which adapter.
             noise: generator of the adapters' dropout masks.
 
@@ -440,7 +441,7 @@ class LanguageModel(nn.Module):
         computed from the text: those compute the whole text anew for every token.
 
         Args:
-            prompts: B prompts; filled on the left inside.
+            prompts: B prompts; padded on the left inside.
             max_new_tokens: of an answer at most; the prompt is cut at the front where both would be too long.
             routes: who uses which adapter; None: the bare model.
             num_beams: beams per prompt, 1 is greedy.
@@ -468,7 +469,7 @@ class LanguageModel(nn.Module):
         )
         found: dict[int, str] = {}
         for rows in order_B.split(batch) if ids else ():
-            tokens_BN = filled([ids[row] for row in rows.tolist()], left=True).to(self.device)
+            tokens_BN = padded_ids([ids[row] for row in rows.tolist()], left=True).to(self.device)
             beams = taken(routes, rows.repeat_interleave(num_beams))
             for row, text in zip(rows.tolist(), self._generated(tokens_BN, beams, options), strict=True):
                 found[row] = text

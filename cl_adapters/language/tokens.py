@@ -153,13 +153,13 @@ class PromptTokens:
 
 
 def joined(pairs: Sequence[Pair], *, left: bool = False) -> Joined:
-    """Prompts and answers in one tensor, filled on the right, or with ``left`` on the left."""
-    tokens_BN = filled([prompt + answer for prompt, answer in pairs], left=left)
-    flags_BN = filled([[0] * len(prompt) + [1] * len(answer) for prompt, answer in pairs], left=left)
+    """Prompts and answers in one tensor, padded on the right, or with ``left`` on the left."""
+    tokens_BN = padded_ids([prompt + answer for prompt, answer in pairs], left=left)
+    flags_BN = padded_ids([[0] * len(prompt) + [1] * len(answer) for prompt, answer in pairs], left=left)
     return Joined(tokens_BN, flags_BN == 1)
 
 
-def filled(rows: Sequence[Ids], *, left: bool) -> Tensor:
+def padded_ids(rows: Sequence[Ids], *, left: bool) -> Tensor:
     """Rows of ids as int64 [B, N], -1 behind them, or with ``left`` before them."""
     if not left:
         return from_rows(rows)
@@ -167,7 +167,7 @@ def filled(rows: Sequence[Ids], *, left: bool) -> Tensor:
 
 
 def positions(tokens_BN: Tensor) -> Tensor:
-    """Place of every token in its text, int64 [B, N], wherever the row is filled."""
+    """Place of every token in its text, int64 [B, N], wherever the row is padded."""
     return ((tokens_BN != NO_TOKEN).long().cumsum(1) - 1).clamp_min(0)
 
 

@@ -7,8 +7,8 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from cl_adapters.backbones.batches import Inputs, batch_size, take, to_device
 from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.backbones.inputs import Inputs, batch_size, take, to_device
 from cl_adapters.bank.bank import AdapterBank
 from cl_adapters.errors import ClAdaptersError
 from cl_adapters.features import FeatureMemory, LazyFeatures

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
-from cl_adapters.backbones.batches import Inputs
 from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.backbones.inputs import Inputs
 from cl_adapters.bank.bank import AdapterBank
 from cl_adapters.bank.routes import Routes
 from cl_adapters.bank.site_adapters import Watch

@@ -82,7 +82,7 @@ def linear(
 
     def sizes_of(path: str) -> Measure:
         def sizes(block: nn.Module) -> Sizes:
-            return Sizes(*features_of(block.get_submodule(path)))
+            return Sizes(*linear_widths(block.get_submodule(path)))
 
         return sizes
 
@@ -104,7 +104,7 @@ def linear(
     }
 
 
-def thirds(path: str, output: str) -> dict[str, Place]:
+def fused_qkv(path: str, output: str) -> dict[str, Place]:
     """Sites query, key and value on one fused projection, whose output is [q | k | v] of equal widths.
 
     Args:
@@ -117,23 +117,23 @@ def thirds(path: str, output: str) -> dict[str, Place]:
         layers = [block.get_submodule(at) for at in (path, output) if has(block, at)]
         if len(layers) < 2 or not all(map(is_linear, layers)):
             return False
-        return features_of(layers[0])[1] == 3 * features_of(layers[1])[0]
+        return linear_widths(layers[0])[1] == 3 * linear_widths(layers[1])[0]
 
     def sizes(block: nn.Module) -> Sizes:
-        width, out_width = features_of(block.get_submodule(path))
+        width, out_width = linear_widths(block.get_submodule(path))
         return Sizes(width, out_width // 3)
 
     read, add = Tap(path, "in"), Tap(path, "out")
     return {
-        kind: Place(read, add, kind, sizes, equal, third=third) for third, kind in enumerate(("query", "key", "value"))
+        kind: Place(read, add, kind, sizes, equal, qkv_part=part) for part, kind in enumerate(("query", "key", "value"))
     }
 
 
-def input_of(path: str) -> Measure:
+def input_width_of(path: str) -> Measure:
     """D, the input width of a linear layer."""
 
     def sizes(block: nn.Module) -> Sizes:
-        width = features_of(block.get_submodule(path))[0]
+        width = linear_widths(block.get_submodule(path))[0]
         return Sizes(width, width)
 
     return sizes
@@ -160,7 +160,7 @@ def post_norm(
         All places of the row.
     """
     places = branches(
-        input_of(layers["up"].source.module),
+        input_width_of(layers["up"].source.module),
         attn=(Tap(attention, "in"), Tap(attn_end, "out")),
         ffn=(Tap(ffn, "in"), Tap(ffn_end, "out")),
         block=Tap(attention, "in"),
@@ -227,7 +227,7 @@ def inside(attention: str, output: str) -> dict[str, Place]:
         return there and looks_up(block.get_submodule(attention)) and width_of_head(block) > 0
 
     def sizes(block: nn.Module) -> Sizes:
-        out_width = features_of(block.get_submodule(output))[0]
+        out_width = linear_widths(block.get_submodule(output))[0]
         heads = out_width // width_of_head(block)
         return Sizes(out_width + heads, out_width, heads)
 
@@ -240,7 +240,7 @@ def is_linear(layer: nn.Module) -> bool:
     return isinstance(layer, nn.Linear) or type(layer).__name__ == "Conv1D"
 
 
-def features_of(layer: nn.Module) -> tuple[int, int]:
+def linear_widths(layer: nn.Module) -> tuple[int, int]:
     """Input and output width of a linear layer."""
     own: Any = layer
     if isinstance(layer, nn.Linear):  # a quantised weight does not have the layer's shape

@@ -54,7 +54,7 @@ class Site:
         target: where its output is added.
         out_width: O, the width of what is added; default D.
         heads: attention heads, at sites of kind "attention".
-        third: at a fused projection the part of the target that is added to: 0 query, 1 key, 2 value.
+        qkv_part: at a fused projection the part of the target that is added to: 0 query, 1 key, 2 value.
         layout: how activations lie there.
         windows: whether the leading dimension holds several windows of each image, image by image.
         rows: where all tokens of a batch lie in one row, [B * N, D], at the source: a place before it where they lie as
@@ -69,7 +69,7 @@ class Site:
     target: Tap
     out_width: int = 0
     heads: int = 0
-    third: int | None = None
+    qkv_part: int | None = None
     layout: Layout = "tokens"
     windows: bool = False
     rows: Tap | None = None
@@ -97,7 +97,7 @@ class Place:
         label: last part of the site's name.
         sizes: measures one block.
         fits: whether this block has the place; families differ in details of their attention.
-        third, windows, rows: as in :class:`Site`.
+        qkv_part, windows, rows: as in :class:`Site`.
         layout: of the activations at the source; default the family's.
     """
 
@@ -106,7 +106,7 @@ class Place:
     label: str
     sizes: Callable[[nn.Module], Sizes]
     fits: Callable[[nn.Module], bool] = lambda block: True
-    third: int | None = None
+    qkv_part: int | None = None
     windows: bool = False
     layout: Layout | None = None
     rows: Tap | None = None
@@ -190,7 +190,7 @@ class Family:
             target=place.target.below(path),
             out_width=sizes.out_width,
             heads=sizes.heads,
-            third=place.third,
+            qkv_part=place.qkv_part,
             layout=place.layout or self.layout,
             windows=place.windows,
             rows=None if place.rows is None else place.rows.below(path),

@@ -37,8 +37,8 @@ def _fused_attention(*, windows: bool = False) -> dict[str, Place]:
 
     read, add = Tap("attn.qkv", "in"), Tap("attn.qkv", "out")
     return {
-        kind: Place(read, add, kind, sizes, called, third=third, windows=windows, layout="tokens")
-        for third, kind in enumerate(("query", "key", "value"))
+        kind: Place(read, add, kind, sizes, called, qkv_part=part, windows=windows, layout="tokens")
+        for part, kind in enumerate(("query", "key", "value"))
     }
 
 

@@ -14,13 +14,13 @@ from cl_adapters.sites.places import (
     GATED_LAYERS,
     MLP_LAYERS,
     branches,
-    input_of,
+    fused_qkv,
+    input_width_of,
     inside,
     linear,
     post_norm,
     pre_norm,
     projections,
-    thirds,
     unscaled,
 )
 from cl_adapters.sites.sites import Family, Tap
@@ -65,7 +65,7 @@ TEXT_ENCODERS: tuple[Family, ...] = (
             | _BERT_LAYERS,
         ),
     ),
-    # query, key and value lie head by head in one projection, so they are no thirds
+    # query, key and value lie head by head in one projection, not as [q | k | v]
     Family(
         name="transformers DeBERTa",
         blocks="encoder.layer",
@@ -107,8 +107,8 @@ TEXT_ENCODERS: tuple[Family, ...] = (
         places=pre_norm(
             ("attn_norm", "attn.Wo"),
             ("mlp_norm", "mlp"),
-            input_of("mlp.Wi"),
-            thirds("attn.Wqkv", "attn.Wo") | inside("attn", "attn.Wo") | linear(output="attn.Wo", down="mlp.Wo"),
+            input_width_of("mlp.Wi"),
+            fused_qkv("attn.Wqkv", "attn.Wo") | inside("attn", "attn.Wo") | linear(output="attn.Wo", down="mlp.Wo"),
         ),
     ),
 )
@@ -121,8 +121,8 @@ TEXT_DECODERS: tuple[Family, ...] = (
         places=pre_norm(
             ("ln_1", "attn.c_proj"),
             ("ln_2", "mlp"),
-            input_of("mlp.c_fc"),
-            thirds("attn.c_attn", "attn.c_proj")
+            input_width_of("mlp.c_fc"),
+            fused_qkv("attn.c_attn", "attn.c_proj")
             | inside("attn", "attn.c_proj")
             | linear(output="attn.c_proj", up="mlp.c_fc", down="mlp.c_proj"),
         ),
@@ -136,12 +136,12 @@ TEXT_DECODERS: tuple[Family, ...] = (
         places=pre_norm(
             ("input_layernorm", "post_attention_layernorm"),
             ("pre_feedforward_layernorm", "post_feedforward_layernorm"),
-            input_of("mlp.up_proj"),
+            input_width_of("mlp.up_proj"),
             projections("self_attn") | GATED_LAYERS,
         ),
         fits=unscaled(*_LLAMA_CHILDREN, "pre_feedforward_layernorm", "post_feedforward_layernorm"),
     ),
-    # query, key and value in one projection; no thirds where several queries share a key
+    # query, key and value in one projection; not in equal parts where several queries share a key
     Family(
         name="transformers Phi-3",
         blocks="layers",
@@ -149,8 +149,8 @@ TEXT_DECODERS: tuple[Family, ...] = (
         places=pre_norm(
             ("input_layernorm", "self_attn.o_proj"),
             ("post_attention_layernorm", "mlp"),
-            input_of("mlp.gate_up_proj"),
-            thirds("self_attn.qkv_proj", "self_attn.o_proj")
+            input_width_of("mlp.gate_up_proj"),
+            fused_qkv("self_attn.qkv_proj", "self_attn.o_proj")
             | inside("self_attn", "self_attn.o_proj")
             | linear(output="self_attn.o_proj", down="mlp.down_proj"),
         ),
@@ -164,7 +164,7 @@ TEXT_DECODERS: tuple[Family, ...] = (
         places=pre_norm(
             ("input_layernorm", "self_attn.o_proj"),
             ("post_attention_layernorm", "mlp"),
-            input_of("mlp.up_proj"),
+            input_width_of("mlp.up_proj"),
             projections("self_attn") | GATED_LAYERS,
         ),
         fits=unscaled(*_LLAMA_CHILDREN),
@@ -175,7 +175,7 @@ TEXT_DECODERS: tuple[Family, ...] = (
         blocks="layers",
         parts=("input_layernorm", "self_attn.q_proj", "self_attn.dense", "mlp.fc1", "mlp.fc2", "resid_dropout"),
         places=branches(
-            input_of("mlp.fc1"),
+            input_width_of("mlp.fc1"),
             attn=(Tap("input_layernorm", "out"), Tap("self_attn.dense", "out")),
             ffn=(Tap("input_layernorm", "in"), Tap("mlp", "out")),
             block=Tap("input_layernorm", "in"),
@@ -193,7 +193,7 @@ TEXT_DECODERS: tuple[Family, ...] = (
         places=pre_norm(
             ("self_attn_layer_norm", "self_attn.out_proj"),
             ("final_layer_norm", "fc2"),
-            input_of("fc1"),
+            input_width_of("fc1"),
             projections("self_attn", "out_proj") | linear(up="fc1", down="fc2", rows=_OPT_ROWS),
             rows=_OPT_ROWS,
         ),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from cl_adapters.sites.places import (
     GATED_LAYERS,
     MLP_LAYERS,
-    input_of,
+    input_width_of,
     linear,
     pre_norm,
     projections,
@@ -35,7 +35,9 @@ def _vit(version: str, blocks: str, attention: dict[str, Place]) -> Family:
         name=f"transformers {version} ViT",
         blocks=blocks,
         parts=("layernorm_before", output, "layernorm_after", up, down),
-        places=pre_norm(("layernorm_before", output), ("layernorm_after", down), input_of(up), attention | layers),
+        places=pre_norm(
+            ("layernorm_before", output), ("layernorm_after", down), input_width_of(up), attention | layers
+        ),
     )
 
 
@@ -61,7 +63,7 @@ def _clip(blocks: str) -> Family:
         places=pre_norm(
             ("layer_norm1", "self_attn.out_proj"),
             ("layer_norm2", "mlp"),
-            input_of("mlp.fc1"),
+            input_width_of("mlp.fc1"),
             projections("self_attn", "out_proj") | MLP_LAYERS,
         ),
         fits=unscaled("layer_norm1", "self_attn", "layer_norm2", "mlp"),

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import nn
 
-from cl_adapters.backbones.batches import Inputs
 from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.backbones.inputs import Inputs
 
 IMAGE: dict[str, Any] = {"img_size": 16, "patch_size": 8, "embed_dim": 16, "depth": 2, "num_heads": 2}
 

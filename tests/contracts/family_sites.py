@@ -9,8 +9,8 @@ import pytest
 from torch import Tensor
 
 from cl_adapters.adapters.base import AdapterType
-from cl_adapters.backbones.batches import Inputs
 from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.backbones.inputs import Inputs
 from cl_adapters.bank.bank import AdapterBank
 from cl_adapters.errors import IncompatibleBackbone
 from cl_adapters.sites.sites import Layout

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor, nn
 
 from cl_adapters.adapters.bottleneck import Bottleneck
-from cl_adapters.backbones.batches import Inputs, take
 from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.backbones.inputs import Inputs, take
 from cl_adapters.backbones.preprocessing import Preprocessing
 from cl_adapters.bank.bank import AdapterBank, Route
 from cl_adapters.errors import ClAdaptersError

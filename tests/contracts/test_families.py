@@ -9,8 +9,8 @@ import torch
 
 from cl_adapters.adapters import adapters
 from cl_adapters.adapters.base import AdapterType, adapter_from
-from cl_adapters.backbones.batches import take
 from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.backbones.inputs import take
 from cl_adapters.bank.bank import BARE, AdapterBank, Route
 from tests.contracts.family_sites import fitting, routed
 

@@ -211,7 +211,7 @@ def test_lora_sites_leave_the_other_thirds_alone(case: Any, kind: str) -> None:
     plain = seen_by(modules, lambda: case.backbone.features(x))
     now = seen_by(modules, lambda: routed(bank, case.backbone, x, Route.single(0)))
     A, B = tensors[f"{site.name}/A"], tensors[f"{site.name}/B"]
-    places = [[*LINEAR, *LAYERS].index(kind)] if site.third is not None else [0]
+    places = [[*LINEAR, *LAYERS].index(kind)] if site.qkv_part is not None else [0]
     before_after = (seen[BLOCK_OUT].split(site.out_width, -1) for seen in (plain, now))
     for third, (before, after) in enumerate(zip(*before_after, strict=True)):
         if third in places:

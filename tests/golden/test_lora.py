@@ -25,7 +25,7 @@ LAE = LoRA(rank=5, learn_scale=True)
 
 
 def site(width: int = 768, out_width: int = 768) -> Site:
-    return Site("blocks.0.key", 0, "key", width, Tap("qkv", "in"), Tap("qkv", "out"), out_width=out_width, third=1)
+    return Site("blocks.0.key", 0, "key", width, Tap("qkv", "in"), Tap("qkv", "out"), out_width=out_width, qkv_part=1)
 
 
 @pytest.mark.parametrize("learned", [False, True])

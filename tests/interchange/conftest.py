@@ -16,8 +16,8 @@ from torch import Tensor, nn
 
 from cl_adapters.adapters.base import AdapterType
 from cl_adapters.adapters.lora import Target
-from cl_adapters.backbones.batches import Inputs
 from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.backbones.inputs import Inputs
 from cl_adapters.bank.bank import AdapterBank, Route
 
 CONFIG, TENSORS, OURS = "adapter_config.json", "adapter_model.safetensors", "cl_adapters.json"

@@ -1,0 +1,272 @@
+"""Forward passes of a backbone: whole, up to the input of a block, and on from there.
+
+What is changed in an encoder for that is undone at once, and only the thread that asked for it sees it.
+"""
+
+from __future__ import annotations
+
+import inspect
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from cl_adapters.backbones.hf_forward import (
+    call,
+    checked_tokens,
+    dtype_of,
+    dummy_input,
+    modality_of,
+    pooled_features,
+    probe_input,
+    upcast,
+)
+from cl_adapters.backbones.inputs import Inputs
+from cl_adapters.backbones.preprocessing import Preprocessing
+from cl_adapters.backbones.tokens import from_mapping, is_tokens, mask_of, padded, unpadded
+from cl_adapters.errors import ClAdaptersError, IncompatibleBackbone
+
+_LOCK = threading.RLock()
+"""Held while blocks are bypassed: that is a change of the encoder, undone at once."""
+
+
+@dataclass(frozen=True)
+class ForwardPass:
+    """A forward pass to come.
+
+    Attributes:
+        run: computes what the encoder returns.
+        mask_BN: [B, n], which places are tokens; None: all.
+        width: N of the texts as they were given, at least n; None: no texts.
+        whole: whether ``run`` was given more than activations can carry from block to block.
+    """
+
+    run: Callable[[], Any]
+    mask_BN: Tensor | None = None
+    width: int | None = None
+    whole: bool = False
+
+    def until(self, block: nn.Module) -> Tensor:
+        """The input of a block; of texts in one shape for every batch of width N, [B, N, D].
+
+        Raises:
+            ClAdaptersError: texts that came with more than tokens and their mask.
+        """
+        if self.whole:
+            raise ClAdaptersError(
+                "texts can be entered at a block as token ids with their attention_mask, and nothing beside these"
+            )
+        h = upcast(captured_input(block, self.run))
+        if self.width is None or self.mask_BN is None:
+            return h
+        return padded(h, self.mask_BN, self.width)
+
+
+def begin_pass(encoder: nn.Module, x: Inputs, preprocessing: Any, name: str) -> ForwardPass:
+    """The pass over an input; see ``FrozenBackbone.forward``.
+
+    Args:
+        encoder: of any kind.
+        x: its input.
+        preprocessing: of images, of texts, or None.
+        name: of the backbone, for messages.
+
+    Raises:
+        ClAdaptersError: the input is not the encoder's.
+    """
+    modality = modality_of(encoder)
+    if modality == "text" and (isinstance(x, Tensor) or is_tokens(x)):
+        tokens_BN = x if isinstance(x, Tensor) else from_mapping(x)
+        packed_BN = checked_tokens(encoder, tokens_BN, name)
+        mask_BN = mask_of(packed_BN)
+        return ForwardPass(partial(call, encoder, packed_BN, mask_BN), mask_BN, tokens_BN.shape[1])
+    if isinstance(x, Mapping):
+        return ForwardPass(lambda: encoder(**x), x.get("attention_mask"), whole=modality == "text")
+    if isinstance(preprocessing, Preprocessing):
+        _check_image(x, preprocessing.input_size, name)
+    return ForwardPass(partial(_encode if modality is None else call, encoder, x))
+
+
+def resume_pass(
+    encoder: nn.Module, blocks: Sequence[nn.Module], h: Tensor, block: int, tuple_size: int, preprocessing: Any
+) -> ForwardPass:
+    """The pass of an encoder of transformers from the input of a block on.
+
+    Args:
+        encoder: of transformers.
+        blocks: all of its blocks.
+        h: as from :meth:`ForwardPass.until`.
+        block: index of the block.
+        tuple_size: from :func:`find_tuple_size`.
+        preprocessing: of the backbone.
+    """
+    width, mask_BN = None, None
+    if modality_of(encoder) == "text":
+        width = h.shape[1]
+        h, mask_BN = unpadded(h)
+    h = h.to(dtype_of(encoder))
+    whole = partial(call, encoder, dummy_input(encoder, h, preprocessing), mask_BN)
+    return ForwardPass(partial(run_from, blocks, block, h, tuple_size, whole), mask_BN, width)
+
+
+def find_tuple_size(encoder: nn.Module, blocks: Sequence[nn.Module], pooling: str, preprocessing: Any) -> int | None:
+    """How the blocks of an encoder of transformers return their activations, found with a small made-up input.
+
+    Returns:
+        As from :func:`tuple_size_of`; None where going on from a block does not give the features, or where it is no
+        encoder of transformers.
+    """
+    if modality_of(encoder) is None:
+        return None
+    with without_hooks(encoder), torch.no_grad():
+        try:
+            first = begin_pass(encoder, probe_input(encoder, preprocessing), None, "")
+            tuple_size = tuple_size_of(blocks[0], first.run)
+            features = pooled_features(first.run(), pooling, first.mask_BN)
+            near = 8 * torch.finfo(dtype_of(encoder)).eps * float(features.abs().max())
+            for block in sorted({0, len(blocks) // 2, len(blocks) - 1}):
+                second = resume_pass(encoder, blocks, first.until(blocks[block]), block, tuple_size, preprocessing)
+                again = pooled_features(second.run(), pooling, second.mask_BN)
+                if not torch.allclose(again, features, rtol=0, atol=near):
+                    return None
+        # whatever an encoder of unknown make says to being run like this
+        except (ArithmeticError, AttributeError, LookupError, RuntimeError, TypeError, ValueError):
+            return None
+    return tuple_size
+
+
+# --- leaving an encoder at a block, and entering it at one ------------------------------------------------------------
+
+
+class _StoppedAtBlock(Exception):
+    """Ends a forward pass at the input of a block."""
+
+    def __init__(self, hidden: Tensor) -> None:
+        super().__init__()
+        self.hidden = hidden
+
+
+def captured_input(block: nn.Module, run: Callable[[], Any]) -> Tensor:
+    """What a block is given when ``run`` is called; nothing behind it is computed.
+
+    Raises:
+        IncompatibleBackbone: the block is never reached.
+    """
+    thread = threading.get_ident()
+
+    def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if threading.get_ident() != thread:
+            return
+        raise _StoppedAtBlock(args[0] if args else kwargs[_first_input(module)])
+
+    handle = block.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
+    try:
+        run()
+    except _StoppedAtBlock as reached:
+        return reached.hidden
+    finally:
+        handle.remove()
+    raise IncompatibleBackbone(f"a block of type {type(block).__name__} was never reached")
+
+
+def tuple_size_of(block: nn.Module, run: Callable[[], Any]) -> int:
+    """How a block returns its activations when ``run`` is called: 0 as a tensor, n as the first of a tuple of n."""
+    sizes: list[int] = []
+
+    def note(module: nn.Module, args: tuple[Any, ...], output: Any) -> None:
+        sizes.append(len(output) if isinstance(output, (tuple, list)) else 0)
+
+    handle = block.register_forward_hook(note)
+    try:
+        run()
+    finally:
+        handle.remove()
+    return sizes[-1] if sizes else 0
+
+
+def run_from(blocks: Sequence[nn.Module], block: int, h: Tensor, tuple_size: int, run: Callable[[], Any]) -> Any:
+    """What ``run`` returns when a block is given ``h``, and the blocks before it are left out.
+
+    So the encoder itself makes what it hands its blocks beside the activations (masks, rotations, biases of positions)
+    and what follows the last block, whatever it is called with.
+
+    Args:
+        blocks: all of the encoder's.
+        block: index of the first that is computed.
+        h: its input.
+        tuple_size: what a block returns, from :func:`tuple_size_of`.
+        run: a forward pass with an input of the same shape.
+    """
+    thread = threading.get_ident()
+
+    def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
+        if threading.get_ident() != thread:
+            return None
+        return ((h, *args[1:]), kwargs) if args else (args, kwargs | {_first_input(module): h})
+
+    with _LOCK, ExitStack() as undo:
+        for module in blocks[:block]:
+            undo.enter_context(_bypassed(module, tuple_size))
+        handle = blocks[block].register_forward_pre_hook(replace, prepend=True, with_kwargs=True)
+        undo.callback(handle.remove)
+        return run()
+
+
+@contextmanager
+def without_hooks(module: nn.Module) -> Iterator[None]:
+    """No hook of any module of ``module`` runs inside: routed adapters add nothing."""
+    with _LOCK:
+        kept = [(part, part._forward_hooks, part._forward_pre_hooks) for part in module.modules()]
+        for part, _, _ in kept:
+            part._forward_hooks, part._forward_pre_hooks = OrderedDict(), OrderedDict()
+        try:
+            yield
+        finally:
+            for part, after, before in kept:
+                part._forward_hooks, part._forward_pre_hooks = after, before
+
+
+@contextmanager
+def _bypassed(module: nn.Module, tuple_size: int) -> Iterator[None]:
+    """The module gives back what it is given, to this thread; others compute as always."""
+    thread, own, real = threading.get_ident(), module.__dict__.get("forward"), module.forward
+    name = _first_input(module)
+
+    def forward(*args: Any, **kwargs: Any) -> Any:
+        if threading.get_ident() != thread:
+            return real(*args, **kwargs)
+        given = args[0] if args else kwargs[name]
+        return (given, *[None] * (tuple_size - 1)) if tuple_size else given
+
+    module.__dict__["forward"] = forward
+    try:
+        yield
+    finally:
+        del module.__dict__["forward"]
+        if own is not None:
+            module.__dict__["forward"] = own
+
+
+def _first_input(module: nn.Module) -> str:
+    """Name of the first parameter of a module's forward."""
+    return next(iter(inspect.signature(module.forward).parameters))
+
+
+def _encode(encoder: Any, x: Tensor) -> Any:
+    if hasattr(encoder, "forward_features") and hasattr(encoder, "forward_head"):
+        return encoder.forward_head(encoder.forward_features(x), pre_logits=True)  # timm: leave the classifier out
+    return encoder(x)
+
+
+def _check_image(x: Tensor, expected: tuple[int, ...], name: str) -> None:
+    if x.ndim != 4 or tuple(x.shape[1:]) != expected:
+        raise ClAdaptersError(
+            f"backbone {name!r} takes images [B, {', '.join(map(str, expected))}], got {list(x.shape)}; "
+            "use backbone.preprocessing.eval_transform() on each image"
+        )
