@@ -9,11 +9,11 @@ import numpy.typing as npt
 import pytest
 import torch
 
+from cl_adapters.backbones.encode import image_preprocessing
 from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.benchmarks.base import BenchmarkData, SampleSet
 from cl_adapters.benchmarks.data.repeats import LOOKS, Look, Repeats
 from cl_adapters.errors import ConfigError
-from cl_adapters.model.predict import image_preprocessing
 
 SMALL = Repeats(tasks=7, classes_per_task=2, looks=3, train_per_class=2, test_per_class=1)
 

@@ -22,8 +22,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cl_adapters.backbones.encode import encode
 from cl_adapters.backbones.frozen import FrozenBackbone
-from cl_adapters.backbones.text import TextPreprocessing
 from cl_adapters.benchmarks.base import TextSet
 from cl_adapters.benchmarks.bench.texts import encoder
 from cl_adapters.benchmarks.data.clinc150 import Clinc150
@@ -107,14 +107,8 @@ def percent(flags: Tensor) -> str:
 
 def features(backbone: FrozenBackbone, texts: list[str], batch: int = 64) -> Tensor:
     """float32 [N, D], short texts with short ones."""
-    assert isinstance(backbone.preprocessing, TextPreprocessing)
     order = sorted(range(len(texts)), key=lambda row: len(texts[row]))
-    found: list[Tensor] = []
-    with torch.inference_mode():
-        for start in range(0, len(order), batch):
-            part = [texts[row] for row in order[start : start + batch]]
-            found.append(backbone(backbone.preprocessing.encode(part)))
-    return torch.cat(found)[torch.tensor(order).argsort()]
+    return encode(backbone, [texts[row] for row in order], batch)[torch.tensor(order).argsort()]
 
 
 if __name__ == "__main__":

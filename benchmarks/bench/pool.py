@@ -20,10 +20,10 @@ from pathlib import Path
 import torch
 
 from cl_adapters.adapters.bottleneck import Bottleneck
+from cl_adapters.backbones.encode import image_preprocessing
 from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.bank.bank import AdapterBank, Route
 from cl_adapters.model.facade import AdapterModel
-from cl_adapters.model.predict import image_preprocessing
 from cl_adapters.pool import AdapterPool, NewAdapter, PoolClass
 
 CLASSES = 2

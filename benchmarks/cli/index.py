@@ -109,7 +109,7 @@ def query_command(
         raise ConfigError("give image files or .npy files of features, or --text TEXT" + (", not both" * bool(texts)))
     opened = opened_pool(pool, weights)
     index = opened_index(opened, name, stale)
-    names, features = (texts, _encoded_texts(opened.backbone, texts)) if texts else _features(opened, inputs or [])
+    names, features = (texts, _encoded(opened.backbone, texts)) if texts else _features(opened, inputs or [])
     threshold = index.threshold if threshold is None else threshold
     places = min(k, max(1, len(index)))  # so that a large k asks for no more memory than there are keys
     answers = index.hits(index.search_features(features, places, classes=True, tags=tag or ()))
@@ -203,33 +203,11 @@ def _images(inputs: Sequence[Path]) -> list[Path]:
     return files
 
 
-def _encoded(backbone: FrozenBackbone, files: Sequence[Path]) -> Tensor:
-    import torch
+def _encoded(backbone: FrozenBackbone, inputs: Sequence[str] | Sequence[Path]) -> Tensor:
+    """Features of texts or image files, on the CPU."""
+    from cl_adapters.backbones.encode import encode
 
-    from cl_adapters.images import decode_image
-    from cl_adapters.model.predict import image_preprocessing
-
-    transform = image_preprocessing(backbone).eval_transform()
-    parts = []
-    with torch.no_grad():
-        for start in range(0, len(files), BATCH):
-            images = [transform(decode_image(file)) for file in files[start : start + BATCH]]
-            parts.append(backbone.features(torch.stack(images)))
-    return torch.cat(parts)
-
-
-def _encoded_texts(backbone: FrozenBackbone, texts: Sequence[str]) -> Tensor:
-    import torch
-
-    from cl_adapters.model.predict import text_preprocessing
-
-    preprocessing = text_preprocessing(backbone)
-    with torch.no_grad():
-        parts = [
-            backbone.features(preprocessing.encode(texts[start : start + BATCH]).to(backbone.device)).float().cpu()
-            for start in range(0, len(texts), BATCH)
-        ]
-    return torch.cat(parts)
+    return encode(backbone, inputs, BATCH).cpu()
 
 
 def opened_pool(path: Path, weights: Path | None = None) -> AdapterPool:

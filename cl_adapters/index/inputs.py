@@ -9,6 +9,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cl_adapters.backbones.encode import encode
+from cl_adapters.backbones.text import TextPreprocessing
 from cl_adapters.errors import DataError
 from cl_adapters.index.keys import KeySource
 
@@ -27,11 +29,10 @@ def features_of(pool: KeySource, x: Any) -> Any:
         DataError: texts for a backbone that takes none.
     """
     if isinstance(x, str) or (isinstance(x, (list, tuple)) and x and all(isinstance(one, str) for one in x)):
-        encode = getattr(pool.backbone.preprocessing, "encode", None)
-        if encode is None:
+        if not isinstance(pool.backbone.preprocessing, TextPreprocessing):
             raise DataError(f"backbone {pool.backbone.name!r} takes no texts; give images or features")
-        x = encode([x] if isinstance(x, str) else list(x))
-    elif not isinstance(x, Mapping) and np.ndim(x) == 2 and not _whole_numbers(x):
+        return encode(pool.backbone, [x] if isinstance(x, str) else x)
+    if not isinstance(x, Mapping) and np.ndim(x) == 2 and not _whole_numbers(x):
         return x
     with torch.no_grad():
         return pool.backbone.features(x)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from cl_adapters.adapters.base import AdapterType
+from cl_adapters.backbones.encode import encode, text_preprocessing
 from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.backbones.hf_forward import Pooling, pad_token_of, vocabulary_of
 from cl_adapters.bank.bank import AdapterBank
@@ -29,7 +30,6 @@ from cl_adapters.errors import ClAdaptersError, ConfigError, DataError
 from cl_adapters.language.load import generation_options, open_language_model
 from cl_adapters.language.tokens import Ids, Joined, Pair, PromptTokens, choice_lists, joined, padded_ids, positions
 from cl_adapters.model.facade import AdapterModel
-from cl_adapters.model.predict import text_preprocessing
 from cl_adapters.parts.keys import Keys, KeysConfig, Kind
 from cl_adapters.parts.retrieval import keys_of
 from cl_adapters.predictors.base import Predictor
@@ -208,13 +208,8 @@ class LanguageModel(nn.Module):
 
     def features(self, prompts: Sequence[str], batch: int = BATCH) -> Tensor:
         """Features of prompts under the bare backbone, float32 [B, D]: what keys and indexes hold."""
-        preprocessing = text_preprocessing(self.model.backbone)
-        with torch.no_grad():
-            parts = [
-                self.model.features(preprocessing.encode(prompts[start : start + batch]).to(self.device), None).float()
-                for start in range(0, len(prompts), batch)
-            ]
-        return torch.cat(parts) if parts else torch.empty(0, self.model.backbone.num_features)
+        with self.routed(None, None):
+            return encode(self.model.backbone, prompts, batch)
 
     def route_of(self, prompts: Sequence[str]) -> Route:
         """The adapter of the task whose key is nearest to each prompt; all of them where the model sums them.

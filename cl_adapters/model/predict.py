@@ -6,14 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-import torch
-
-from cl_adapters.backbones.frozen import FrozenBackbone
-from cl_adapters.backbones.preprocessing import Preprocessing
-from cl_adapters.backbones.text import TextPreprocessing
+from cl_adapters.backbones.encode import image_inputs, image_preprocessing, text_inputs
 from cl_adapters.backbones.tokens import mask_of
-from cl_adapters.errors import ClAdaptersError
-from cl_adapters.images import decode_image
 from cl_adapters.model.classifier import Classifier
 from cl_adapters.predictors.base import Prediction, Predictor
 
@@ -48,51 +42,22 @@ class Answer:
         return self.input
 
 
-def image_preprocessing(backbone: FrozenBackbone) -> Preprocessing:
-    """How a backbone takes images.
-
-    Raises:
-        ClAdaptersError: it takes texts, or says nothing of its inputs.
-    """
-    found = backbone.preprocessing
-    if isinstance(found, TextPreprocessing):
-        raise ClAdaptersError(f"backbone {backbone.name!r} takes texts, not images: use predict_texts or --text")
-    if found is None:
-        raise ClAdaptersError(f"backbone {backbone.name!r} has no image preprocessing: call predict on prepared inputs")
-    return found
-
-
-def text_preprocessing(backbone: FrozenBackbone) -> TextPreprocessing:
-    """How a backbone takes texts.
-
-    Raises:
-        ClAdaptersError: it takes images, or says nothing of its inputs.
-    """
-    found = backbone.preprocessing
-    if isinstance(found, TextPreprocessing):
-        return found
-    if found is None:
-        raise ClAdaptersError(f"backbone {backbone.name!r} has no tokenizer: call predict on token ids")
-    raise ClAdaptersError(f"backbone {backbone.name!r} takes images, not texts: use predict_files, or give image files")
-
-
 def answer_files(
     model: Classifier, files: Sequence[str | Path], batch: int, predictor: Predictor | None
 ) -> list[Answer]:
     """Classify image files; see :meth:`Classifier.predict_files`."""
-    transform = image_preprocessing(model.backbone).eval_transform()
+    image_preprocessing(model.backbone)  # another kind of backbone is refused also where there is no file
     answers: list[Answer] = []
     for start in range(0, len(files), batch):
         part = files[start : start + batch]
-        images = torch.stack([transform(decode_image(Path(file))) for file in part])
-        prediction = model.answer(images, predictor=predictor)
+        prediction = model.answer(image_inputs(model.backbone, part), predictor=predictor)
         answers += [explained(model, file, prediction, i) for i, file in enumerate(part)]
     return answers
 
 
 def answer_texts(model: Classifier, texts: Sequence[str], batch: int, predictor: Predictor | None) -> list[Answer]:
     """Classify texts, those of similar length together; see :meth:`Classifier.predict_texts`."""
-    tokens_BN = text_preprocessing(model.backbone).encode(texts)
+    tokens_BN = text_inputs(model.backbone, texts)
     order_B = mask_of(tokens_BN).sum(1).argsort(descending=True, stable=True)
     answers: dict[int, Answer] = {}
     for rows in order_B.split(batch) if len(texts) else ():

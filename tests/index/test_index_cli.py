@@ -14,10 +14,10 @@ from torch import Tensor
 from typer.testing import CliRunner
 
 from cl_adapters import AdapterIndex, AdapterPool, FrozenBackbone
+from cl_adapters.backbones.encode import image_preprocessing
 from cl_adapters.benchmarks.cli.root import app
 from cl_adapters.errors import ClAdaptersError, ConfigError, DataError, StorageError
 from cl_adapters.index.calibration import calibrate
-from cl_adapters.model.predict import image_preprocessing
 from cl_adapters.pool import PoolClass
 
 NAMES = ("plain", "stripes", "disc", "noise")

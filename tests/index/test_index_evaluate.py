@@ -13,13 +13,13 @@ from typer.testing import CliRunner
 
 from cl_adapters import AdapterIndex, AdapterModel, AdapterPool, FrozenBackbone
 from cl_adapters.adapters.bottleneck import Bottleneck
+from cl_adapters.backbones.encode import image_preprocessing
 from cl_adapters.bank.bank import AdapterBank
 from cl_adapters.benchmarks.cli.root import app
 from cl_adapters.benchmarks.data.digits import Digits
 from cl_adapters.benchmarks.streams.datasets import task_indices
 from cl_adapters.errors import ConfigError, PoolError, UnknownName
 from cl_adapters.index.calibration import calibrate
-from cl_adapters.model.predict import image_preprocessing
 from cl_adapters.pool import PoolClass
 from cl_adapters.predictors.nearest_key import NearestKey
 
