@@ -29,7 +29,7 @@ from cl_adapters.predictors.fixed import Fixed
 from cl_adapters.predictors.max_ensemble import MaxEnsemble
 from cl_adapters.strategies.base import AdapterStrategy, strategies
 from cl_adapters.strategies.config import StrategyConfig, TrainingConfig
-from cl_adapters.strategies.phases import Batch, ParamGroup, Phase, constant_lr, current_task_loss
+from cl_adapters.strategies.phases import Batch, Phase, constant_lr, current_task_loss
 
 ONLINE, OFFLINE = 0, 1
 
@@ -114,8 +114,7 @@ class LAE(AdapterStrategy):
     def grow(self, task: int) -> None:
         """New head rows; the online adapter at the first task, the offline one as its copy at the second."""
         model = self.model
-        new = len(model.classes) - model.head.num_classes
-        model.head.grow(new, self.generator("head", task), init=normal(0.001))
+        self.grow_head(task, normal(0.001))
         if task == 0:
             model.bank.add_slot(model.bank.fresh(self.generator("adapter", task)))
         elif task == 1:
@@ -132,9 +131,7 @@ class LAE(AdapterStrategy):
     def phases(self, task: int) -> Iterable[Phase]:
         """One phase, so that the head's moments go on when the adapter thaws (see :meth:`before_epoch`)."""
         config, model = self.config, self.model
-        decay = config.weight_decay
-        head_lr = config.lr * config.head_lr_factor
-        known = int((model.task_of_column < task).sum())
+        known = self.known_classes
 
         def loss(batch: Batch) -> torch.Tensor:
             return current_task_loss(batch, known)
@@ -142,10 +139,7 @@ class LAE(AdapterStrategy):
         yield Phase(
             name="adapter",
             epochs=config.train_epochs,
-            groups=(
-                ParamGroup(params=model.bank.slot_parameters(ONLINE), lr=config.lr, weight_decay=decay),
-                ParamGroup(params=list(model.head.parameters()), lr=head_lr, weight_decay=decay),
-            ),
+            groups=self.param_groups(model.bank.slot_parameters(ONLINE)),
             loss=loss,
             schedule=constant_lr,
             start=min(model.bank.blocks),

@@ -23,15 +23,13 @@ from cl_adapters.errors import ConfigError
 from cl_adapters.model.facade import AdapterModel
 from cl_adapters.model.heads import kaiming_uniform
 from cl_adapters.parts.mixture import Mixture, router_widths
-from cl_adapters.parts.novelty import Novelty, pooled, train_descriptors
+from cl_adapters.parts.novelty import Novelty, train_descriptors
 from cl_adapters.predictors.base import Predictor
 from cl_adapters.predictors.mixture import MixtureOfAdapters
-from cl_adapters.strategies._loop.activation_cache import ViewLoader
-from cl_adapters.strategies._loop.order import training_loader
+from cl_adapters.strategies._loop.pooled_inputs import StoredInputs, pooled_inputs
 from cl_adapters.strategies.base import AdapterStrategy, strategies
 from cl_adapters.strategies.config import StrategyConfig, TrainingConfig
-from cl_adapters.strategies.expansion import Expansion
-from cl_adapters.strategies.phases import Batch, ParamGroup, Phase, current_task_loss
+from cl_adapters.strategies.phases import Batch, Expansion, Phase, current_task_loss
 
 
 def _adapter() -> Bottleneck:
@@ -130,8 +128,7 @@ class SEMA(AdapterStrategy):
     def grow(self, task: int) -> None:
         """New head rows; in the first task adapters, router rows and descriptors."""
         model = self.model
-        new = len(model.classes) - model.head.num_classes
-        model.head.grow(new, self.generator("head", task), kaiming_uniform)
+        self.grow_head(task, kaiming_uniform)
         if task == 0:
             model.bank.add_slot(model.bank.fresh(self.generator("adapter", task)))
             self._route_slot(0, self.mixture.blocks)
@@ -190,18 +187,12 @@ class SEMA(AdapterStrategy):
 
     def _phase_of(self, name: str, adapter: Sequence[nn.Parameter], start: int | None) -> Phase:
         config = self.config
-        known = int((self.model.task_of_column < self.task).sum())
+        known = self.known_classes
 
         def loss(batch: Batch) -> Tensor:
             return current_task_loss(batch, known)
 
-        head = ParamGroup(
-            params=list(self.model.head.parameters()),
-            lr=config.lr * config.head_lr_factor,
-            weight_decay=config.weight_decay,
-        )
-        live = ParamGroup(params=adapter, lr=config.lr, weight_decay=config.weight_decay)
-        groups = (live, head) if adapter else (head,)
+        groups = self.param_groups(adapter)
         return Phase(name=name, epochs=config.train_epochs, groups=groups, loss=loss, start=start)
 
     # --- detect --------------------------------------------------------------------------------------------------
@@ -210,14 +201,18 @@ class SEMA(AdapterStrategy):
         """Scores of the expandable blocks, batch by batch over the task's images, under the model of the moment."""
         config = self.config
         smallest = config.min_batch_share * config.scan_mb_size
-        loader = self._loader(config.scan_mb_size, min(self.mixture.blocks))
-        seen = self._pooled(loader, self.mixture.blocks)
+        seen = self._pooled(config.scan_mb_size, self.mixture.blocks)
         batches: Iterable[dict[int, Tensor]] = (p for p in seen if len(next(iter(p.values()))) >= smallest)
         if config.scan == "task":
             parts = list(batches)
             batches = [{block: torch.cat([p[block] for p in parts]) for block in self.mixture.blocks}]
         for p in batches:
             yield {block: self.novelty.score(block, p_BD) for block, p_BD in p.items()}
+
+    def _pooled(self, batch: int, blocks: Sequence[int]) -> Iterator[dict[int, Tensor]]:
+        """What the descriptors at these blocks see in one pass over the task's images."""
+        stop = max(blocks) + 1 if self.config.cached_views else None
+        return pooled_inputs(self.model, self.task_images(batch, min(blocks)), blocks, self.routes(), stop=stop)
 
     def _novel(self, scores: Mapping[int, float], expanded: set[int]) -> int | None:
         """The first block, from the input, that may expand and finds the batch new."""
@@ -232,19 +227,15 @@ class SEMA(AdapterStrategy):
         """Train the descriptors of these (block, slot)."""
         config = self.config
         blocks = tuple(block for block, _ in pairs)
-        views = self.views()
-        store: dict[int, Tensor] = {}
-        if views is not None:  # the inputs of the descriptors are small: all epochs from one pass over the views
-            depth, routes = min(blocks), self.routes()
-            batches = (views.at(depth, routes).read(*rows) for rows in views.everything(config.eval_mb_size))
-            parts = list(self._pooled(([h] for h in batches), blocks, start=depth))
-            store = {block: torch.cat([p[block] for p in parts]) for block in blocks}
+        cache = self.activation_cache()
+        stored = None
+        if cache is not None:
+            stored = StoredInputs(self.model, cache, blocks, self.routes(), config.eval_mb_size)
 
         def passes(epoch: int) -> Iterable[Mapping[int, Tensor]]:
-            if views is None:
-                return self._pooled(self._loader(config.train_mb_size, min(blocks)), blocks)
-            drawn = views.batches(config.train_mb_size, self.next_order())
-            return ({b: p_MD[rows] for b, p_MD in store.items()} for rows in drawn)
+            if stored is not None:
+                return stored.drawn(config.train_mb_size, self.next_order())
+            return self._pooled(config.train_mb_size, blocks)
 
         trained = [p for block, slot in pairs for p in self.novelty.descriptor(block, slot).parameters()]
         self.trainable_parameters = max(self.trainable_parameters, sum(p.numel() for p in trained))
@@ -258,33 +249,6 @@ class SEMA(AdapterStrategy):
             weight_decay=config.weight_decay,
             report=lambda epoch, loss: self.report("descriptor", epoch + 1, config.descriptor_epochs),
         )
-
-    def _loader(self, batch: int, depth: int) -> Iterable[Sequence[Tensor]]:
-        """One pass over the task's augmented images in a new order, or over what is cached of them at ``depth``."""
-        views = self.views()
-        if views is not None:
-            return ViewLoader(views, depth, self.routes(), batch=batch, draw=self.next_order)
-        workers = self._loader_options.get("num_workers", 0)
-        return training_loader(self.adapted_dataset, batch, self.next_order, num_workers=workers)
-
-    def _pooled(
-        self, loader: Iterable[Sequence[Tensor]], blocks: Sequence[int], start: int | None = None
-    ) -> Iterator[dict[int, Tensor]]:
-        """Per batch the pooled input [B, D] of the adapters at each of these blocks."""
-        first = {block: next(site.name for site in self.model.bank.sites if site.block == block) for block in blocks}
-        block_of = {name: block for block, name in first.items()}
-        start = getattr(loader, "start", start)
-        stop = max(blocks) + 1 if self.config.cached_views else None
-        for x, *_ in loader:
-            seen: dict[int, Tensor] = {}
-
-            def watch(site: str, x_BND: Tensor, seen: dict[int, Tensor] = seen) -> None:
-                if site in block_of:
-                    seen[block_of[site]] = pooled(x_BND)
-
-            with torch.no_grad():
-                self.model.features(x.to(self.device), self.routes(), start=start, stop=stop, watch=watch)
-            yield seen
 
     # --- consolidate, predict ------------------------------------------------------------------------------------
 

@@ -271,3 +271,34 @@ def test_progress_calls_the_callback(name: str, lab: Any) -> None:
     for phase, done, total in calls:
         assert 0 < done <= total, phase
     assert not calls or calls[-1][1] == calls[-1][2]
+
+
+def test_plugins_and_metrics_read_logits_by_label(name: str, lab: Any) -> None:
+    """Label-wide output in training too, though it is made only when somebody reads it; reading changes nothing."""
+    from avalanche.core import SupervisedPlugin
+
+    shapes: list[tuple[bool, int, int]] = []
+
+    class Reader(SupervisedPlugin):
+        def before_backward(self, strategy: Any, **kwargs: Any) -> None:
+            self.look(strategy)
+
+        def after_eval_iteration(self, strategy: Any, **kwargs: Any) -> None:
+            self.look(strategy)
+
+        def look(self, strategy: Any) -> None:
+            width = max(*strategy.model.classes, int(strategy.mb_y.max())) + 1
+            unseen = [label for label in range(width) if label not in strategy.model.classes]
+            shapes.append((strategy.is_training, strategy.mb_output.shape[1], width))
+            assert bool((strategy.mb_output[:, unseen] == -torch.inf).all())
+
+    states = []
+    for plugins in ([], [Reader()]):
+        strategy, benchmark = lab.make(name, plugins=plugins), lab.benchmark("sets")
+        for experience in benchmark.train_stream[:2]:
+            strategy.train(experience)
+        strategy.eval(benchmark.test_stream)
+        states.append(lab.state(strategy))
+    assert all(found == width for _, found, width in shapes)
+    assert any(not training for training, _, _ in shapes)
+    assert not lab.differing(*states)
