@@ -23,8 +23,9 @@ from cl_adapters.benchmarks.run import instruct
 from cl_adapters.benchmarks.run.instruct_data import from_benchmark, read_folder, read_tasks, tasks_fingerprint
 from cl_adapters.errors import ClAdaptersError, ConfigError, DataError, StorageError, TrainingDiverged, UnknownName
 from cl_adapters.language.model import LanguageModel
+from cl_adapters.strategies._loop.order import length_batches
 from cl_adapters.strategies.instruct import Example, InstructTask, instruct_methods
-from cl_adapters.strategies.instruct.base import batches_by_length
+from cl_adapters.strategies.instruct.base import WINDOW
 from cl_adapters.strategies.instruct.o_lora import OLoRAConfig
 
 Rows = Sequence[tuple[str, str]]
@@ -144,13 +145,13 @@ def test_the_loss_counts_answers_only(tiny_decoder: Callable[[str], Path]) -> No
 
 
 def test_batches_are_of_similar_length() -> None:
-    lengths = [3, 50, 4, 51, 5, 52, 6]
+    lengths = torch.tensor([3, 50, 4, 51, 5, 52, 6])
     order = torch.Generator().manual_seed(0)
-    batches = list(batches_by_length(lengths, 2, order))
+    batches = [rows.tolist() for rows in length_batches(lengths, 2, order, window=WINDOW)]
     assert sorted(row for rows in batches for row in rows) == list(range(7))
     assert sorted(map(len, batches)) == [1, 2, 2, 2]
-    assert sum(max(lengths[row] for row in rows) - min(lengths[row] for row in rows) for rows in batches) < 50
-    assert batches != list(batches_by_length(lengths, 2, order))
+    assert sum(int(lengths[rows].max() - lengths[rows].min()) for rows in batches) < 50
+    assert batches != [rows.tolist() for rows in length_batches(lengths, 2, order, window=WINDOW)]
 
 
 def test_bad_methods(tiny_decoder: Callable[[str], Path]) -> None:

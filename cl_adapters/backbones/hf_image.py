@@ -11,7 +11,7 @@ _INTERPOLATION = {0: "nearest", 1: "lanczos", 2: "bilinear", 3: "bicubic"}
 """Names of Pillow's resampling filters."""
 
 
-def image_preprocessing(processor: Any, side: int | None, other: bool = False) -> Preprocessing:
+def preprocessing_of(processor: Any, side: int | None, other: bool = False) -> Preprocessing:
     """What an image processor does, as :class:`Preprocessing`.
 
     A processor that squeezes an image into a square is followed up to the shape of what it squeezes: here the short

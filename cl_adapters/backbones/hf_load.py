@@ -14,7 +14,7 @@ from safetensors import SafetensorError
 from torch import nn
 
 from cl_adapters.backbones.hf_forward import image_side, modality_of, positions_of, require_transformers
-from cl_adapters.backbones.hf_image import image_preprocessing
+from cl_adapters.backbones.hf_image import preprocessing_of
 from cl_adapters.backbones.preprocessing import Preprocessing
 from cl_adapters.backbones.text import TextPreprocessing
 from cl_adapters.errors import BackboneUnavailable, ConfigError, IncompatibleBackbone
@@ -48,7 +48,7 @@ def open_transformers(
         return encoder, _text_preprocessing(library, place, encoder, max_length)
     if modality == "image":
         processor = asked(place, lambda: library.AutoImageProcessor.from_pretrained(place, trust_remote_code=False))
-        return encoder, image_preprocessing(processor, img_size or image_side(encoder.config), img_size is not None)
+        return encoder, preprocessing_of(processor, img_size or image_side(encoder.config), img_size is not None)
     return encoder, None
 
 

@@ -58,6 +58,8 @@ class ActiveRoutes:
 class SiteAdapters(nn.Module):
     """The adapters at one site.
 
+    Activations of half precision reach them in float32: adapters are small, and their gradients need the digits.
+
     Attributes:
         slots: slot number (as text) to its tensors; a slot without adapter at this site adds nothing here.
     """

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal
 
@@ -24,9 +24,10 @@ from cl_adapters.language.model import LanguageModel
 from cl_adapters.language.tokens import joined
 from cl_adapters.parts.keys import KeysConfig
 from cl_adapters.registry import Registry
+from cl_adapters.strategies._loop.order import length_batches
 from cl_adapters.strategies.instruct.tasks import InstructTask
 
-POOLED = 16
+WINDOW = 16
 """Batches whose examples are sorted by length together."""
 
 
@@ -163,17 +164,18 @@ class InstructMethod(ABC):
     ) -> None:
         config = self.config
         optimizer = _optimizer(parameters, config)
-        lengths = [len(prompt) + len(answer) for prompt, answer in pairs]
+        lengths_N = torch.tensor([len(prompt) + len(answer) for prompt, answer in pairs])
         steps, done = config.epochs * math.ceil(len(pairs) / config.batch), 0
         noise = generator(self.seed, "instruct dropout", task, device=self.language.device)
         self.losses = []
         for epoch in range(config.epochs):
             total, tokens = 0.0, 0
-            for rows in batches_by_length(lengths, config.batch, self.generator("order", task, epoch)):
+            order = self.generator("order", task, epoch)
+            for rows_B in length_batches(lengths_N, config.batch, order, window=WINDOW):
                 for group in optimizer.param_groups:
                     group["lr"] = _rate(config, done / steps)
                 log_p_BN, counted_BN = self.language.answer_log_p(
-                    joined([pairs[row] for row in rows]), self.training_routes(len(rows)), noise
+                    joined([pairs[row] for row in rows_B.tolist()]), self.training_routes(len(rows_B)), noise
                 )
                 self._step(-log_p_BN.sum() / counted_BN.sum(), optimizer, parameters, task, epoch)
                 total, tokens, done = total - float(log_p_BN.detach().sum()), tokens + int(counted_BN.sum()), done + 1
@@ -201,26 +203,6 @@ class InstructMethod(ABC):
 instruct_methods: Registry[type[InstructMethod]] = Registry(
     "instruction method", "cl_adapters.strategies.instruct", group="cl_adapters.strategies.instruct"
 )
-
-
-def batches_by_length(lengths: Sequence[int], batch: int, order: torch.Generator) -> Iterator[list[int]]:
-    """All rows once, in batches of similar length and random order.
-
-    Args:
-        lengths: of the rows, in tokens.
-        batch: rows per batch; the last one drawn may be smaller.
-        order: generator of the order.
-
-    Returns:
-        Positions of the rows of each batch.
-    """
-    shuffled = torch.randperm(len(lengths), generator=order).tolist()
-    cut: list[list[int]] = []
-    for start in range(0, len(shuffled), POOLED * batch):
-        near = sorted(shuffled[start : start + POOLED * batch], key=lambda row: lengths[row])
-        cut += [near[first : first + batch] for first in range(0, len(near), batch)]
-    for place in torch.randperm(len(cut), generator=order).tolist():
-        yield cut[place]
 
 
 def check_learned(language: LanguageModel) -> None:
