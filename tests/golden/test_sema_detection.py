@@ -15,6 +15,7 @@ import torch
 from torch import nn
 
 from cl_adapters.strategies import SEMA
+from cl_adapters.strategies._loop.pooled_inputs import pooled_inputs
 from cl_adapters.strategies.phases import Phase
 
 BLOCKS = (9, 10, 11)
