@@ -10,7 +10,7 @@ from typing import Any, Literal, TypeAlias, get_args
 import torch
 from torch import Tensor, nn
 
-from cl_adapters.backbones.tokens import check_rows, mask_of, packed
+from cl_adapters.backbones.tokens import check_no_empty_text, mask_of, packed
 from cl_adapters.errors import ClAdaptersError, ConfigError, DataError, IncompatibleBackbone
 
 Pooling: TypeAlias = Literal["encoder", "cls", "mean", "last"]
@@ -121,7 +121,7 @@ def checked_tokens(encoder: nn.Module, tokens_BN: Tensor, name: str) -> Tensor:
             "with backbone.preprocessing.encode(texts)"
         )
     tokens_BN = packed(tokens_BN.long())
-    check_rows(mask_of(tokens_BN))
+    check_no_empty_text(mask_of(tokens_BN))
     vocabulary = vocabulary_of(encoder)
     highest = int(tokens_BN.max()) if tokens_BN.numel() else 0
     if vocabulary is not None and highest >= vocabulary:

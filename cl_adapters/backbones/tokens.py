@@ -94,14 +94,14 @@ def unpadded(h_BND: Tensor) -> tuple[Tensor, Tensor]:
         DataError: a text without any token.
     """
     mask_BN = ~h_BND[..., 0].isnan()
-    check_rows(mask_BN)
+    check_no_empty_text(mask_BN)
     tokens_BN = torch.where(mask_BN, 0, NO_TOKEN)
     h_BND = _to_the_left(h_BND, mask_BN)
     mask_BN = mask_of(packed(tokens_BN))
     return h_BND.masked_fill(~mask_BN[..., None], 0), mask_BN
 
 
-def check_rows(mask_BN: Tensor) -> None:
+def check_no_empty_text(mask_BN: Tensor) -> None:
     """Check that every text has a token.
 
     Raises:

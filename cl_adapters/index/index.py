@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from cl_adapters.errors import DataError, StorageError, UnknownName
@@ -19,8 +20,7 @@ from cl_adapters.index.answers import Changes, Hit, IndexConfig, IndexStats, Nei
 from cl_adapters.index.backends.base import Ids, IndexBackend
 from cl_adapters.index.classes import nearest_classes
 from cl_adapters.index.contents import Contents, wanted
-from cl_adapters.index.index_files import default_folder, open_index, save_index
-from cl_adapters.index.inputs import features_of
+from cl_adapters.index.files import default_folder, open_index, save_index
 from cl_adapters.index.keys import KeyRule, Keys, KeySource
 from cl_adapters.index.locks import ReadersWriter
 from cl_adapters.index.space import Similarity, Space
@@ -115,7 +115,7 @@ class AdapterIndex:
             DataError: features of another width, or not finite.
             UnknownName: a record that the index does not have.
         """
-        f_BD = features_of(self.pool, x)
+        f_BD = _bare_features(self.pool, x)
         return self.hits(self.search_features(f_BD, k, classes=classes, tags=tags, records=records))
 
     def search_features(
@@ -293,3 +293,32 @@ class AdapterIndex:
         if tags:
             ids &= {record.id for record in self.pool.records if tags <= set(record.tags)}
         return self._contents.table.keys_of(ids)
+
+
+def _bare_features(pool: KeySource, x: Any) -> Any:
+    """Features under the bare backbone of a pool.
+
+    Args:
+        pool: loads its backbone only where it is needed.
+        x: features float [B, D], which are given back; inputs of the backbone; or a list of texts.
+
+    Returns:
+        Float [B, D].
+
+    Raises:
+        DataError: texts for a backbone that takes none.
+    """
+    if isinstance(x, str) or (isinstance(x, (list, tuple)) and x and all(isinstance(one, str) for one in x)):
+        encode = getattr(pool.backbone.preprocessing, "encode", None)
+        if encode is None:
+            raise DataError(f"backbone {pool.backbone.name!r} takes no texts; give images or features")
+        x = encode([x] if isinstance(x, str) else list(x))
+    elif not isinstance(x, Mapping) and np.ndim(x) == 2 and not _whole_numbers(x):
+        return x
+    with torch.no_grad():
+        return pool.backbone.features(x)
+
+
+def _whole_numbers(x: Any) -> bool:
+    """Whether these are token ids."""
+    return isinstance(x, Tensor) and not x.is_floating_point()

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from cl_adapters.errors import ClAdaptersError, PoolError
 from cl_adapters.index.answers import Neighbours
+from cl_adapters.index.files import default_folder
 from cl_adapters.index.index import AdapterIndex
-from cl_adapters.index.index_files import default_folder
 from cl_adapters.parts.keys import KeyLookup, best_of_owners
 from cl_adapters.pool.pool import AdapterPool
 from cl_adapters.pool.record import Record, shown
@@ -35,7 +35,7 @@ class IndexedKeys(KeyLookup):
     counts as without a key where none of its keys is among the nearest 1024 (``class_scores``).
 
     Args:
-        index: see :func:`open_index`.
+        index: see :func:`index_for`.
         records: of the model, in the order of its columns.
         means_CD: mean of each class's keys in the pool.
     """
@@ -135,7 +135,7 @@ class IndexedKeys(KeyLookup):
         return column_BK.where(own_BK, column_BK.new_tensor(-1))
 
 
-def open_index(pool: AdapterPool, index: AdapterIndex | str | Path, records: Sequence[Record]) -> AdapterIndex:
+def index_for(pool: AdapterPool, index: AdapterIndex | str | Path, records: Sequence[Record]) -> AdapterIndex:
     """The index that a model of these records can look inputs up in.
 
     Args:

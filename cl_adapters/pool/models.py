@@ -197,10 +197,10 @@ def _look_up(
     known: list[tuple[Record, dict[str, Tensor]]],
 ) -> None:
     """An index in the place of keys, and its threshold."""
-    from cl_adapters.pool.indexed_keys import IndexedKeys, open_index
+    from cl_adapters.pool.indexed_keys import IndexedKeys, index_for
 
     records = [record for record, _ in known]
-    opened, means_CD = open_index(pool, index, records), _column(known, "keys")
+    opened, means_CD = index_for(pool, index, records), _column(known, "keys")
     if means_CD is None:
         raise PoolError(f"no adapter of {pool.path} has keys: there is nothing to look up; leave index= out")
     model.parts["class_keys"] = IndexedKeys(opened, records, means_CD)
