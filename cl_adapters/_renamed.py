@@ -97,7 +97,7 @@ NEW_PLACES = {
     "passes": "backbones.passes",
     "preprocessing": "backbones.preprocessing",
     "randomness": "_seeding",
-    "retrieval": "parts.retrieval",
+    "retrieval": "parts.keys",
     "routes": "bank.routes",
     "site_adapters": "bank.site_adapters",
     "site_families": "sites.families",

@@ -19,8 +19,7 @@ from cl_adapters.backbones.batches import Inputs, to_device
 from cl_adapters.errors import ClAdaptersError, ConfigError, DataError
 from cl_adapters.model.facade import AdapterModel
 from cl_adapters.parts.abstention import Abstention
-from cl_adapters.parts.keys import Keys
-from cl_adapters.parts.retrieval import keys_of
+from cl_adapters.parts.keys import Keys, keys_of
 from cl_adapters.predictors.base import Predictor
 
 

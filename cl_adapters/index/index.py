@@ -21,9 +21,10 @@ from cl_adapters.index.backends.base import Ids, IndexBackend
 from cl_adapters.index.classes import nearest_classes
 from cl_adapters.index.contents import Contents, wanted
 from cl_adapters.index.files import default_folder, open_index, save_index
-from cl_adapters.index.keys import KeyRule, Keys, KeySource
+from cl_adapters.index.keys import KeyRule, KeySource
 from cl_adapters.index.locks import ReadersWriter
 from cl_adapters.index.space import Similarity, Space
+from cl_adapters.parts.keys import Kind
 
 if TYPE_CHECKING:
     from cl_adapters.pool.record import Record
@@ -59,7 +60,7 @@ class AdapterIndex:
         cls,
         pool: KeySource,
         *,
-        keys: Keys = "prototypes",
+        keys: Kind = "prototypes",
         per_class: int | None = None,
         metric: Similarity = "cosine",
         backend: str = "auto",

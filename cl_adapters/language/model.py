@@ -26,8 +26,7 @@ from cl_adapters.language.load import open_language_model
 from cl_adapters.language.routes import summed
 from cl_adapters.model.facade import AdapterModel
 from cl_adapters.model.predict import text_preprocessing
-from cl_adapters.parts.keys import Keys, KeysConfig, Kind
-from cl_adapters.parts.retrieval import keys_of
+from cl_adapters.parts.keys import Keys, KeysConfig, Kind, keys_of
 from cl_adapters.predictors.base import Predictor
 from cl_adapters.predictors.nearest_key import NearestKey
 

@@ -13,7 +13,7 @@ from torch import Tensor
 from cl_adapters.bank.routes import BARE
 from cl_adapters.errors import ConfigError
 from cl_adapters.parts.base import Part, parts
-from cl_adapters.parts.retrieval import keys_of
+from cl_adapters.parts.keys import keys_of
 
 if TYPE_CHECKING:
     from cl_adapters.features import LazyFeatures

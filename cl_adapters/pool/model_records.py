@@ -17,8 +17,7 @@ from cl_adapters.bank.bank import BARE
 from cl_adapters.errors import PoolError
 from cl_adapters.model.facade import AdapterModel
 from cl_adapters.model.origins import Origin
-from cl_adapters.parts.keys import Keys
-from cl_adapters.parts.retrieval import keys_of
+from cl_adapters.parts.keys import Keys, check_own_keys
 from cl_adapters.pool.model_card import CARD, card_of
 from cl_adapters.pool.new_adapter import NewAdapter
 from cl_adapters.pool.pool import AdapterPool
@@ -113,8 +112,7 @@ def _check_by_class(model: AdapterModel) -> None:
             f"a model that predicts by {predictors.name_of(model.predictor)!r} is no set of adapters with classes of "
             "their own, so it cannot be a pool: its answers need all its parts. Keep it with model.save(folder)"
         )
-    if "class_keys" in model.parts and not isinstance(model.parts["class_keys"], Keys):
-        keys_of(model).description()  # an index in the place of keys: says why it cannot be saved
+    check_own_keys(model)
     if not model.classes:
         raise PoolError("this model knows no class yet: train it on a task first")
 

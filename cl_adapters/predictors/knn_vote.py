@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, ClassVar
 
 from cl_adapters.bank.routes import BARE
-from cl_adapters.parts.retrieval import answered, check_neighbours, keys_of
+from cl_adapters.parts.keys import answered, check_neighbours, keys_of
 from cl_adapters.predictors.base import Prediction, Predictor, predictors
 
 if TYPE_CHECKING:

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, ClassVar
 import torch
 
 from cl_adapters.bank.routes import BARE, Route
-from cl_adapters.parts.retrieval import answered, check_neighbours, keys_of
+from cl_adapters.parts.keys import answered, check_neighbours, keys_of
 from cl_adapters.predictors.base import Prediction, Predictor, predictors
 
 if TYPE_CHECKING:
