@@ -19,7 +19,7 @@ from cl_adapters.backbones.batches import Inputs, to_device
 from cl_adapters.errors import ClAdaptersError, ConfigError, DataError
 from cl_adapters.model.facade import AdapterModel
 from cl_adapters.parts.abstention import Abstention
-from cl_adapters.parts.keys import Keys, keys_of
+from cl_adapters.parts.keys import CLASS_KEYS, Keys, keys_of
 from cl_adapters.predictors.base import Predictor
 
 
@@ -239,7 +239,7 @@ def _kept(abstained_B: Tensor | None, batch: int) -> Tensor:
 
 def _near(model: AdapterModel, x: Inputs) -> Tensor:
     """Score of the nearest key, float32 [B]; nothing where there are no keys."""
-    if "class_keys" not in model.parts:
+    if CLASS_KEYS not in model.parts:
         return torch.empty(0)
     with torch.inference_mode():
         return keys_of(model).nearest(model.features(to_device(x, model.device), None), 1)[0][:, 0].cpu()

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from cl_adapters._seeding import derive, generator, isolated, seed_globals
 from cl_adapters.errors import ClAdaptersError, TrainingDiverged
-from cl_adapters.parts.keys import Keys
+from cl_adapters.parts.keys import CLASS_KEYS, Keys
 from cl_adapters.predictors.base import Predictor
 from cl_adapters.strategies._loop.activation_cache import ViewLoader, Views
 from cl_adapters.strategies._loop.experiences import check_experience, experience_classes
@@ -198,7 +198,7 @@ class LifeCycle(SupervisedTemplate):
 
     def _check_complete(self) -> None:
         """A pool has adapters, heads and keys, but not what training goes on from."""
-        keys = dict(self.model.parts.items()).get("class_keys")
+        keys = dict(self.model.parts.items()).get(CLASS_KEYS)
         if self.model.record_of_slot or not isinstance(keys, Keys | None):
             raise ClAdaptersError(
                 "this model was made from a pool, which keeps no class statistics and nothing else that training goes "
@@ -208,9 +208,9 @@ class LifeCycle(SupervisedTemplate):
 
     def _take_keys(self) -> None:
         """Keys of the newest task's classes, where the model keeps some."""
-        if "class_keys" not in self.model.parts:
+        if CLASS_KEYS not in self.model.parts:
             return
-        keys = self.model.part("class_keys", Keys)
+        keys = self.model.part(CLASS_KEYS, Keys)
         with self.timings.part("statistics"):
             draw = self.generator("keys", self.task)
             for f_ND in self.per_class(*self.training_features(None)):

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from cl_adapters.errors import ClAdaptersError, ConfigError
 from cl_adapters.model.facade import AdapterModel
-from cl_adapters.parts.keys import Keys, KeysConfig
+from cl_adapters.parts.keys import CLASS_KEYS, Keys, KeysConfig
 from cl_adapters.predictors.base import Predictor
 
 
@@ -15,7 +15,7 @@ def begin_keys(model: AdapterModel, config: KeysConfig | None) -> None:
         ConfigError: it has other keys.
         ClAdaptersError: it has learned classes without keys.
     """
-    kept = dict(model.parts.items()).get("class_keys")
+    kept = dict(model.parts.items()).get(CLASS_KEYS)
     if isinstance(kept, Keys):
         kept.check_config(config)
     elif config is not None:
@@ -23,7 +23,7 @@ def begin_keys(model: AdapterModel, config: KeysConfig | None) -> None:
             raise ClAdaptersError(
                 "this model learned classes without keys; keys have to be kept from the first task on"
             )
-        model.parts["class_keys"] = Keys(config, model.backbone.num_features)
+        model.parts[CLASS_KEYS] = Keys(config, model.backbone.num_features)
 
 
 def usable(predictor: Predictor, model: AdapterModel) -> Predictor:
@@ -32,6 +32,6 @@ def usable(predictor: Predictor, model: AdapterModel) -> Predictor:
     Raises:
         ConfigError: the model keeps none.
     """
-    if predictor.needs_keys and "class_keys" not in model.parts:
+    if predictor.needs_keys and CLASS_KEYS not in model.parts:
         raise ConfigError(f"{predictor} looks inputs up by keys: pass keys='prototypes' (--keys prototypes) too")
     return predictor

@@ -123,12 +123,12 @@ def card_of(model: AdapterModel, pool: AdapterPool, names: Mapping[int, str]) ->
     """
     from cl_adapters.bank.bank import BARE  # torch, which copying a pool does without
     from cl_adapters.parts.abstention import Abstention
-    from cl_adapters.parts.keys import Keys
+    from cl_adapters.parts.keys import CLASS_KEYS, Keys
     from cl_adapters.predictors.base import predictors
 
     anchor = model.predictor.anchor
     parts = dict(model.parts.items())
-    threshold, keys = parts.get("abstention"), parts.get("class_keys")
+    threshold, keys = parts.get("abstention"), parts.get(CLASS_KEYS)
     return {
         "schema_version": SCHEMA,
         "predictor": {"type": predictors.name_of(model.predictor), "config": to_plain(model.predictor)},

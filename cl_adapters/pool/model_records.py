@@ -17,7 +17,7 @@ from cl_adapters.bank.bank import BARE
 from cl_adapters.errors import PoolError
 from cl_adapters.model.facade import AdapterModel
 from cl_adapters.model.origins import Origin
-from cl_adapters.parts.keys import Keys, check_own_keys
+from cl_adapters.parts.keys import CLASS_KEYS, Keys, check_own_keys
 from cl_adapters.pool.model_card import CARD, card_of
 from cl_adapters.pool.new_adapter import NewAdapter
 from cl_adapters.pool.pool import AdapterPool
@@ -148,8 +148,8 @@ def _knowledge(model: AdapterModel, columns: list[int]) -> dict[str, Tensor]:
         found |= {"head.weight": model.head.weight[columns], "head.bias": model.head.bias[columns]}
     if model.prototypes.num_classes == len(model.classes):
         found["prototypes"] = model.prototypes.prototypes[columns]
-    if "class_keys" in model.parts:
-        keys = model.part("class_keys", Keys)
+    if CLASS_KEYS in model.parts:
+        keys = model.part(CLASS_KEYS, Keys)
         found["keys"], found["key_class"] = _rows(keys.keys_MD, keys.column_M, columns)
         found["held_out"], found["held_out_class"] = _rows(keys.held_out_HD, keys.held_out_column_H, columns)
     elif "prototypes" in found and getattr(model.predictor, "slot", None) == BARE:

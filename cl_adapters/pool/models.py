@@ -20,7 +20,7 @@ from cl_adapters.errors import ClAdaptersError, PoolError
 from cl_adapters.model.facade import AdapterModel
 from cl_adapters.model.origins import Origin
 from cl_adapters.parts.abstention import Abstention
-from cl_adapters.parts.keys import Keys, KeysConfig
+from cl_adapters.parts.keys import CLASS_KEYS, Keys, KeysConfig
 from cl_adapters.pool.checks import adapter_of, check_fingerprint
 from cl_adapters.pool.model_card import CARD, anchor_of, read_card
 from cl_adapters.pool.model_records import save_pool
@@ -181,7 +181,7 @@ def _fill_keys(model: AdapterModel, known: list[tuple[Record, dict[str, Tensor]]
     if rows is None:
         return
     alone = {"kind": "prototypes", "held_out": 0.0} if len(rows) == len(model.classes) else {"kind": "features"}
-    model.parts["class_keys"] = keys = Keys(build(KeysConfig, card.get("keys") or alone, "keys"), rows.shape[1])
+    model.parts[CLASS_KEYS] = keys = Keys(build(KeysConfig, card.get("keys") or alone, "keys"), rows.shape[1])
     keys.keys_MD, keys.column_M = rows, _columns(known, "key_class")
     if any("held_out" in knowledge for _, knowledge in known):
         keys.held_out_HD = torch.cat([knowledge["held_out"] for _, knowledge in known if "held_out" in knowledge])
@@ -203,7 +203,7 @@ def _look_up(
     opened, means_CD = index_for(pool, index, records), _column(known, "keys")
     if means_CD is None:
         raise PoolError(f"no adapter of {pool.path} has keys: there is nothing to look up; leave index= out")
-    model.parts["class_keys"] = IndexedKeys(opened, records, means_CD)
+    model.parts[CLASS_KEYS] = IndexedKeys(opened, records, means_CD)
     if opened.threshold is not None:
         model.parts["abstention"] = Abstention(opened.threshold, calibration={"index": opened.config.metric})
 
@@ -233,7 +233,7 @@ def _columns(known: list[tuple[Record, dict[str, Tensor]]], key: str) -> Tensor:
 def _predictor(model: AdapterModel, records: list[Record], card: Mapping[str, Any]) -> Predictor:
     """The saved inference rule, its own adapter by the slot that it has now."""
     if not card:
-        if "class_keys" not in model.parts:
+        if CLASS_KEYS not in model.parts:
             raise PoolError("neither a predictor nor keys were saved with this pool: pass predictor=...")
         return NearestKey()
     try:
@@ -247,7 +247,7 @@ def _predictor(model: AdapterModel, records: list[Record], card: Mapping[str, An
         return made
     own = anchor_of(card, records)
     if own is None:
-        hint = "predictor=NearestKey()" if "class_keys" in model.parts else "another predictor="
+        hint = "predictor=NearestKey()" if CLASS_KEYS in model.parts else "another predictor="
         raise PoolError(
             f"{card['predictor']['type']!r} needs adapter {anchor[0]!r} for every input, which is not among these "
             f"records: pass {hint}, or SelfRefine(start='keys')"
