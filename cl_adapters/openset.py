@@ -1,14 +1,16 @@
 """Saying "none of these": thresholds with a known rate of error, and how well they work.
 
-A feature under the bare backbone is compared with the keys of all classes (:mod:`cl_adapters.parts.keys`). Below a
-threshold on the largest cosine the input is of no known class.
+A feature under the bare backbone is compared with the keys of all classes: those of a model
+(:mod:`cl_adapters.parts.keys`) or of an index (:mod:`cl_adapters.index.calibration`). Below a threshold on the score of
+the nearest the input is of no known class. :func:`threshold_for` says what can be promised of a threshold.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,8 +19,7 @@ from cl_adapters.backbones.inputs import Inputs, to_device
 from cl_adapters.errors import ClAdaptersError, ConfigError, DataError
 from cl_adapters.model.classifier import Classifier
 from cl_adapters.parts.abstention import Abstention
-from cl_adapters.parts.keys import Keys
-from cl_adapters.parts.retrieval import keys_of
+from cl_adapters.parts.keys import CLASS_KEYS, Keys, keys_of
 from cl_adapters.predictors.base import Predictor
 
 
@@ -31,13 +32,7 @@ def calibrate(
 ) -> Abstention:
     """Set the model's threshold from the features that were held back in training; it is saved with model and pool.
 
-    ``false_reject`` bounds the share of inputs of known classes that are refused. This one is exact: for new inputs
-    drawn like the held-back ones the chance is at most the target, whatever the features (the rank of a new one among
-    H held-back ones is uniform; Vovk et al. 2005, conformal prediction).
-
-    ``false_accept`` bounds the share of inputs of unknown classes that are let through. There are none to measure it
-    with, so each task's held-back features act as strangers to the keys of the other tasks. It is an estimate: it
-    holds as far as strangers are to the known classes what the tasks are to each other.
+    See :func:`threshold_for`; each task's held-back features act as strangers to the keys of the other tasks.
 
     Args:
         model: with keys, some of them held back (``KeysConfig.held_out``).
@@ -55,24 +50,58 @@ def calibrate(
         DataError: too few held-back features for the target.
         ClAdaptersError: no keys, or an index in their place, which has a threshold of its own.
     """
+    if confidences_N is not None and false_reject is None and false_accept is not None:
+        raise ConfigError("a threshold on confidence is calibrated for false_reject only")
+
+    def known() -> Tensor:
+        keys = _own_keys(model)
+        return keys.similarity(keys.held_out_HD).amax(1)
+
+    found, calibration = threshold_for(false_reject, false_accept, known, lambda: stranger_scores(model))
+    confidence = None if confidences_N is None else lower_threshold(confidences_N, calibration["false_reject"])
+    model.parts["abstention"] = made = Abstention(found, confidence, calibration)
+    return made
+
+
+def threshold_for(
+    false_reject: float | None,
+    false_accept: float | None,
+    known: Callable[[], Tensor],
+    strangers: Callable[[], Tensor],
+) -> tuple[float, dict[str, Any]]:
+    """The threshold on a score below which an input is refused, for one target rate.
+
+    ``false_reject`` bounds the share of inputs of known classes that are refused. This one is exact: for new inputs
+    drawn like the held-back ones the chance is at most the target, whatever their law (the rank of a new score among H
+    others is uniform; Vovk et al. 2005, conformal prediction).
+
+    ``false_accept`` bounds the share of inputs of unknown classes that are let through. There are none to measure it
+    with, so held-back features act as strangers to what was learned apart from them. It is an estimate: it holds as far
+    as strangers are to the known classes what those learned apart are to each other.
+
+    Args:
+        false_reject: target rate in (0, 1); or
+        false_accept: this one.
+        known: gives the scores float32 [H] of the features that were held back in training, asked for a false_reject;
+        strangers: those in the role of strangers, asked for a false_accept.
+
+    Returns:
+        The threshold, and how it was found, as plain JSON.
+
+    Raises:
+        ConfigError: not exactly one target, or one outside (0, 1).
+        DataError: too few scores for the target.
+    """
     if (false_reject is None) == (false_accept is None):
         raise ConfigError("give one target: false_reject (of known classes) or false_accept (of unknown ones)")
-    if confidences_N is not None and false_reject is None:
-        raise ConfigError("a threshold on confidence is calibrated for false_reject only")
-    keys = _own_keys(model)
     if false_reject is not None:
-        known_H = keys.similarity(keys.held_out_HD).amax(1)
-        found = lower_threshold(known_H, false_reject)
+        known_H = known()
         calibration = {"false_reject": false_reject, "exact": True, "held_out": len(known_H)}
-    else:
-        assert false_accept is not None
-        strangers_H = stranger_scores(model)
-        found = upper_threshold(strangers_H, false_accept)
-        calibration = {"false_accept": false_accept, "exact": False, "held_out": len(strangers_H)}
-    confidence = None if confidences_N is None else lower_threshold(confidences_N, calibration["false_reject"])
-    made = Abstention(found, confidence, calibration)
-    model.parts["abstention"] = made
-    return made
+        return lower_threshold(known_H, false_reject), calibration
+    assert false_accept is not None
+    strangers_H = strangers()
+    calibration = {"false_accept": false_accept, "exact": False, "held_out": len(strangers_H)}
+    return upper_threshold(strangers_H, false_accept), calibration
 
 
 def lower_threshold(scores_N: Tensor, rate: float) -> float:
@@ -124,9 +153,9 @@ def stranger_scores(model: Classifier) -> Tensor:
     Raises:
         DataError: fewer than two tasks.
     """
+    keys = _own_keys(model)
     if model.num_tasks < 2 or len(model.task_of_column.unique()) < 2:
         raise DataError("false_accept needs at least two tasks: each is a stranger to the others")
-    keys = _own_keys(model)
     near_HM = keys.similarity(keys.held_out_HD)
     task_C = model.task_of_column.to(near_HM.device)
     own_HM = task_C[keys.held_out_column_H][:, None] == task_C[keys.column_M]
@@ -210,7 +239,7 @@ def _kept(abstained_B: Tensor | None, batch: int) -> Tensor:
 
 def _near(model: Classifier, x: Inputs) -> Tensor:
     """Score of the nearest key, float32 [B]; nothing where there are no keys."""
-    if "class_keys" not in model.parts:
+    if CLASS_KEYS not in model.parts:
         return torch.empty(0)
     with torch.inference_mode():
         return keys_of(model).nearest(model.features(to_device(x, model.device), None), 1)[0][:, 0].cpu()

@@ -30,7 +30,7 @@ from cl_adapters.errors import ClAdaptersError, ConfigError, DataError, Training
 from cl_adapters.model.facade import AdapterModel
 from cl_adapters.model.heads import Init
 from cl_adapters.model.state import Origin
-from cl_adapters.parts.keys import Keys, KeysConfig, Kind
+from cl_adapters.parts.keys import CLASS_KEYS, Keys, KeysConfig, Kind
 from cl_adapters.predictors.base import Predictor, predictor_from
 from cl_adapters.registry import Registry
 from cl_adapters.strategies._loop.activation_cache import ActivationCache, CachedLoader
@@ -486,7 +486,7 @@ class AdapterStrategy(SupervisedTemplate):
 
     def _check_complete(self) -> None:
         """A pool has adapters, heads and keys, but not what training goes on from."""
-        keys = dict(self.model.parts.items()).get("class_keys")
+        keys = dict(self.model.parts.items()).get(CLASS_KEYS)
         if self.model.record_of_slot or not isinstance(keys, Keys | None):
             raise ClAdaptersError(
                 "this model was made from a pool, which keeps no class statistics and nothing else that training goes "
@@ -496,9 +496,9 @@ class AdapterStrategy(SupervisedTemplate):
 
     def _take_keys(self) -> None:
         """Keys of the newest task's classes, where the model keeps some."""
-        if "class_keys" not in self.model.parts:
+        if CLASS_KEYS not in self.model.parts:
             return
-        keys = self.model.part("class_keys", Keys)
+        keys = self.model.part(CLASS_KEYS, Keys)
         with self.timings.part("statistics"):
             draw = self.generator("keys", self.task)
             for f_ND in self.per_class(*self.training_features(None)):
@@ -532,7 +532,7 @@ def _begin_keys(model: AdapterModel, config: KeysConfig | None) -> None:
         ConfigError: it has other keys.
         ClAdaptersError: it has learned classes without keys.
     """
-    kept = dict(model.parts.items()).get("class_keys")
+    kept = dict(model.parts.items()).get(CLASS_KEYS)
     if isinstance(kept, Keys):
         kept.check_config(config)
     elif config is not None:
@@ -540,7 +540,7 @@ def _begin_keys(model: AdapterModel, config: KeysConfig | None) -> None:
             raise ClAdaptersError(
                 "this model learned classes without keys; keys have to be kept from the first task on"
             )
-        model.parts["class_keys"] = Keys(config, model.backbone.num_features)
+        model.parts[CLASS_KEYS] = Keys(config, model.backbone.num_features)
 
 
 def _usable(predictor: Predictor, model: AdapterModel) -> Predictor:
@@ -549,7 +549,7 @@ def _usable(predictor: Predictor, model: AdapterModel) -> Predictor:
     Raises:
         ConfigError: the model keeps none.
     """
-    if predictor.needs_keys and "class_keys" not in model.parts:
+    if predictor.needs_keys and CLASS_KEYS not in model.parts:
         raise ConfigError(f"{predictor} looks inputs up by keys: pass keys='prototypes' (--keys prototypes) too")
     return predictor
 

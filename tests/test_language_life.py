@@ -15,8 +15,8 @@ import torch
 
 from cl_adapters.adapters.lora import LoRA
 from cl_adapters.bank.routes import Route
+from cl_adapters.index.files import default_folder
 from cl_adapters.index.index import AdapterIndex
-from cl_adapters.index.index_files import default_folder
 from cl_adapters.language.model import LanguageModel
 from cl_adapters.language.tokens import joined
 from cl_adapters.pool import AdapterPool

@@ -25,9 +25,9 @@ import torch
 
 from cl_adapters._seeding import derive
 from cl_adapters.index import IndexBackend, indexes
-from cl_adapters.index.backends._choice import choose
 from cl_adapters.index.backends.base import Floats, Ids
 from cl_adapters.index.backends.exact import nearest
+from cl_adapters.index.contents import choose
 
 CLUSTER = 100
 NOISE = 0.5

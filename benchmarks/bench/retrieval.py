@@ -33,7 +33,7 @@ from cl_adapters.features import LazyFeatures
 from cl_adapters.model.facade import AdapterModel
 from cl_adapters.model.state import ModelState
 from cl_adapters.openset import OpenSet, calibrate, open_set
-from cl_adapters.parts.keys import Keys, KeysConfig
+from cl_adapters.parts.keys import CLASS_KEYS, Keys, KeysConfig
 from cl_adapters.predictors.base import Prediction, Predictor
 from cl_adapters.predictors.fixed import Fixed
 from cl_adapters.predictors.knn_vote import KNNVote
@@ -135,7 +135,7 @@ def table(model: AdapterModel, data: BenchmarkData, rates: list[float]) -> None:
         print(f"{name:36}{100 * found.accuracy:12.1f}{routing:>12}{found.passes:9.2f}")
     print(f"adapters move the features by {100 * shift(model, known[0][0]):.2g} % of their length")
     free = open_set(model, known, strangers, predictor=NearestKey())
-    keys = model.part("class_keys", Keys)
+    keys = model.part(CLASS_KEYS, Keys)
     print(f"AUROC, {images(known)} known against {sum(map(len, strangers))} of classes never seen: {free.auroc:.3f}")
     print(f"threshold from {len(keys.held_out_HD)} held-back features:   coverage %   false accepts %   accuracy %")
     for rate in rates:

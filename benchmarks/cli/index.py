@@ -65,8 +65,8 @@ def build_command(
 ) -> None:
     """Make the index of a pool and save it there; an index of that name is replaced."""
     from cl_adapters.index.calibration import calibrate
+    from cl_adapters.index.files import default_folder
     from cl_adapters.index.index import AdapterIndex
-    from cl_adapters.index.index_files import default_folder
 
     opened = opened_pool(pool)
     chosen: dict[str, Any] = {"keys": keys, "metric": metric}  # checked by the index
@@ -138,7 +138,7 @@ def query_command(
 @app.command("stats")
 def stats_command(pool: Pool, name: Name = "default", as_json: Json = False) -> None:
     """Describe an index: sizes, choices, and whether the pool has changed since."""
-    from cl_adapters.index.index_files import default_folder
+    from cl_adapters.index.files import default_folder
 
     opened = opened_pool(pool)
     _describe(opened_index(opened, name, "ignore"), default_folder(opened, name), as_json)
@@ -227,8 +227,8 @@ def opened_pool(path: Path, weights: Path | None = None) -> AdapterPool:
 
 def opened_index(pool: AdapterPool, name: str, stale: Any) -> AdapterIndex:
     """One of the pool's indexes."""
+    from cl_adapters.index.files import default_folder
     from cl_adapters.index.index import AdapterIndex
-    from cl_adapters.index.index_files import default_folder
 
     return AdapterIndex.open(default_folder(pool, _checked(name)), pool, stale=stale)
 

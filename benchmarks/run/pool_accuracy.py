@@ -15,6 +15,7 @@ from cl_adapters.benchmarks.streams.datasets import as_dataset, task_indices
 from cl_adapters.benchmarks.streams.prepared import prepare
 from cl_adapters.errors import ClAdaptersError, ConfigError, PoolError
 from cl_adapters.model.facade import AdapterModel
+from cl_adapters.parts.keys import CLASS_KEYS
 from cl_adapters.pool import AdapterPool, Record
 from cl_adapters.predictors.base import predictors
 from cl_adapters.predictors.nearest_key import NearestKey
@@ -143,7 +144,7 @@ def _models(*pools: tuple[AdapterPool, Sequence[str] | None]) -> list[AdapterMod
         return [AdapterModel.from_pool(pool, ids) for pool, ids in pools]
     except PoolError:
         models = [AdapterModel.from_pool(pool, ids, predictor=NearestKey()) for pool, ids in pools]
-        if not all("class_keys" in model.parts for model in models):
+        if not all(CLASS_KEYS in model.parts for model in models):
             raise
         return models
 

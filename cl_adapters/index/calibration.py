@@ -1,30 +1,22 @@
-"""A threshold on scores below which the answer is "none of these"."""
+"""The threshold of an index: a score below which the answer is "none of these"."""
 
 from __future__ import annotations
 
 import torch
 from torch import Tensor
 
-from cl_adapters.errors import ConfigError, DataError
+from cl_adapters.errors import DataError
 from cl_adapters.index.index import AdapterIndex
 from cl_adapters.index.keys import KeyRecord
-from cl_adapters.openset import lower_threshold, upper_threshold
+from cl_adapters.openset import threshold_for
 
 
 def calibrate(index: AdapterIndex, false_reject: float | None = None, *, false_accept: float | None = None) -> float:
     """Set ``index.threshold`` from the features that were held back in training.
 
-    An input whose best score is below the threshold is refused. The threshold is for searches of the whole index; a
-    filter by tags or records leaves fewer keys, so that more is refused.
-
-    ``false_reject`` bounds the share of inputs of known classes that are refused. For new inputs that are drawn like
-    the held-back ones the chance is at most that, whatever their law: the rank of a new score among H others is uniform
-    (Vovk et al. 2005, conformal prediction).
-
-    ``false_accept`` bounds the share of inputs of unknown classes that are let through. There are none to measure it
-    with, so each adapter's held-back features act as strangers to the adapters that share no class with it
-    (:func:`stranger_scores`). It is an estimate: it holds as far as strangers are to the known classes what the tasks
-    are to each other.
+    See :func:`cl_adapters.openset.threshold_for`; each adapter's held-back features act as strangers to the adapters
+    that share no class with it (:func:`stranger_scores`). The threshold is for searches of the whole index; a filter by
+    tags or records leaves fewer keys, so that more is refused.
 
     Args:
         index: its pool has "held_out" features in the knowledge of its records.
@@ -38,16 +30,13 @@ def calibrate(index: AdapterIndex, false_reject: float | None = None, *, false_a
         ConfigError: not exactly one target, or one outside (0, 1).
         DataError: too few held-back features for it; no two adapters without a common class.
     """
-    if (false_reject is None) == (false_accept is None):
-        raise ConfigError("give one target: false_reject (of known classes) or false_accept (of unknown ones)")
-    if false_reject is not None:
+
+    def known() -> Tensor:
         held = [_held_out(index, record) for record in _records(index)]
         held = [f_HD for f_HD in held if len(f_HD)]
-        best_H = index.search_features(torch.cat(held), 1).scores[:, 0] if held else torch.empty(0)
-        index.threshold = lower_threshold(best_H, false_reject)
-    else:
-        assert false_accept is not None
-        index.threshold = upper_threshold(stranger_scores(index), false_accept)
+        return index.search_features(torch.cat(held), 1).scores[:, 0] if held else torch.empty(0)
+
+    index.threshold, _ = threshold_for(false_reject, false_accept, known, lambda: stranger_scores(index))
     return index.threshold
 
 

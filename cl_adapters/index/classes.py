@@ -1,8 +1,8 @@
-"""One hit per class: where a class has many keys, the nearest keys may all be of one."""
+"""One hit per class: where a class has many keys, the nearest keys may all be of one, so the search widens."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 
 import numpy as np
 import torch
@@ -14,6 +14,14 @@ WIDER = 4
 """How many times as many keys the next search asks for."""
 MOST = 16_384
 """Keys that are looked at per query; classes that are farther away are not found."""
+
+
+def widening(first: int, most: int) -> Iterator[int]:
+    """How many keys to ask for, one search after the other, until enough are found; the last is at least ``most``."""
+    yield first
+    while first < most:
+        first *= WIDER
+        yield first
 
 
 def nearest_classes(search: Callable[[int], Neighbours], k: int, keys: int) -> Neighbours:
@@ -28,15 +36,14 @@ def nearest_classes(search: Callable[[int], Neighbours], k: int, keys: int) -> N
         As of ``search``, with k places per query; empty ones where the nearest ``MOST`` keys are of fewer classes.
     """
     most = max(k, min(keys, MOST))
-    wanted = min(k, most)
-    while True:
-        found = search(wanted)
+    for wanted in widening(k, most):
+        found = search(min(wanted, most))
         rows = [_firsts(row) for row in _pairs(found)]
         full = [len(row) >= k for row in rows]
         exhausted = (found.records < 0).any(1).tolist()  # there are no more keys to find
-        if wanted >= most or all(a or b for a, b in zip(full, exhausted, strict=True)):
-            return _kept(found, rows, k)
-        wanted = min(wanted * WIDER, most)
+        if all(a or b for a, b in zip(full, exhausted, strict=True)):
+            break
+    return _kept(found, rows, k)
 
 
 def _pairs(found: Neighbours) -> Ids:

@@ -12,18 +12,21 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import numpy as np
+import torch
 from torch import Tensor
 
+from cl_adapters.backbones.encode import encode
+from cl_adapters.backbones.text import TextPreprocessing
 from cl_adapters.errors import DataError, StorageError, UnknownName
 from cl_adapters.index.answers import Changes, Hit, IndexConfig, IndexStats, Neighbours
 from cl_adapters.index.backends.base import Ids, IndexBackend
 from cl_adapters.index.classes import nearest_classes
 from cl_adapters.index.contents import Contents, wanted
-from cl_adapters.index.index_files import default_folder, open_index, save_index
-from cl_adapters.index.inputs import features_of
-from cl_adapters.index.keys import KeyRecord, KeyRule, Keys, KeySource
+from cl_adapters.index.files import default_folder, open_index, save_index
+from cl_adapters.index.keys import KeyRecord, KeyRule, KeySource
 from cl_adapters.index.locks import ReadersWriter
 from cl_adapters.index.space import Similarity, Space
+from cl_adapters.parts.keys import Kind
 
 Stale = Literal["error", "warn", "refresh", "ignore"]
 
@@ -56,7 +59,7 @@ class AdapterIndex:
         cls,
         pool: KeySource,
         *,
-        keys: Keys = "prototypes",
+        keys: Kind = "prototypes",
         per_class: int | None = None,
         metric: Similarity = "cosine",
         backend: str = "auto",
@@ -112,7 +115,7 @@ class AdapterIndex:
             DataError: features of another width, or not finite.
             UnknownName: a record that the index does not have.
         """
-        f_BD = features_of(self.pool, x)
+        f_BD = _bare_features(self.pool, x)
         return self.hits(self.search_features(f_BD, k, classes=classes, tags=tags, records=records))
 
     def search_features(
@@ -290,3 +293,31 @@ class AdapterIndex:
         if tags:
             ids &= {record.id for record in self.pool.records if tags <= set(record.tags)}
         return self._contents.table.keys_of(ids)
+
+
+def _bare_features(pool: KeySource, x: Any) -> Any:
+    """Features under the bare backbone of a pool.
+
+    Args:
+        pool: loads its backbone only where it is needed.
+        x: features float [B, D], which are given back; inputs of the backbone; or a list of texts.
+
+    Returns:
+        Float [B, D].
+
+    Raises:
+        DataError: texts for a backbone that takes none.
+    """
+    if isinstance(x, str) or (isinstance(x, (list, tuple)) and x and all(isinstance(one, str) for one in x)):
+        if not isinstance(pool.backbone.preprocessing, TextPreprocessing):
+            raise DataError(f"backbone {pool.backbone.name!r} takes no texts; give images or features")
+        return encode(pool.backbone, [x] if isinstance(x, str) else x)
+    if not isinstance(x, Mapping) and np.ndim(x) == 2 and not _whole_numbers(x):
+        return x
+    with torch.no_grad():
+        return pool.backbone.features(x)
+
+
+def _whole_numbers(x: Any) -> bool:
+    """Whether these are token ids."""
+    return isinstance(x, Tensor) and not x.is_floating_point()

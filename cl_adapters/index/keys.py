@@ -7,7 +7,7 @@ import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol, get_args
+from typing import Any, Protocol, get_args
 
 import numpy as np
 from torch import Tensor
@@ -16,10 +16,9 @@ from cl_adapters._seeding import derive
 from cl_adapters.errors import ConfigError, DataError
 from cl_adapters.index.backends.base import Floats, Ids, finite_rows
 from cl_adapters.index.space import Space, fit_space
+from cl_adapters.parts.keys import DEFAULT_CENTROIDS, Kind
 
-Keys = Literal["prototypes", "centroids", "features"]
-
-PER_CLASS = {"prototypes": 1, "centroids": 4, "features": None}
+PER_CLASS = {"prototypes": 1, "centroids": DEFAULT_CENTROIDS, "features": None}
 """Keys of a class unless told otherwise; None: all there are."""
 
 
@@ -89,13 +88,13 @@ class KeyRule:
         seed: of k-means and of the draw.
     """
 
-    kind: Keys = "prototypes"
+    kind: Kind = "prototypes"
     per_class: int | None = None
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.kind not in get_args(Keys):
-            raise ConfigError(f"unknown keys {self.kind!r}; known: {', '.join(get_args(Keys))}")
+        if self.kind not in get_args(Kind):
+            raise ConfigError(f"unknown keys {self.kind!r}; known: {', '.join(get_args(Kind))}")
         if self.per_class is not None and self.per_class < 1:
             raise ConfigError(f"per_class must be at least 1, got {self.per_class}")
         if self.kind == "prototypes" and self.per_class not in (None, 1):
@@ -178,7 +177,10 @@ def _keys_of_class(f_ND: Floats, rule: KeyRule, scaled: bool, seed: int) -> Floa
 
 
 def _clusters(f_ND: Floats, wanted: int, scaled: bool, seed: int) -> Ids:
-    """Number of the cluster of each feature, int64 [N]."""
+    """Number of the cluster of each feature, int64 [N].
+
+    Not :func:`cl_adapters.parts.keys.centroids`, whose single start and other draws would give an index other keys.
+    """
     points_ND = Space(similarity="cosine", mean_D=np.zeros(1, np.float32)).project(f_ND) if scaled else f_ND
     wanted = min(wanted, len(np.unique(points_ND, axis=0)))
     if wanted == 1:

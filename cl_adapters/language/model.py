@@ -30,8 +30,7 @@ from cl_adapters.errors import ClAdaptersError, ConfigError, DataError
 from cl_adapters.language.load import generation_options, open_language_model
 from cl_adapters.language.tokens import Ids, Joined, Pair, PromptTokens, choice_lists, joined, padded_ids, positions
 from cl_adapters.model.facade import AdapterModel
-from cl_adapters.parts.keys import Keys, KeysConfig, Kind
-from cl_adapters.parts.retrieval import keys_of
+from cl_adapters.parts.keys import CLASS_KEYS, Keys, KeysConfig, Kind, keys_of
 from cl_adapters.predictors.base import Predictor
 from cl_adapters.predictors.nearest_key import NearestKey
 
@@ -119,7 +118,7 @@ class LanguageModel(nn.Module):
         )
         lm = open_language_model(backbone)
         model = AdapterModel(backbone, None if adapter is None else AdapterBank(backbone, adapter, blocks))
-        model.parts["class_keys"] = Keys(KeysConfig.of(keys), backbone.num_features)
+        model.parts[CLASS_KEYS] = Keys(KeysConfig.of(keys), backbone.num_features)
         model.predictor = NearestKey()
         return cls(lm, model)
 
@@ -204,7 +203,7 @@ class LanguageModel(nn.Module):
         """
         for slot in range(self.model.num_slots):
             self.bank.freeze(slot)
-        self.model.part("class_keys", Keys).add_class(self.features(prompts), generator)
+        self.model.part(CLASS_KEYS, Keys).add_class(self.features(prompts), generator)
 
     def features(self, prompts: Sequence[str], batch: int = BATCH) -> Tensor:
         """Features of prompts under the bare backbone, float32 [B, D]: what keys and indexes hold."""

@@ -29,6 +29,7 @@ from cl_adapters.model.classifier import Classifier
 from cl_adapters.model.state import Origin
 from cl_adapters.model.statistics import ClassStatistics
 from cl_adapters.parts import Part, parts
+from cl_adapters.parts.keys import check_own_keys
 from cl_adapters.predictors import predictors
 
 SCHEMA = 1
@@ -111,7 +112,8 @@ def _tensors(model: Classifier) -> dict[str, dict[str, Tensor]]:
     """File name to tensors."""
     linear = {"linear.weight": model.head.weight, "linear.bias": model.head.bias}
     files = {"heads.safetensors": {**linear, "prototypes": model.prototypes.prototypes}}
-    for name, part in model.parts.items():  # before adapters are loaded: some cannot be saved
+    check_own_keys(model)  # before adapters are loaded
+    for name, part in model.parts.items():
         assert isinstance(part, Part)
         files[f"parts/{name}.safetensors"] = part.tensors()
     for slot in range(model.num_slots):

@@ -15,7 +15,7 @@ from cl_adapters.errors import ConfigError
 from cl_adapters.features import LazyFeatures
 from cl_adapters.model.state import ModelState
 from cl_adapters.parts.base import Part, parts
-from cl_adapters.parts.retrieval import keys_of
+from cl_adapters.parts.keys import keys_of
 from cl_adapters.predictors.base import Prediction
 
 

@@ -1,12 +1,14 @@
 """Keys: what the classes look like to the bare backbone, to find the adapter for an input without any training.
 
+What the predictors share that look an input up among keys stands at the end.
+
 B batch, C classes, D width of the features, M keys, H held-out features, K keys that are found, T owners (adapters).
 """
 
 from __future__ import annotations
 
 import dataclasses
-from abc import abstractmethod
+from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any, Literal
 
@@ -16,7 +18,11 @@ from torch import Tensor
 
 from cl_adapters.config import build, to_plain
 from cl_adapters.errors import ClAdaptersError, ConfigError, DataError
+from cl_adapters.model.state import ModelState
 from cl_adapters.parts.base import Part, parts
+
+CLASS_KEYS = "class_keys"
+"""Name of the keys among a model's parts, also on disk."""
 
 Kind = Literal["prototypes", "centroids", "features"]
 DEFAULT_CENTROIDS = 4
@@ -58,11 +64,11 @@ class KeysConfig:
         return value if isinstance(value, KeysConfig) else build(cls, {"kind": value}, "keys")
 
 
-class KeyLookup(Part):
+class KeyLookup(ABC):
     """What predictors and abstention ask of a model's keys: the scores of the nearest, higher is nearer.
 
-    :class:`Keys` compares with every key. A model of a pool may have an index in its place
-    (:mod:`cl_adapters.pool.indexed_keys`).
+    :class:`Keys` compares with every key. A model of a pool may have an index in its place, which is no part that is
+    saved (:mod:`cl_adapters.pool.indexed_keys`).
     """
 
     @abstractmethod
@@ -123,7 +129,7 @@ def best_of_owners(scores_BK: Tensor, owner_BK: Tensor, owners: int) -> Tensor:
 
 
 @parts.register("keys")
-class Keys(KeyLookup):
+class Keys(Part, KeyLookup):
     """Keys of the classes learned so far, under the bare backbone; cosine similarity to them.
 
     Args:
@@ -271,3 +277,55 @@ def centroids(f_ND: Tensor, k: int, generator: torch.Generator) -> Tensor:
         centres_KD = sums_KD[filled] / sizes_K[filled, None]
         of_N = filled.cumsum(0)[of_N] - 1  # numbers of the clusters that are left
     return centres_KD
+
+
+def keys_of(model: ModelState) -> KeyLookup:
+    """The model's keys, or the index that stands in their place.
+
+    Raises:
+        ClAdaptersError: it has none; says how to get them.
+    """
+    found: object = dict(model.parts.items()).get(CLASS_KEYS)
+    if not isinstance(found, KeyLookup):
+        raise ClAdaptersError(
+            "this model has no keys to look inputs up by: train it with keys='prototypes' (or 'centroids', 'features')"
+        )
+    return found
+
+
+def check_own_keys(model: ModelState) -> None:
+    """Check that a model's keys can be saved with it.
+
+    Raises:
+        ClAdaptersError: an index stands in their place.
+    """
+    if CLASS_KEYS in model.parts and not isinstance(model.parts[CLASS_KEYS], Part):
+        raise ClAdaptersError(
+            "this model looks inputs up in an index beside its pool, so it cannot be saved apart from them: keep the "
+            "pool and use AdapterModel.from_pool(pool, index=...), or make the model without index= and save that"
+        )
+
+
+def check_neighbours(k: int, temperature: float) -> None:
+    """Check the options of a predictor that weighs its k nearest.
+
+    Raises:
+        ValueError: k below 1, or a temperature that is not positive.
+    """
+    if k < 1 or temperature <= 0:
+        raise ValueError(f"k must be at least 1 and temperature positive, got k={k}, temperature={temperature}")
+
+
+def answered(model: ModelState, f_BD: Tensor, bare_BD: Tensor) -> Tensor:
+    """Logits [B, C] of the linear head on the adapted features; without such a head, scores of the classes' keys.
+
+    Args:
+        model: some strategies (SimpleCIL, RanPAC) train no linear head of all classes.
+        f_BD: features under the chosen adapters.
+        bare_BD: features under the bare backbone.
+    """
+    classes = len(model.classes)
+    if model.head.num_classes == classes:
+        logits_BC: Tensor = model.head(f_BD)
+        return logits_BC
+    return keys_of(model).class_scores(bare_BD, classes)

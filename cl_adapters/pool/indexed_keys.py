@@ -7,15 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from cl_adapters.errors import ClAdaptersError, PoolError
 from cl_adapters.index.answers import Neighbours
+from cl_adapters.index.classes import MOST, widening
+from cl_adapters.index.files import default_folder
 from cl_adapters.index.index import AdapterIndex
-from cl_adapters.index.index_files import default_folder
 from cl_adapters.parts.keys import KeyLookup, best_of_owners
 from cl_adapters.pool.pool import AdapterPool
 from cl_adapters.pool.record import Record, shown
@@ -23,19 +23,17 @@ from cl_adapters.pool.record import Record, shown
 LOOKED_AT = 1024
 """Nearest keys that are looked at for the scores of classes."""
 
-LIMIT = 1 << 14
-"""Nearest keys that are looked at, at most, until enough owners are among them."""
 
-
-class IndexedKeys(KeyLookup):
+class IndexedKeys(nn.Module, KeyLookup):
     """Looks inputs up in an index of the pool that the model was made of.
 
     Scores are those of the index's metric. Only the model's records are searched, also where the index has more of
     them, or gets more later; leaving records out costs the index a pass over its table of keys for every batch. A class
-    counts as without a key where none of its keys is among the nearest 1024 (``class_scores``).
+    counts as without a key where none of its keys is among the nearest 1024 (``class_scores``). A model
+    with this in the place of keys cannot be saved: the keys are in the pool.
 
     Args:
-        index: see :func:`open_index`.
+        index: see :func:`index_for`.
         records: of the model, in the order of its columns.
         means_CD: mean of each class's keys in the pool.
     """
@@ -81,43 +79,21 @@ class IndexedKeys(KeyLookup):
 
         At most 16,384 keys are looked at; owners beyond those count as without a key.
         """
-        wanted, most = min(k, len(owner_C.unique())), min(LIMIT, len(self.index))
+        wanted = min(k, len(owner_C.unique()))
         near_BT = f_BD.new_full((len(f_BD), owners), -torch.inf, dtype=torch.float32)
-        rows, looked_at = torch.arange(len(f_BD), device=f_BD.device), 4 * k
-        while len(rows):
+        rows = torch.arange(len(f_BD), device=f_BD.device)
+        for looked_at in widening(4 * k, min(MOST, len(self.index))):
             scores_BK, column_BK = self.nearest(f_BD[rows], looked_at)
             best_BT = best_of_owners(scores_BK, owner_C[column_BK], owners)
             near_BT[rows] = best_BT
             rows = rows[best_BT.isfinite().sum(1) < wanted]
-            if looked_at >= most:
+            if not len(rows):
                 break
-            looked_at *= 4
         return near_BT
 
     def means(self) -> Tensor:
         """Mean of each class's keys in the pool, float32 [C, D]."""
         return self.means_CD
-
-    def description(self) -> dict[str, Any]:
-        """None: the keys are in the pool.
-
-        Raises:
-            ClAdaptersError: always.
-        """
-        raise ClAdaptersError(
-            "this model looks inputs up in an index beside its pool, so it cannot be saved apart from them: keep the "
-            "pool and use AdapterModel.from_pool(pool, index=...), or make the model without index= and save that"
-        )
-
-    def tensors(self) -> dict[str, Tensor]:
-        """As :meth:`description`."""
-        self.description()
-        return {}
-
-    @classmethod
-    def restore(cls, description: Any, tensors: Any) -> IndexedKeys:
-        """As :meth:`description`."""
-        raise ClAdaptersError("an index is no part of a saved model: use AdapterModel.from_pool(pool, index=...)")
 
     def __deepcopy__(self, memo: dict[int, object]) -> IndexedKeys:
         return IndexedKeys(self.index, self.records, self.means_CD.clone())  # the index is shared
@@ -135,7 +111,7 @@ class IndexedKeys(KeyLookup):
         return column_BK.where(own_BK, column_BK.new_tensor(-1))
 
 
-def open_index(pool: AdapterPool, index: AdapterIndex | str | Path, records: Sequence[Record]) -> AdapterIndex:
+def index_for(pool: AdapterPool, index: AdapterIndex | str | Path, records: Sequence[Record]) -> AdapterIndex:
     """The index that a model of these records can look inputs up in.
 
     Args:

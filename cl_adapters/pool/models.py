@@ -23,8 +23,7 @@ from cl_adapters.errors import ClAdaptersError, PoolError
 from cl_adapters.model.classifier import Classifier
 from cl_adapters.model.state import Origin
 from cl_adapters.parts.abstention import Abstention
-from cl_adapters.parts.keys import Keys, KeysConfig
-from cl_adapters.parts.retrieval import keys_of
+from cl_adapters.parts.keys import CLASS_KEYS, Keys, KeysConfig, check_own_keys
 from cl_adapters.pool.checks import adapter_of, check_fingerprint
 from cl_adapters.pool.model_card import CARD, SCHEMA, anchor_of, read_card
 from cl_adapters.pool.new_adapter import NewAdapter
@@ -187,7 +186,7 @@ def _fill_keys(model: Classifier, known: list[tuple[Record, dict[str, Tensor]]],
     if rows is None:
         return
     alone = {"kind": "prototypes", "held_out": 0.0} if len(rows) == len(model.classes) else {"kind": "features"}
-    model.parts["class_keys"] = keys = Keys(build(KeysConfig, card.get("keys") or alone, "keys"), rows.shape[1])
+    model.parts[CLASS_KEYS] = keys = Keys(build(KeysConfig, card.get("keys") or alone, "keys"), rows.shape[1])
     keys.keys_MD, keys.column_M = rows, _columns(known, "key_class")
     if any("held_out" in knowledge for _, knowledge in known):
         keys.held_out_HD = torch.cat([knowledge["held_out"] for _, knowledge in known if "held_out" in knowledge])
@@ -203,13 +202,13 @@ def _look_up(
     known: list[tuple[Record, dict[str, Tensor]]],
 ) -> None:
     """An index in the place of keys, and its threshold."""
-    from cl_adapters.pool.indexed_keys import IndexedKeys, open_index
+    from cl_adapters.pool.indexed_keys import IndexedKeys, index_for
 
     records = [record for record, _ in known]
-    opened, means_CD = open_index(pool, index, records), _column(known, "keys")
+    opened, means_CD = index_for(pool, index, records), _column(known, "keys")
     if means_CD is None:
         raise PoolError(f"no adapter of {pool.path} has keys: there is nothing to look up; leave index= out")
-    model.parts["class_keys"] = IndexedKeys(opened, records, means_CD)
+    model.parts[CLASS_KEYS] = IndexedKeys(opened, records, means_CD)
     if opened.threshold is not None:
         model.parts["abstention"] = Abstention(opened.threshold, calibration={"index": opened.config.metric})
 
@@ -239,7 +238,7 @@ def _columns(known: list[tuple[Record, dict[str, Tensor]]], key: str) -> Tensor:
 def _predictor(model: Classifier, records: list[Record], card: Mapping[str, Any]) -> Predictor:
     """The saved inference rule, its own adapter by the slot that it has now."""
     if not card:
-        if "class_keys" not in model.parts:
+        if CLASS_KEYS not in model.parts:
             raise PoolError("neither a predictor nor keys were saved with this pool: pass predictor=...")
         return NearestKey()
     try:
@@ -253,7 +252,7 @@ def _predictor(model: Classifier, records: list[Record], card: Mapping[str, Any]
         return made
     own = anchor_of(card, records)
     if own is None:
-        hint = "predictor=NearestKey()" if "class_keys" in model.parts else "another predictor="
+        hint = "predictor=NearestKey()" if CLASS_KEYS in model.parts else "another predictor="
         raise PoolError(
             f"{card['predictor']['type']!r} needs adapter {anchor[0]!r} for every input, which is not among these "
             f"records: pass {hint}, or SelfRefine(start='keys')"
@@ -349,8 +348,7 @@ def _check_by_class(model: Classifier) -> None:
             f"a model that predicts by {predictors.name_of(model.predictor)!r} is no set of adapters with classes of "
             "their own, so it cannot be a pool: its answers need all its parts. Keep it with model.save(folder)"
         )
-    if "class_keys" in model.parts and not isinstance(model.parts["class_keys"], Keys):
-        keys_of(model).description()  # an index in the place of keys: says why it cannot be saved
+    check_own_keys(model)
     if not model.classes:
         raise PoolError("this model knows no class yet: train it on a task first")
 
@@ -386,8 +384,8 @@ def _knowledge(model: Classifier, columns: list[int]) -> dict[str, Tensor]:
         found |= {"head.weight": model.head.weight[columns], "head.bias": model.head.bias[columns]}
     if model.prototypes.num_classes == len(model.classes):
         found["prototypes"] = model.prototypes.prototypes[columns]
-    if "class_keys" in model.parts:
-        keys = model.part("class_keys", Keys)
+    if CLASS_KEYS in model.parts:
+        keys = model.part(CLASS_KEYS, Keys)
         found["keys"], found["key_class"] = _rows_of_columns(keys.keys_MD, keys.column_M, columns)
         found["held_out"], found["held_out_class"] = _rows_of_columns(keys.held_out_HD, keys.held_out_column_H, columns)
     elif "prototypes" in found and getattr(model.predictor, "slot", None) == BARE:
@@ -416,7 +414,7 @@ def _card(model: Classifier, pool: AdapterPool, names: Mapping[int, str]) -> dic
     """
     anchor = model.predictor.anchor
     parts = dict(model.parts.items())
-    threshold, keys = parts.get("abstention"), parts.get("class_keys")
+    threshold, keys = parts.get("abstention"), parts.get(CLASS_KEYS)
     return {
         "schema_version": SCHEMA,
         "predictor": {"type": predictors.name_of(model.predictor), "config": to_plain(model.predictor)},

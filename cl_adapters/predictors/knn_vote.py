@@ -8,7 +8,7 @@ from typing import ClassVar
 from cl_adapters.bank.routes import BARE
 from cl_adapters.features import LazyFeatures
 from cl_adapters.model.state import ModelState
-from cl_adapters.parts.retrieval import answered, check_neighbours, keys_of
+from cl_adapters.parts.keys import answered, check_neighbours, keys_of
 from cl_adapters.predictors.base import Prediction, Predictor, predictors
 
 

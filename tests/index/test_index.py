@@ -12,7 +12,7 @@ import torch
 from cl_adapters import AdapterIndex
 from cl_adapters.errors import ConfigError, DataError, UnknownName
 from cl_adapters.index import indexes
-from cl_adapters.index.backends._choice import choose
+from cl_adapters.index.contents import choose
 from tests.index.conftest import LABELS, QUERIES, WIDTH, MemoryPool, features, knowledge_of, labels_found
 
 METRICS = ("cosine", "ip", "l2", "mahalanobis")
@@ -227,7 +227,7 @@ def test_auto_grows_out_of_its_back_end(pool: MemoryPool, monkeypatch: pytest.Mo
     assert [choose(n, 384) for n in (0, 10_000, 11_000, 10**6)] == ["flat", "flat", "ivf", "ivf"]
     index = AdapterIndex.build(pool)
     assert index.stats().backend == "flat"
-    monkeypatch.setattr("cl_adapters.index.backends._choice.SCANNED", 10 * WIDTH)
+    monkeypatch.setattr("cl_adapters.index.contents.SCANNED", 10 * WIDTH)
     pool.put("more", knowledge_of([30]), [30])
     index.add(["more"])
     assert index.stats().backend == "ivf" and labels_found(index) == LABELS.tolist()

@@ -143,7 +143,7 @@ def test_contradicting_json(pool: MemoryPool, change: dict[str, Any]) -> None:
 
 
 def test_large_files_are_checked_on_demand(pool: MemoryPool, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("cl_adapters.index.index_files.ALWAYS", 1000)
+    monkeypatch.setattr("cl_adapters.index.files.ALWAYS", 1000)
     folder = AdapterIndex.build(pool, backend="exact", keys="features").save()
     path = folder / "backend" / "vectors.npy"
     content = bytearray(path.read_bytes())

@@ -20,7 +20,7 @@ from cl_adapters.model.facade import AdapterModel
 from cl_adapters.openset import calibrate as calibrate_model
 from cl_adapters.openset import open_set
 from cl_adapters.parts.abstention import Abstention
-from cl_adapters.parts.keys import Keys
+from cl_adapters.parts.keys import Keys, keys_of
 from cl_adapters.pool import AdapterPool, PoolClass
 from cl_adapters.pool.checks import adapter_of
 from cl_adapters.pool.indexed_keys import IndexedKeys
@@ -119,9 +119,9 @@ def test_no_batch_meets_every_key(pool: AdapterPool, x: Tensor, monkeypatch: pyt
     assert asked[0] == (24, 8)
     assert all(rows < 24 for rows, _ in asked[1:]), "further only for those that have too few"
     monkeypatch.setattr("cl_adapters.pool.indexed_keys.LOOKED_AT", 1)
-    scores = model.part("class_keys", IndexedKeys).class_scores(model.backbone(x), 9)
+    scores = keys_of(model).class_scores(model.backbone(x), 9)
     assert scores.isfinite().sum(1).tolist() == [1] * len(x)
-    monkeypatch.setattr("cl_adapters.pool.indexed_keys.LIMIT", 8)
+    monkeypatch.setattr("cl_adapters.pool.indexed_keys.MOST", 8)
     asked.clear()
     model.answer(x, predictor=SoftTopK(k=2))
     assert len(asked) == 1
@@ -167,7 +167,9 @@ def test_metrics_and_saved_indexes(pool: AdapterPool, x: Tensor, tmp_path: Path)
     calibrated.save(pool.path / "index" / "other")
     for name, threshold in (("default", None), ("other", calibrated.threshold)):
         model = AdapterModel.from_pool(pool.path, backbone=pool.backbone, index=name)
-        assert model.part("class_keys", IndexedKeys).index.threshold == threshold
+        keys = keys_of(model)
+        assert isinstance(keys, IndexedKeys)
+        assert keys.index.threshold == threshold
         assert ("abstention" in model.parts) == (threshold is not None)
     with pytest.raises(StorageError, match="there is no index at"):
         AdapterModel.from_pool(pool, index="none")
