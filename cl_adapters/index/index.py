@@ -15,8 +15,6 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cl_adapters.backbones.encode import encode
-from cl_adapters.backbones.text import TextPreprocessing
 from cl_adapters.errors import DataError, StorageError, UnknownName
 from cl_adapters.index.answers import Changes, Hit, IndexConfig, IndexStats, Neighbours
 from cl_adapters.index.backends.base import Ids, IndexBackend
@@ -309,10 +307,11 @@ def _bare_features(pool: KeySource, x: Any) -> Any:
         DataError: texts for a backbone that takes none.
     """
     if isinstance(x, str) or (isinstance(x, (list, tuple)) and x and all(isinstance(one, str) for one in x)):
-        if not isinstance(pool.backbone.preprocessing, TextPreprocessing):
+        encode = getattr(pool.backbone.preprocessing, "encode", None)
+        if encode is None:
             raise DataError(f"backbone {pool.backbone.name!r} takes no texts; give images or features")
-        return encode(pool.backbone, [x] if isinstance(x, str) else x)
-    if not isinstance(x, Mapping) and np.ndim(x) == 2 and not _whole_numbers(x):
+        x = encode([x] if isinstance(x, str) else list(x))
+    elif not isinstance(x, Mapping) and np.ndim(x) == 2 and not _whole_numbers(x):
         return x
     with torch.no_grad():
         return pool.backbone.features(x)
