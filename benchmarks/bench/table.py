@@ -155,7 +155,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 def _run(job: Job, settings: Sequence[str]) -> str | None:
     """Run or resume one experiment in a process of its own; return what went wrong, if anything."""
-    command = [sys.executable, "-m", "cl_adapters.benchmarks.cli.root", *job.command(settings)]
+    command = [sys.executable, "-m", "cl_adapters.benchmarks.cli", *job.command(settings)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     print(f"{'done' if done.returncode == 0 else 'FAILED'} {job.out}", file=sys.stderr, flush=True)

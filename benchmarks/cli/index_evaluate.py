@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 import typer
 from rich.table import Table
 
-from cl_adapters.benchmarks.cli.index import Json, Name, Pool, Stale, Weights, app, console, opened_index, opened_pool
-from cl_adapters.benchmarks.cli.pool import print_json, say
-from cl_adapters.benchmarks.cli.pool_life import Limit, Seed
-from cl_adapters.benchmarks.cli.settings import parse_settings
+from cl_adapters.benchmarks.cli._console import console, print_json, say
+from cl_adapters.benchmarks.cli.index import Name, Stale, opened_index, opened_pool
+from cl_adapters.benchmarks.cli.options import BenchmarkSeed, Json, Limit, Pool, Weights, parse_settings
 from cl_adapters.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -25,8 +24,6 @@ if TYPE_CHECKING:
     from cl_adapters.pool import AdapterPool
     from cl_adapters.predictors.base import Predictor
 
-__all__ = ["app"]
-
 ROWS = {
     "accuracy": "accuracy",
     "routing": "routing accuracy",
@@ -36,7 +33,6 @@ ROWS = {
 """Shares of :class:`cl_adapters.openset.OpenSet`, in words."""
 
 
-@app.command("evaluate")
 def evaluate_command(
     pool: Pool,
     benchmark: Annotated[
@@ -52,7 +48,7 @@ def evaluate_command(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Option of the predictor; may be repeated.")
     ] = None,
-    seed: Seed = 0,
+    seed: BenchmarkSeed = 0,
     limit: Limit = None,
     weights: Weights = None,
     stale: Stale = "error",

@@ -14,16 +14,14 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from cl_adapters.benchmarks.cli.pool import Json, Pool, console, opened, plain_record, print_json, say
-from cl_adapters.benchmarks.cli.pool_exchange import app  # has the commands of pool_cli and of its own
-from cl_adapters.benchmarks.cli.settings import parse_settings
+from cl_adapters.benchmarks.cli._console import console, print_json, say
+from cl_adapters.benchmarks.cli.options import BenchmarkSeed, Json, Limit, Pool, Weights, parse_settings
+from cl_adapters.benchmarks.cli.pool import opened, plain_record
 from cl_adapters.errors import ClAdaptersError, ConfigError
 
 if TYPE_CHECKING:
     from cl_adapters.benchmarks.run.pool_accuracy import Change
     from cl_adapters.pool import AdapterPool, Record
-
-__all__ = ["app"]
 
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Option of the method or codec; may be repeated.")
@@ -31,13 +29,10 @@ Settings = Annotated[
 Benchmark = Annotated[
     str | None, typer.Option(help="Measures the accuracy before and after; default the one that the adapters name.")
 ]
-Seed = Annotated[int, typer.Option(help="Of the benchmark.", min=0)]
-Limit = Annotated[int | None, typer.Option(help="Test samples per class; default all.", min=1)]
 Accuracy = Annotated[bool, typer.Option("--accuracy/--no-accuracy", help="Measure it.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would come out, write nothing.")]
 
 
-@app.command("create")
 def create_command(
     pool: Annotated[Path, typer.Argument(help="New folder.")],
     run: Annotated[Path, typer.Option("--run", help="Folder of a run.")],
@@ -46,9 +41,7 @@ def create_command(
     ] = None,
     tag: Annotated[list[str] | None, typer.Option(help="Of every adapter; may be repeated.")] = None,
     compress: Annotated[str | None, typer.Option(metavar="CODEC", help="See `cl-adapters list codecs`.")] = None,
-    weights: Annotated[
-        Path | None, typer.Option(help="The backbone's weights, if their file (hf: folder) has moved.")
-    ] = None,
+    weights: Weights = None,
 ) -> None:
     """Make a pool of the model of a run, one record per adapter."""
     from cl_adapters.benchmarks.run.pool_of_run import pool_of_run
@@ -59,7 +52,6 @@ def create_command(
         say("without keys, which the index needs: run with --keys prototypes (or centroids, features)")
 
 
-@app.command("merge")
 def merge_command(
     pool: Pool,
     ids: Annotated[list[str], typer.Argument(help="Ids of the adapters to merge.")],
@@ -78,7 +70,7 @@ def merge_command(
     tag: Annotated[list[str] | None, typer.Option(help="Of the merged adapter; may be repeated.")] = None,
     compress: Annotated[str | None, typer.Option(metavar="CODEC", help="See `cl-adapters list codecs`.")] = None,
     benchmark: Benchmark = None,
-    seed: Seed = 0,
+    seed: BenchmarkSeed = 0,
     limit: Limit = None,
     accuracy: Accuracy = True,
     dry_run: DryRun = False,
@@ -125,7 +117,6 @@ def merge_command(
         say(f"{', '.join(ids)} stay; a model takes either them or {new}: remove them (pool rm), or choose by ids=")
 
 
-@app.command("compress")
 def compress_command(
     pool: Pool,
     codec: Annotated[str, typer.Option(help="See `cl-adapters list codecs`.")],
@@ -133,7 +124,7 @@ def compress_command(
     settings: Settings = None,
     to: Annotated[Path | None, typer.Option(help="Write a new pool of these adapters, leave this one.")] = None,
     benchmark: Benchmark = None,
-    seed: Seed = 0,
+    seed: BenchmarkSeed = 0,
     limit: Limit = None,
     accuracy: Accuracy = True,
     dry_run: DryRun = False,
