@@ -2,9 +2,9 @@
 
     python -m cl_adapters.benchmarks.bench.photographs --images CIFAR_DIR --weights deit_tiny.safetensors --out DIR
 
-Images, weights, class order and image counts are those of ``bench_public_mos``. Sequential, RanPAC, MOS and Joint train
+Images, weights, class order and image counts are those of ``bench.public_mos``. Sequential, RanPAC, MOS and Joint train
 as MOS does in its setting A, 8 epochs at 0.03 (Joint: one epoch over everything so far after every task), LAE as in its
-released CIFAR-100 configuration, SEMA as in ``bench_public_sema`` with eight cached views. One thread per run; finished
+released CIFAR-100 configuration, SEMA as in ``bench.public_sema`` with eight cached views. One thread per run; finished
 runs found under ``--out`` are not run again.
 """
 

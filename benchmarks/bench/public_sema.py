@@ -3,7 +3,7 @@ r"""SEMA here against the public SEMA code: accuracy, expansions, and CPU time i
     python -m cl_adapters.benchmarks.bench.public_sema --images CIFAR_DIR --weights deit_tiny.safetensors \
         --cached-views 4 --out DIR
 
-Images and weights as in ``bench_public_mos``. The settings are the ones under which the public code (SEMA-CL at
+Images and weights as in ``bench.public_mos``. The settings are the ones under which the public code (SEMA-CL at
 5a45512, without its evaluation after every epoch) gave the figures below, on one thread: 112 px, expandable blocks
 9-11, bottleneck 16, descriptor 32, threshold 1, SGD at 0.005 with batch 32, 20 + 10 epochs, the first 5 of 10 tasks
 of 10 classes.
