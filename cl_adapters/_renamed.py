@@ -63,7 +63,7 @@ NEW_PLACES = {
     "benchmarks.rows": "benchmarks.run.rows",
     "benchmarks.run_folder": "benchmarks.run.run_folder",
     "benchmarks.runner": "benchmarks.run.runner",
-    "benchmarks.settings": "benchmarks.cli.settings",
+    "benchmarks.settings": "benchmarks.cli.options",
     "benchmarks.svg": "benchmarks.report.svg",
     "benchmarks.table": "benchmarks.bench.table",
     "benchmarks.text_benchmark": "benchmarks.data._text_benchmark",

@@ -48,7 +48,7 @@ def arguments(place: Path, *more: str) -> list[str]:
 
 def command(*words: str | Path) -> subprocess.CompletedProcess[str]:
     """Run `cl-adapters` in a new process."""
-    line = [sys.executable, "-m", "cl_adapters.benchmarks.cli.root", *map(str, words)]
+    line = [sys.executable, "-m", "cl_adapters.benchmarks.cli", *map(str, words)]
     return subprocess.run(line, capture_output=True, text=True, check=False, timeout=300)
 
 

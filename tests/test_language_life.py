@@ -34,13 +34,13 @@ OWNERS = [name for name, rows in TASKS.items() for _ in rows]
 NEW_PROCESS = """
 import json, sys
 from typer.testing import CliRunner
-from cl_adapters.benchmarks.cli.index import app
+from cl_adapters.benchmarks.cli import app
 from cl_adapters.language.model import LanguageModel
 pool, prompts, answers, labels = json.loads(sys.stdin.read())
 language = LanguageModel.from_pool(pool)
 indexed = LanguageModel.from_pool(pool, index="default")
 routes = language.route_of(prompts)
-asked = ["query", pool, "--json", "--text", prompts[0], "--text", prompts[-1]]
+asked = ["index", "query", pool, "--json", "--text", prompts[0], "--text", prompts[-1]]
 print(json.dumps({
     "tasks": language.task_of(prompts),
     "looked up": indexed.task_of(prompts),

@@ -7,8 +7,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from typer.testing import CliRunner, Result
 
 from cl_adapters.benchmarks.bench import table
+from cl_adapters.benchmarks.bench._command import command_of
 from cl_adapters.benchmarks.bench.table import Choice, jobs, known_strategies
 from cl_adapters.benchmarks.run.experiment import resolve
 from cl_adapters.errors import ConfigError
@@ -67,21 +69,28 @@ def test_two_that_would_share_a_folder_are_refused(tmp_path: Path) -> None:
 
 
 def test_the_full_table_has_every_strategy_of_the_package_once() -> None:
-    assert set(known_strategies()) == set(strategies.names()) & set(table.STRATEGIES)
-    assert {"simple_cil", "sequential", "mos", "joint"} <= set(known_strategies())
+    found = known_strategies()
+    assert sorted(found) == sorted(strategies.names())
+    assert [name for name in found if name in table.ROWS] == list(table.ROWS)
+    assert found[-1] == "joint", "a strategy without a place in that order comes before the upper bound"
 
 
-def test_a_small_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def ran(*words: str) -> Result:
+    return CliRunner().invoke(command_of(table.main, table.__doc__), words)
+
+
+def test_a_small_table(tmp_path: Path) -> None:
     words = ["--strategies", "simple_cil", "--benchmarks", "glyphs:6,tasks=3,train_per_class=2"]
-    assert table.main([*words, "--seeds", "0", "--jobs", "1", "--out", str(tmp_path)]) == 0
-    heading, _, line = capsys.readouterr().out.strip().splitlines()
+    done = ran(*words, "--seeds", "0", "--jobs", "1", "--out", str(tmp_path))
+    assert done.exit_code == 0
+    heading, _, line = done.stdout.strip().splitlines()
     assert heading.startswith("| benchmark | strategy |")
     assert line.startswith("| glyphs | simple_cil | 0 | 3 |")
     assert (tmp_path / "simple_cil-glyphs_6_tasks=3_train_per_class=2-s0" / "report.html").is_file()
 
 
 def test_failed_runs_are_told_and_unreadable_words_end_the_command(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def fail(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
         assert "digits:0" in command
@@ -89,8 +98,26 @@ def test_failed_runs_are_told_and_unreadable_words_end_the_command(
 
     monkeypatch.setattr("cl_adapters.benchmarks.bench.table.subprocess.run", fail)
     words = ["--strategies", "mos", "--seeds", "0", "--out", str(tmp_path)]
-    assert table.main([*words, "--benchmarks", "digits:0"]) == 1
-    assert "mos-digits_0-s0: ['error: digits takes no argument']" in capsys.readouterr().err
-    with pytest.raises(SystemExit):
-        table.main([*words, "--benchmarks", ":"])
-    assert "there is no name in front" in capsys.readouterr().err
+    done = ran(*words, "--benchmarks", "digits:0")
+    assert done.exit_code == 1
+    assert "mos-digits_0-s0: ['error: digits takes no argument']" in done.stderr
+    done = ran(*words, "--benchmarks", ":")
+    assert done.exit_code == 2
+    assert "there is no name in front" in done.stderr
+
+
+def test_an_option_takes_several_words_and_may_be_repeated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[Any] = []
+
+    def keep(*arguments: Any) -> bool:
+        asked.append(arguments)
+        return True
+
+    monkeypatch.setattr(table, "run_all", keep)
+    words = ["--seeds", "0", "1", "--strategies=mos", "lae", "--seeds", "2", "--set", "lr=-1", "blocks=[4,5]"]
+    done = ran(*words, "--out", str(tmp_path))
+    assert done.exit_code == 0, done.stderr
+    ((todo, settings, _),) = asked
+    assert [job.seed for job in todo] == [0, 0, 1, 1, 2, 2]
+    assert {job.strategy.text for job in todo} == {"mos", "lae"}
+    assert list(settings) == ["lr=-1", "blocks=[4,5]"]

@@ -12,18 +12,20 @@ are those in memory while the index is built; opened from disk, "ivf" and "exact
 
 from __future__ import annotations
 
-import argparse
 import shutil
 import statistics
 import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Annotated
 
 import numpy as np
 import torch
+import typer
 
 from cl_adapters._seeding import derive
+from cl_adapters.benchmarks.bench._command import command_of, one_of
 from cl_adapters.index import IndexBackend, indexes
 from cl_adapters.index.backends.base import Floats, Ids
 from cl_adapters.index.backends.exact import nearest
@@ -35,26 +37,29 @@ BLOCK = 50_000
 HEAD = ("back-end", "D", "keys", "build s", "ms/query b1", "ms/query b32", "recall@1", "bytes/key", "save s", "open s")
 
 
-def main() -> None:
+def main(
+    keys: Annotated[list[int] | None, typer.Option(help="How many; default 1000 10000 100000.")] = None,
+    width: Annotated[list[int] | None, typer.Option(help="Of the keys; default 384 768.")] = None,
+    backend: Annotated[
+        list[str] | None,
+        typer.Option(callback=one_of(["auto", *indexes.names()]), help="auto, or as in `cl-adapters list indexes`."),
+    ] = None,
+    queries: int = 192,
+    seed: int = 0,
+    folder: Annotated[
+        Path | None, typer.Option(help="Where indexes are saved for a moment; default the system's place.")
+    ] = None,
+) -> None:
     """Print one Markdown row per back-end, width and number of keys."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--keys", type=int, nargs="+", default=[1_000, 10_000, 100_000])
-    parser.add_argument("--width", type=int, nargs="+", default=[384, 768])
-    parser.add_argument("--backend", nargs="+", default=["auto"], choices=["auto", *indexes.names()])
-    parser.add_argument("--queries", type=int, default=192)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--folder", type=Path, help="where indexes are saved for a moment; default the system's place")
-    options = parser.parse_args()
     torch.set_num_threads(1)
     print("| " + " | ".join(HEAD) + " |\n|" + "---|" * len(HEAD), flush=True)
-    for width in options.width:
-        for keys in options.keys:
-            vectors = np.concatenate(list(drawn(keys, keys, width, options.seed, "keys")))
-            queries = np.concatenate(list(drawn(options.queries, keys, width, options.seed, "queries")))
-            truth = nearest(vectors, queries, 1, "ip")[1][:, 0]
-            for name in options.backend:
-                row = measured(name, vectors, queries, truth, options.seed, options.folder)
-                print(f"| {row} |", flush=True)
+    for wide in width or [384, 768]:
+        for many in keys or [1_000, 10_000, 100_000]:
+            vectors = np.concatenate(list(drawn(many, many, wide, seed, "keys")))
+            asked = np.concatenate(list(drawn(queries, many, wide, seed, "queries")))
+            truth = nearest(vectors, asked, 1, "ip")[1][:, 0]
+            for name in backend or ["auto"]:
+                print(f"| {measured(name, vectors, asked, truth, seed, folder)} |", flush=True)
 
 
 def drawn(n: int, keys: int, width: int, seed: int, purpose: str) -> Iterator[Floats]:
@@ -125,4 +130,4 @@ def saved_and_opened(
 
 
 if __name__ == "__main__":
-    main()
+    command_of(main, __doc__)()

@@ -13,18 +13,19 @@ of both.
 
 from __future__ import annotations
 
-import argparse
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 import torch
+import typer
 from torch import Tensor
 
 from cl_adapters.backbones.encode import encode
 from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.benchmarks.base import TextSet
+from cl_adapters.benchmarks.bench._command import command_of, one_of
 from cl_adapters.benchmarks.bench.texts import encoder
 from cl_adapters.benchmarks.data.clinc150 import Clinc150
 from cl_adapters.benchmarks.streams.avalanche import to_avalanche
@@ -41,21 +42,25 @@ LOOKUPS = (("prototypes", "cosine"), ("features", "cosine"), ("prototypes", "mah
 HEAD = ("score", "AUROC", "refused at 95 % recall, %", "calibrated: kept in scope, %", "refused out of scope, %")
 
 
-def main() -> None:
+def main(
+    clinc150: Annotated[Path, typer.Option(help="Folder of data_full.json.")],
+    backbone_name: Annotated[
+        str | None, typer.Option("--backbone", help="hf:FOLDER_OR_NAME; default the package of the bench of texts.")
+    ] = None,
+    strategy_name: Annotated[
+        str,
+        typer.Option("--strategy", callback=one_of(strategies.names()), help="As in `cl-adapters list strategies`."),
+    ] = "simple_cil",
+    train: Annotated[int, typer.Option(help="Training texts of each intent.")] = 100,
+    seed: int = 0,
+) -> None:
     """Train, save, look up, print."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clinc150", type=Path, required=True, help="folder of data_full.json")
-    parser.add_argument("--backbone", help="hf:FOLDER_OR_NAME; default the package of bench_texts")
-    parser.add_argument("--strategy", default="simple_cil", choices=strategies.names())
-    parser.add_argument("--train", type=int, default=100, help="training texts of each intent")
-    parser.add_argument("--seed", type=int, default=0)
-    options = parser.parse_args()
     torch.set_num_threads(1)
-    backbone = FrozenBackbone.load(options.backbone or f"hf:{encoder()}")
-    benchmark = Clinc150(folder=str(options.clinc150), train_per_class=options.train)
-    prepared = prepare(benchmark.load(options.seed), backbone)
-    strategy = strategies.get(options.strategy)(
-        model=backbone, seed=options.seed, evaluator=None, keys=KeysConfig(kind="features")
+    backbone = FrozenBackbone.load(backbone_name or f"hf:{encoder()}")
+    benchmark = Clinc150(folder=str(clinc150), train_per_class=train)
+    prepared = prepare(benchmark.load(seed), backbone)
+    strategy = strategies.get(strategy_name)(
+        model=backbone, seed=seed, evaluator=None, keys=KeysConfig(kind="features")
     )
     for experience in to_avalanche(*prepared).train_stream:
         strategy.train(experience)
@@ -63,7 +68,7 @@ def main() -> None:
     test = prepared.data.test
     assert isinstance(test, TextSet)
     known, strangers = list(test.texts), benchmark.out_of_scope()
-    print(f"{options.strategy}: {len(known):,} queries in scope, {len(strangers):,} out of scope")
+    print(f"{strategy_name}: {len(known):,} queries in scope, {len(strangers):,} out of scope")
     answers = model.predict_texts(known)
     right = np.mean([answer.label == label for answer, label in zip(answers, test.labels, strict=True)])
     print(f"accuracy in scope, nothing refused: {100 * right:.2f} %")
@@ -112,4 +117,4 @@ def features(backbone: FrozenBackbone, texts: list[str], batch: int = 64) -> Ten
 
 
 if __name__ == "__main__":
-    main()
+    command_of(main, __doc__)()

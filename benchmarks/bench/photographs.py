@@ -2,19 +2,21 @@
 
     python -m cl_adapters.benchmarks.bench.photographs --images CIFAR_DIR --weights deit_tiny.safetensors --out DIR
 
-Images, weights, class order and image counts are those of ``bench_public_mos``. Sequential, RanPAC, MOS and Joint train
+Images, weights, class order and image counts are those of ``bench.public_mos``. Sequential, RanPAC, MOS and Joint train
 as MOS does in its setting A, 8 epochs at 0.03 (Joint: one epoch over everything so far after every task), LAE as in its
-released CIFAR-100 configuration, SEMA as in ``bench_public_sema`` with eight cached views. One thread per run; finished
+released CIFAR-100 configuration, SEMA as in ``bench.public_sema`` with eight cached views. One thread per run; finished
 runs found under ``--out`` are not run again.
 """
 
 from __future__ import annotations
 
-import argparse
-import sys
-from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from cl_adapters.benchmarks.bench import table
+from cl_adapters.benchmarks.bench._command import Jobs, RunsFolder, command_of
+from cl_adapters.benchmarks.bench.public_code import DeitWeights, Images
 
 SETTING_A = "train_mb_size=32,train_epochs=8,lr=0.03"
 STRATEGIES = (
@@ -31,19 +33,18 @@ STRATEGIES = (
 )
 
 
-def main() -> int:
+def main(
+    images: Images,
+    weights: DeitWeights,
+    out: RunsFolder,
+    strategies: Annotated[list[str] | None, typer.Option(help="Default: all of the docstring.")] = None,
+    seeds: Annotated[list[int] | None, typer.Option(help="Default 1993.")] = None,
+    jobs: Jobs = 1,
+) -> None:
     """Run what is missing, then print the table as Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, required=True, help="CIFAR-100 as train/CLASS/*.png, test/CLASS/*.png")
-    parser.add_argument("--weights", type=Path, required=True, help="deit_tiny_patch16_224 as .safetensors")
-    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), help="default: all of the docstring")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[1993])
-    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
-    options = parser.parse_args()
     settings = [
         "backbone.name=timm:deit_tiny_patch16_224",
-        f"backbone.weights={options.weights.resolve()}",
+        f"backbone.weights={weights.resolve()}",
         "backbone.img_size=112",
         "backbone.crop_pct=0.875",
         "benchmark.tasks=10",
@@ -51,10 +52,8 @@ def main() -> int:
         "benchmark.max_test_per_class=10",
         "benchmark.order_seed=1993",
     ]
-    arguments = ["--benchmarks", f"folder:{options.images}", "--seeds", *map(str, options.seeds)]
-    arguments += ["--strategies", *options.strategies, "--jobs", str(options.jobs), "--out", str(options.out)]
-    return table.main([*arguments, "--set", *settings])
+    table.main(out, [f"folder:{images}"], strategies or list(STRATEGIES), seeds or [1993], settings, jobs)
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_of(main, __doc__)()

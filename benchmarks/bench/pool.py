@@ -8,7 +8,6 @@ loaded the backbone. Batches are timed by turns in one process on one thread; th
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import subprocess
 import sys
@@ -16,38 +15,40 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Annotated
 
 import torch
+import typer
 
 from cl_adapters.adapters.bottleneck import Bottleneck
 from cl_adapters.backbones.encode import image_preprocessing
 from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.bank.bank import AdapterBank, Route
+from cl_adapters.benchmarks.bench._command import command_of
 from cl_adapters.model.facade import AdapterModel
 from cl_adapters.pool import AdapterPool, NewAdapter, PoolClass
 
 CLASSES = 2
 
 
-def main() -> None:
+def main(
+    adapters: int = 500,
+    backbone: str = "vit_glyph_tiny",
+    batch: int = 32,
+    limit: Annotated[int, typer.Option(help="Adapters in memory.")] = 64,
+    repeats: int = 25,
+    pool: Annotated[Path | None, typer.Option(help="Measure this one; default a new one of random adapters.")] = None,
+) -> None:
     """Make the pool, then measure in a fresh process."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--adapters", type=int, default=500)
-    parser.add_argument("--backbone", default="vit_glyph_tiny")
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--limit", type=int, default=64, help="adapters in memory")
-    parser.add_argument("--repeats", type=int, default=25)
-    parser.add_argument("--pool", type=Path, help="measure this one; default a new one of random adapters")
-    options = parser.parse_args()
     torch.set_num_threads(1)
-    if options.pool is not None:
-        measure(options.pool, options.batch, options.limit, options.repeats)
+    if pool is not None:
+        measure(pool, batch, limit, repeats)
         return
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
-        make(Path(folder) / "pool", FrozenBackbone.load(options.backbone), options.adapters)
-        print(f"adding {options.adapters} adapters in one change  {time.perf_counter() - began:8.1f} s", flush=True)
-        sizes = [f"--{name}={getattr(options, name)}" for name in ("batch", "limit", "repeats")]
+        make(Path(folder) / "pool", FrozenBackbone.load(backbone), adapters)
+        print(f"adding {adapters} adapters in one change  {time.perf_counter() - began:8.1f} s", flush=True)
+        sizes = [f"--batch={batch}", f"--limit={limit}", f"--repeats={repeats}"]
         command = [sys.executable, "-m", "cl_adapters.benchmarks.bench.pool", f"--pool={folder}/pool", *sizes]
         subprocess.run(command, check=True)
 
@@ -153,4 +154,4 @@ def ms_since(began: float) -> str:
 
 
 if __name__ == "__main__":
-    main()
+    command_of(main, __doc__)()

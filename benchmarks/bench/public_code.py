@@ -6,16 +6,16 @@ on the same machine: there about 10 ms, here measured in the run itself, before 
 
 from __future__ import annotations
 
-import argparse
 import contextlib
 import statistics
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import torch
+import typer
 
 from cl_adapters.benchmarks.results.results import Results, read
 from cl_adapters.benchmarks.run.experiment import Experiment, resolve
@@ -23,6 +23,10 @@ from cl_adapters.benchmarks.run.runner import run
 from cl_adapters.benchmarks.streams.datasets import ImageDataset
 
 PUBLIC_FORWARD_MS = 10.0
+
+Images = Annotated[Path, typer.Option(help="CIFAR-100 as train/CLASS/*.png, test/CLASS/*.png")]
+DeitWeights = Annotated[Path, typer.Option(help="deit_tiny_patch16_224 as .safetensors")]
+RunFolder = Annotated[Path, typer.Option(help="Run folder to make.")]
 
 
 @dataclass(frozen=True)
@@ -74,18 +78,8 @@ class Forward:
             raise Enough
 
 
-def arguments(description: str | None) -> argparse.ArgumentParser:
-    """The options that all of these benches have."""
-    parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--images", type=Path, required=True, help="CIFAR-100 as train/CLASS/*.png, test/CLASS/*.png")
-    parser.add_argument("--weights", type=Path, required=True, help="deit_tiny_patch16_224 as .safetensors")
-    parser.add_argument("--seed", type=int, default=1993)
-    parser.add_argument("--out", type=Path, required=True, help="run folder to make")
-    return parser
-
-
 def run_on_photographs(
-    strategy: str, settings: Mapping[str, Any], options: argparse.Namespace, tasks: int
+    strategy: str, settings: Mapping[str, Any], tasks: int, *, images: Path, weights: Path, seed: int, out: Path
 ) -> tuple[Results, float]:
     """Run a strategy on the first ``tasks`` of 10 tasks of 10 classes, on one thread.
 
@@ -95,10 +89,10 @@ def run_on_photographs(
     torch.set_num_threads(1)
     experiment = resolve(
         strategy,
-        f"folder:{options.images}",
+        f"folder:{images}",
         backbone="timm:deit_tiny_patch16_224",
-        weights=str(options.weights),
-        seed=options.seed,
+        weights=str(weights),
+        seed=seed,
         settings={
             "img_size": 112,
             "crop_pct": 0.875,
@@ -113,8 +107,8 @@ def run_on_photographs(
     )
     forward = Forward(experiment, tasks)
     with contextlib.suppress(Enough):
-        run(experiment, options.out, listener=forward)
-    return read(options.out), statistics.median(forward.ms)
+        run(experiment, out, listener=forward)
+    return read(out), statistics.median(forward.ms)
 
 
 def compare(results: Results, public: Public, what: str, forward_ms: float) -> None:

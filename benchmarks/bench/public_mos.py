@@ -11,7 +11,19 @@ tasks, 20 epochs at 0.1. The public code runs 1 + tasks passes per image.
 
 from __future__ import annotations
 
-from cl_adapters.benchmarks.bench.public_code import Public, arguments, compare, run_on_photographs
+from typing import Annotated
+
+import typer
+
+from cl_adapters.benchmarks.bench._command import command_of, one_of
+from cl_adapters.benchmarks.bench.public_code import (
+    DeitWeights,
+    Images,
+    Public,
+    RunFolder,
+    compare,
+    run_on_photographs,
+)
 
 WHAT = {"released": "public code, untouched", "paper": "public code, one merge per step, evaluation pure"}
 PUBLIC = {
@@ -24,17 +36,20 @@ SETTINGS = {"A": (10, 8, 0.03), "B": (5, 20, 0.1)}
 """Tasks, epochs, learning rate."""
 
 
-def main() -> None:
+def main(
+    images: Images,
+    weights: DeitWeights,
+    out: RunFolder,
+    seed: int = 1993,
+    merge: Annotated[str, typer.Option(callback=one_of(sorted(WHAT)), help="released or paper")] = "paper",
+    setting: Annotated[str, typer.Option(callback=one_of(sorted(SETTINGS)), help="A or B")] = "A",
+) -> None:
     """Run one schedule and print the comparison."""
-    parser = arguments(__doc__)
-    parser.add_argument("--merge", choices=sorted(WHAT), default="paper")
-    parser.add_argument("--setting", choices=sorted(SETTINGS), default="A")
-    options = parser.parse_args()
-    tasks, epochs, lr = SETTINGS[options.setting]
-    settings = {"merge": options.merge, "train_epochs": epochs, "lr": lr}
-    results, forward_ms = run_on_photographs("mos", settings, options, tasks)
-    compare(results, PUBLIC[options.setting, options.merge], WHAT[options.merge], forward_ms)
+    tasks, epochs, lr = SETTINGS[setting]
+    settings = {"merge": merge, "train_epochs": epochs, "lr": lr}
+    results, forward_ms = run_on_photographs("mos", settings, tasks, images=images, weights=weights, seed=seed, out=out)
+    compare(results, PUBLIC[setting, merge], WHAT[merge], forward_ms)
 
 
 if __name__ == "__main__":
-    main()
+    command_of(main, __doc__)()

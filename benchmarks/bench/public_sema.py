@@ -3,7 +3,7 @@ r"""SEMA here against the public SEMA code: accuracy, expansions, and CPU time i
     python -m cl_adapters.benchmarks.bench.public_sema --images CIFAR_DIR --weights deit_tiny.safetensors \
         --cached-views 4 --out DIR
 
-Images and weights as in ``bench_public_mos``. The settings are the ones under which the public code (SEMA-CL at
+Images and weights as in ``bench.public_mos``. The settings are the ones under which the public code (SEMA-CL at
 5a45512, without its evaluation after every epoch) gave the figures below, on one thread: 112 px, expandable blocks
 9-11, bottleneck 16, descriptor 32, threshold 1, SGD at 0.005 with batch 32, 20 + 10 epochs, the first 5 of 10 tasks
 of 10 classes.
@@ -11,18 +11,33 @@ of 10 classes.
 
 from __future__ import annotations
 
-from cl_adapters.benchmarks.bench.public_code import Public, arguments, compare, run_on_photographs
+from typing import Annotated
+
+import typer
+
+from cl_adapters.benchmarks.bench._command import command_of
+from cl_adapters.benchmarks.bench.public_code import (
+    DeitWeights,
+    Images,
+    Public,
+    RunFolder,
+    compare,
+    run_on_photographs,
+)
 
 PUBLIC = Public((92.0, 73.0, 63.0, 56.25, 55.8), 942, 0, 12)
 WHAT = "public code; it expanded once, at task 3, in all three blocks"
 TASKS = 5
 
 
-def main() -> None:
+def main(
+    images: Images,
+    weights: DeitWeights,
+    out: RunFolder,
+    seed: int = 1993,
+    cached_views: Annotated[int, typer.Option(help="K cached views per image; 0: fresh augmentation")] = 0,
+) -> None:
     """Run it and print the comparison."""
-    parser = arguments(__doc__)
-    parser.add_argument("--cached-views", type=int, default=0, help="K cached views per image; 0: fresh augmentation")
-    options = parser.parse_args()
     settings = {
         "expandable": [9, 10, 11],
         "adapter.bottleneck": 16,
@@ -31,9 +46,11 @@ def main() -> None:
         "lr": 0.005,
         "train_epochs": 20,
         "descriptor_epochs": 10,
-        "cached_views": options.cached_views,
+        "cached_views": cached_views,
     }
-    results, forward_ms = run_on_photographs("sema", settings, options, TASKS)
+    results, forward_ms = run_on_photographs(
+        "sema", settings, TASKS, images=images, weights=weights, seed=seed, out=out
+    )
     compare(results, PUBLIC, WHAT, forward_ms)
     for found in results.expansions or ():
         print(
@@ -43,4 +60,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    command_of(main, __doc__)()

@@ -12,12 +12,12 @@ adapters near the first one: with few or short steps that one stays near the ide
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
+from typing import Annotated, Any
 
 import torch
-import yaml
+import typer
 from torch import Tensor
 from torch.utils.data import DataLoader
 
@@ -25,6 +25,8 @@ from cl_adapters.adapters.bottleneck import Bottleneck
 from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.bank.bank import Route
 from cl_adapters.benchmarks.base import BenchmarkData
+from cl_adapters.benchmarks.bench._command import command_of, one_of
+from cl_adapters.benchmarks.cli.options import parse_settings
 from cl_adapters.benchmarks.spec import parse_benchmark
 from cl_adapters.benchmarks.streams.avalanche import to_avalanche
 from cl_adapters.benchmarks.streams.datasets import as_dataset, task_indices
@@ -42,6 +44,8 @@ from cl_adapters.predictors.nearest_prototype import NearestPrototype
 from cl_adapters.predictors.self_refine import SelfRefine
 from cl_adapters.predictors.soft_top_k import SoftTopK
 from cl_adapters.strategies.mos import MOS
+
+KEYS = ("prototypes", "centroids", "features")
 
 PREDICTORS: dict[str, Predictor] = {
     "self-refine, from adapter 0 (MOS)": SelfRefine(),
@@ -68,56 +72,45 @@ CONTROLS: dict[str, Predictor] = {
 }
 
 
-def main() -> None:
+def main(
+    benchmark: str = "digits",
+    backbone: str = "vit_glyph_tiny",
+    weights: Annotated[Path | None, typer.Option(help="Local weights of the backbone.")] = None,
+    img_size: int | None = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Options of the benchmark.")
+    ] = None,
+    seed: int = 0,
+    epochs: int = 8,
+    lr: float = 0.1,
+    scale: Annotated[float, typer.Option(help="Of the adapters' output.")] = 0.1,
+    momentum: Annotated[float, typer.Option(help="Of the merging; 0 lets adapters go their own ways.")] = 0.1,
+    keys: Annotated[str, typer.Option(callback=one_of(KEYS), help="prototypes, centroids or features")] = "features",
+    late: Annotated[
+        int | None, typer.Option(help="Blocks with adapters in the second model; default a quarter.")
+    ] = None,
+    rates: Annotated[list[float] | None, typer.Option(help="Of the thresholds; default 0.05 0.1.")] = None,
+) -> None:
     """Train twice (adapters in all blocks, and in the late ones only) and print a table for each."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--benchmark", default="digits")
-    parser.add_argument("--backbone", default="vit_glyph_tiny")
-    parser.add_argument("--weights", type=Path, help="local weights of the backbone")
-    parser.add_argument("--img-size", type=int)
-    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="options of the benchmark")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--epochs", type=int, default=8)
-    parser.add_argument("--lr", type=float, default=0.1)
-    parser.add_argument("--scale", type=float, default=0.1, help="of the adapters' output")
-    parser.add_argument("--momentum", type=float, default=0.1, help="of the merging; 0 lets adapters go their own ways")
-    parser.add_argument("--keys", choices=("prototypes", "centroids", "features"), default="features")
-    parser.add_argument("--late", type=int, help="blocks with adapters in the second model; default a quarter")
-    parser.add_argument("--rates", type=float, nargs="*", default=[0.05, 0.1])
-    options = parser.parse_args()
     torch.set_num_threads(1)
-    settings = {key: yaml.safe_load(value) for key, _, value in (text.partition("=") for text in options.set)}
-    data = parse_benchmark(options.benchmark, settings)[1].load(options.seed)
-    backbone = load(options)
-    late = options.late or max(1, backbone.depth // 4)
-    for blocks in (None, tuple(range(backbone.depth - late, backbone.depth))):
-        where = "all blocks" if blocks is None else f"the last {len(blocks)} of {backbone.depth} blocks"
-        print(f"\nMOS on {len(data.tasks) - 1} tasks of {options.benchmark}, adapters in {where}, keys: {options.keys}")
-        model = trained(load(options), data, options, blocks)
-        table(model, data, options.rates)
+    data = parse_benchmark(benchmark, parse_settings(settings or ()))[1].load(seed)
+
+    def load() -> FrozenBackbone:
+        """A backbone of its own for every model: hooks stay where they are attached."""
+        return FrozenBackbone.load(backbone, weights=weights, img_size=img_size)
+
+    depth = load().depth
+    chosen = {"keys": KeysConfig(kind=keys), "adapter": Bottleneck(scale=scale)}  # type: ignore[arg-type]
+    chosen |= {"seed": seed, "train_epochs": epochs, "lr": lr, "adapter_momentum": momentum}
+    for blocks in (None, tuple(range(depth - (late or max(1, depth // 4)), depth))):
+        where = "all blocks" if blocks is None else f"the last {len(blocks)} of {depth} blocks"
+        print(f"\nMOS on {len(data.tasks) - 1} tasks of {benchmark}, adapters in {where}, keys: {keys}")
+        table(trained(load(), data, chosen | {"blocks": blocks}), data, rates or [0.05, 0.1])
 
 
-def load(options: argparse.Namespace) -> FrozenBackbone:
-    """A backbone of its own for every model: hooks stay where they are attached."""
-    return FrozenBackbone.load(options.backbone, weights=options.weights, img_size=options.img_size)
-
-
-def trained(
-    backbone: FrozenBackbone, data: BenchmarkData, options: argparse.Namespace, blocks: tuple[int, ...] | None
-) -> AdapterModel:
+def trained(backbone: FrozenBackbone, data: BenchmarkData, options: Mapping[str, Any]) -> AdapterModel:
     """MOS on all tasks but the last."""
-    keys = KeysConfig(kind=options.keys)
-    strategy = MOS(
-        model=backbone,
-        seed=options.seed,
-        evaluator=None,
-        keys=keys,
-        train_epochs=options.epochs,
-        lr=options.lr,
-        adapter=Bottleneck(scale=options.scale),
-        adapter_momentum=options.momentum,
-        blocks=blocks,
-    )
+    strategy = MOS(model=backbone, evaluator=None, **options)
     for experience in to_avalanche(*prepare(data, backbone)).train_stream[: len(data.tasks) - 1]:
         strategy.train(experience)
     model: AdapterModel = strategy.model
@@ -175,4 +168,4 @@ def images(known: list[tuple[Tensor, Tensor]]) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    command_of(main, __doc__)()

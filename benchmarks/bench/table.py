@@ -12,7 +12,6 @@ and repeated.
 
 from __future__ import annotations
 
-import argparse
 import os
 import re
 import subprocess
@@ -21,14 +20,19 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Annotated
 
+import typer
 from rich.console import Console
 
+from cl_adapters.benchmarks.bench._command import RunsFolder, command_of
 from cl_adapters.benchmarks.bench.comparison import summarise, to_markdown
 from cl_adapters.benchmarks.results.results import read
 from cl_adapters.errors import ConfigError
 
-STRATEGIES = ("simple_cil", "sequential", "ranpac", "lae", "sema", "mos", "joint")
+ROWS = ("simple_cil", "sequential", "ranpac", "lae", "sema", "mos", "joint")
+"""How rows are sorted, from the cheapest to the upper bound; which there are, the registry knows."""
+CORES = os.cpu_count() or 1
 _KEY = r"[A-Za-z_][\w.]*="
 
 
@@ -121,41 +125,56 @@ def jobs(strategies: Sequence[str], benchmarks: Sequence[str], seeds: Sequence[i
 
 
 def known_strategies() -> list[str]:
-    """The strategies of a full table that this installation has, in the order of its rows."""
+    """All registered strategies, in the order of the rows of a full table; those without a place come before joint."""
     from cl_adapters.strategies.base import strategies
 
-    known = strategies.names()
-    return [name for name in STRATEGIES if name in known]
+    return sorted(strategies.names(), key=lambda name: ROWS.index(name) if name in ROWS else ROWS.index("joint") - 0.5)
 
 
-def main(arguments: Sequence[str] | None = None) -> int:
-    """Run what is missing, then print the table as Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--benchmarks", nargs="+", default=["digits"], help="such as digits, glyphs:200,tasks=20")
-    parser.add_argument("--strategies", nargs="+", help="such as mos, lae:adapter=lora; default all of the package")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2, 3, 4])
-    parser.add_argument(
-        "--set", nargs="*", default=[], metavar="KEY=VALUE", help="for all runs, as in `cl-adapters run`"
-    )
-    parser.add_argument("--jobs", type=int, default=os.cpu_count() or 1, help="processes at a time")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
-    options = parser.parse_args(arguments)
-    try:
-        todo = jobs(options.strategies or known_strategies(), options.benchmarks, options.seeds, options.out)
-    except ConfigError as error:
-        parser.error(str(error))
-    with ThreadPoolExecutor(options.jobs) as pool:
-        failures = [line for line in pool.map(lambda job: _run(job, options.set), todo) if line]
+def run_all(todo: Sequence[Job], settings: Sequence[str] = (), at_a_time: int = 1) -> bool:
+    """Run what is missing, then print the table as Markdown.
+
+    Args:
+        todo: the runs.
+        settings: KEY=VALUE for all of them.
+        at_a_time: processes.
+
+    Returns:
+        Whether all runs are there.
+    """
+    with ThreadPoolExecutor(at_a_time) as pool:
+        failures = [line for line in pool.map(lambda job: _run(job, settings), todo) if line]
     for line in failures:
         print(line, file=sys.stderr)
     runs = [read(job.out) for job in todo if (job.out / "results.json").is_file()]
     Console().print(to_markdown(summarise(runs)), soft_wrap=True, markup=False, highlight=False)
-    return bool(failures)
+    return not failures
+
+
+def main(
+    out: RunsFolder,
+    benchmarks: Annotated[list[str] | None, typer.Option(help="Such as digits, glyphs:200,tasks=20.")] = None,
+    strategies: Annotated[
+        list[str] | None, typer.Option(help="Such as mos, lae:adapter=lora; default all that are registered.")
+    ] = None,
+    seeds: Annotated[list[int] | None, typer.Option(help="Default 0 to 4.")] = None,
+    settings: Annotated[
+        list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="For all runs, as in `cl-adapters run`.")
+    ] = None,
+    at_a_time: Annotated[int, typer.Option("--jobs", help="Processes at a time.")] = CORES,
+) -> None:
+    """Read the words; run; exit code 1 where a run failed."""
+    try:
+        todo = jobs(strategies or known_strategies(), benchmarks or ["digits"], seeds or range(5), out)
+    except ConfigError as error:
+        raise typer.BadParameter(str(error)) from error
+    if not run_all(todo, settings or (), at_a_time):
+        raise typer.Exit(1)
 
 
 def _run(job: Job, settings: Sequence[str]) -> str | None:
     """Run or resume one experiment in a process of its own; return what went wrong, if anything."""
-    command = [sys.executable, "-m", "cl_adapters.benchmarks.cli.root", *job.command(settings)]
+    command = [sys.executable, "-m", "cl_adapters.benchmarks.cli", *job.command(settings)]
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
     print(f"{'done' if done.returncode == 0 else 'FAILED'} {job.out}", file=sys.stderr, flush=True)
@@ -163,4 +182,4 @@ def _run(job: Job, settings: Sequence[str]) -> str | None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_of(main, __doc__)()

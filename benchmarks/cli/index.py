@@ -3,19 +3,17 @@
 from __future__ import annotations
 
 import dataclasses
-import json
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cl_adapters.benchmarks.cli.predict import TextFile, Texts, given_texts
-from cl_adapters.benchmarks.cli.settings import parse_settings
+from cl_adapters.benchmarks.cli._console import console, print_json, say
+from cl_adapters.benchmarks.cli.options import Json, Pool, TextFile, Texts, Weights, given_texts, parse_settings
 from cl_adapters.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -26,20 +24,13 @@ if TYPE_CHECKING:
     from cl_adapters.index.index import AdapterIndex
     from cl_adapters.pool import AdapterPool
 
-app = typer.Typer(no_args_is_help=True, help="Which adapters of a pool know an input: build, query, describe.")
-console = Console()
-
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
 BATCH = 64
 
-Pool = Annotated[Path, typer.Argument(help="Folder of the pool.")]
 Name = Annotated[str, typer.Option(help="Which of the pool's indexes: its folder below index/.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
-Weights = Annotated[Path | None, typer.Option(help="The backbone's weights, if their file (hf: folder) has moved.")]
 Stale = Annotated[str, typer.Option(help="If the pool has changed since: error, warn, refresh or ignore.")]
 
 
-@app.command("build")
 def build_command(
     pool: Pool,
     keys: Annotated[
@@ -85,7 +76,6 @@ def build_command(
     _describe(index, folder, as_json)
 
 
-@app.command("query")
 def query_command(
     pool: Pool,
     inputs: Annotated[
@@ -119,7 +109,7 @@ def query_command(
             {"input": input_, "known": ok, "hits": [dataclasses.asdict(hit) for hit in hits]}
             for input_, ok, hits in zip(names, known, answers, strict=True)
         ]
-        typer.echo(json.dumps({"threshold": threshold, "answers": rows}, indent=1))
+        print_json({"threshold": threshold, "answers": rows})
         return
     table = Table("input", "class", "adapter", "score", "" if threshold is None else "answer")
     for input_, ok, hits in zip(names, known, answers, strict=True):
@@ -132,10 +122,9 @@ def query_command(
     console.print(table)
     if threshold is not None:
         refused = sum(ok is False for ok in known)
-        console.print(f"threshold {threshold:.4f}: {refused} of {len(known)} are none of these", highlight=False)
+        say(f"threshold {threshold:.4f}: {refused} of {len(known)} are none of these", wrapped=True)
 
 
-@app.command("stats")
 def stats_command(pool: Pool, name: Name = "default", as_json: Json = False) -> None:
     """Describe an index: sizes, choices, and whether the pool has changed since."""
     from cl_adapters.index.files import default_folder
@@ -147,8 +136,7 @@ def stats_command(pool: Pool, name: Name = "default", as_json: Json = False) -> 
 def _describe(index: AdapterIndex, folder: Path, as_json: bool) -> None:
     stats = index.stats()
     if as_json:
-        plain = dataclasses.asdict(stats) | {"folder": str(folder)}
-        typer.echo(json.dumps(plain, indent=1))
+        print_json(dataclasses.asdict(stats) | {"folder": str(folder)})
         return
     per_key = "" if stats.bytes_per_key is None else f" ({stats.bytes_per_key:,.0f} per key)"
     rows = {

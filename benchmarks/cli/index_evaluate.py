@@ -3,29 +3,24 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
 from rich.table import Table
 
-from cl_adapters.benchmarks.cli.index import Json, Name, Pool, Stale, Weights, app, console, opened_index, opened_pool
-from cl_adapters.benchmarks.cli.pool import print_json, say
-from cl_adapters.benchmarks.cli.pool_life import Limit, Seed
-from cl_adapters.benchmarks.cli.settings import parse_settings
+from cl_adapters.benchmarks.cli._console import console, print_json, say
+from cl_adapters.benchmarks.cli.index import Name, Stale, opened_index, opened_pool
+from cl_adapters.benchmarks.cli.options import BenchmarkSeed, Json, Limit, Pool, Weights, parse_settings
 from cl_adapters.errors import ConfigError
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from cl_adapters.benchmarks.run.pool_accuracy import BenchmarkItems
     from cl_adapters.index.index import AdapterIndex
     from cl_adapters.model.facade import AdapterModel
     from cl_adapters.openset import OpenSet
     from cl_adapters.pool import AdapterPool
     from cl_adapters.predictors.base import Predictor
-
-__all__ = ["app"]
 
 ROWS = {
     "accuracy": "accuracy",
@@ -36,7 +31,6 @@ ROWS = {
 """Shares of :class:`cl_adapters.openset.OpenSet`, in words."""
 
 
-@app.command("evaluate")
 def evaluate_command(
     pool: Pool,
     benchmark: Annotated[
@@ -52,7 +46,7 @@ def evaluate_command(
     settings: Annotated[
         list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Option of the predictor; may be repeated.")
     ] = None,
-    seed: Seed = 0,
+    seed: BenchmarkSeed = 0,
     limit: Limit = None,
     weights: Weights = None,
     stale: Stale = "error",
@@ -63,6 +57,7 @@ def evaluate_command(
 
     Unseen are the classes of the benchmark that the pool does not know, and all of --unseen.
     """
+    from cl_adapters.benchmarks.run.pool_accuracy import batches
     from cl_adapters.openset import open_set
     from cl_adapters.predictors.base import predictors
 
@@ -72,8 +67,8 @@ def evaluate_command(
         raise ConfigError("--set is for the options of --predictor NAME")
     model = _model(store, index, _predictor(predictor, parse_settings(settings or ())))
     known, strangers = _asked(store, index, benchmark, unseen or (), seed, limit)
-    inputs = (x for items in strangers for x, _ in _batches(model, items))
-    found = open_set(model, _batches(model, known), inputs)
+    inputs = (x for items in strangers for x, _ in batches(model, items))
+    found = open_set(model, batches(model, known), inputs)
     figures = {
         "benchmark": known.data.name,
         "known": len(known.indices),
@@ -144,15 +139,3 @@ def _asked(
             raise ConfigError(f"--unseen {text}: the known classes are of this benchmark; its others are asked anyway")
         others.append(items_of(data, range(len(data.classes)), limit))
     return known, others
-
-
-def _batches(model: AdapterModel, items: BenchmarkItems) -> Iterator[tuple[Tensor, Tensor]]:
-    from torch.utils.data import DataLoader
-
-    from cl_adapters.benchmarks.run.pool_accuracy import BATCH
-    from cl_adapters.benchmarks.streams.datasets import as_dataset
-    from cl_adapters.benchmarks.streams.prepared import prepare
-
-    data, _, transform = prepare(items.data, model.backbone)
-    if items.indices:
-        yield from DataLoader(as_dataset(data.test, items.indices, transform), batch_size=BATCH)

@@ -6,17 +6,15 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
-from cl_adapters.benchmarks.cli.settings import parse_settings
+from cl_adapters.benchmarks.cli._console import console, say
+from cl_adapters.benchmarks.cli.options import Device, parse_settings
 from cl_adapters.errors import ConfigError
 
 if TYPE_CHECKING:
     from cl_adapters.benchmarks.results.instruct import InstructResults, Judged
-
-console = Console()
 
 LOADING = ("pooling", "max_length", "dtype", "quantization")
 
@@ -38,7 +36,7 @@ def instruct_command(
         typer.Option("--set", metavar="KEY=VALUE", help="lr=0.001, adapter.rank=16, max_length=256, benchmark.tasks=5"),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of initial values, order, sampling.", min=0)] = 0,
-    device: Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")] = "cpu",
+    device: Device = "cpu",
     resume: Annotated[Path | None, typer.Option(help="Go on with the interrupted run in this folder.")] = None,
 ) -> None:
     """Continual instruction tuning: learn task by task, judge by likelihood and by generation, save."""
@@ -65,7 +63,7 @@ def instruct_command(
         )
         folder, results = out, instruct.run(experiment, out, device=device, listener=listener)
     show(results)
-    console.print(f"results {escape(str(folder / 'instruct.json'))}", highlight=False, soft_wrap=True)
+    say(f"results {folder / 'instruct.json'}")
 
 
 def show(results: InstructResults) -> None:
@@ -79,7 +77,7 @@ class _Told:
     """One line per task."""
 
     def task_started(self, task: int, tasks: int, names: list[str]) -> None:
-        console.print(f"task {task + 1}/{tasks}: {escape(', '.join(names))}", highlight=False)
+        say(f"task {task + 1}/{tasks}: {', '.join(names)}", wrapped=True)
 
     def progress(self, phase: str, done: int, total: int) -> None:
         pass
@@ -87,15 +85,11 @@ class _Told:
     def task_finished(self, results: InstructResults) -> None:
         seconds = results.seconds_train[-1] + results.seconds_eval[-1]
         last = _number(results.generation.a_last)
-        console.print(f"  exact match on all tasks so far {last} %   ({seconds:.1f} s)", highlight=False)
+        say(f"  exact match on all tasks so far {last} %   ({seconds:.1f} s)", wrapped=True)
 
 
 def _show(results: InstructResults, judged: Judged, how: str) -> None:
-    console.print(
-        f"{results.method} on {escape(results.data)}, seed {results.seed}: exact match {how}, %",
-        highlight=False,
-        soft_wrap=True,
-    )
+    say(f"{results.method} on {results.data}, seed {results.seed}: exact match {how}, %")
     table = Table("after task")
     for name in results.tasks:
         table.add_column(escape(name), justify="right")
@@ -103,10 +97,10 @@ def _show(results: InstructResults, judged: Judged, how: str) -> None:
     for name, row, mean in zip(results.tasks, judged.accuracy_matrix, judged.a_curve, strict=True):
         table.add_row(escape(name), *map(_number, row), _number(mean))
     console.print(table)
-    console.print(
+    say(
         f"A-bar {_number(judged.a_bar)}   A_last {_number(judged.a_last)}   "
         f"forgetting {_number(judged.forgetting)}   BWT {_number(judged.backward_transfer)}",
-        highlight=False,
+        wrapped=True,
     )
 
 

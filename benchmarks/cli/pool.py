@@ -7,24 +7,19 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.console import Console
 from rich.markup import escape
 from rich.table import Table
 
+from cl_adapters.benchmarks.cli._console import console, print_json, say
+from cl_adapters.benchmarks.cli.options import Json, Pool
 from cl_adapters.errors import ConfigError
 
 if TYPE_CHECKING:
     from cl_adapters.pool import AdapterPool, Record
 
-app = typer.Typer(no_args_is_help=True, help="Adapters on disk: make, list, check, merge, compress, forget, exchange.")
-console = Console()
-
-Pool = Annotated[Path, typer.Argument(help="Folder of the pool.")]
 Id = Annotated[str, typer.Argument(help="An adapter's id; see `cl-adapters pool ls`.")]
-Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 
 
-@app.command("ls")
 def ls_command(
     pool: Pool,
     tag: Annotated[list[str] | None, typer.Option(help="Only adapters with this tag; may be repeated.")] = None,
@@ -58,7 +53,6 @@ def ls_command(
         say(f"broken: {broken.id}: {broken.reason}")
 
 
-@app.command("show")
 def show_command(pool: Pool, id: Id, as_json: Json = False) -> None:
     """Show everything that is known of one adapter."""
     store = opened(pool)
@@ -77,7 +71,6 @@ def show_command(pool: Pool, id: Id, as_json: Json = False) -> None:
     console.print(table)
 
 
-@app.command("verify")
 def verify_command(pool: Pool, as_json: Json = False) -> None:
     """Check every record and file; exit code 1 where something is wrong."""
     found = opened(pool).verify()
@@ -93,7 +86,6 @@ def verify_command(pool: Pool, as_json: Json = False) -> None:
     raise typer.Exit(0 if found.ok else 1)
 
 
-@app.command("rm")
 def rm_command(
     pool: Pool, ids: Annotated[list[str], typer.Argument(help="Ids of adapters, also broken ones.")]
 ) -> None:
@@ -108,7 +100,6 @@ def rm_command(
         say(f"removed {id}")
 
 
-@app.command("forget")
 def forget_command(
     pool: Pool,
     id: Annotated[str | None, typer.Argument(help="An adapter's id.")] = None,
@@ -131,7 +122,6 @@ def forget_command(
         say(f"cannot be undone: {line}")
 
 
-@app.command("gc")
 def gc_command(pool: Pool) -> None:
     """Delete the files that no adapter has; they are left when a writer is killed."""
     deleted = opened(pool).gc()
@@ -140,7 +130,6 @@ def gc_command(pool: Pool) -> None:
     say(f"{len(deleted)} files deleted")
 
 
-@app.command("tag")
 def tag_command(
     pool: Pool,
     id: Id,
@@ -152,14 +141,12 @@ def tag_command(
     say(f"{id}: {', '.join(record.tags) or 'no tags'}")
 
 
-@app.command("rename")
 def rename_command(pool: Pool, old: Id, new: Annotated[str, typer.Argument(help="The new id.")]) -> None:
     """Give an adapter another id."""
     opened(pool).rename(old, new)
     say(f"{old} is {new} now")
 
 
-@app.command("copy")
 def copy_command(
     pool: Pool,
     to: Annotated[Path, typer.Argument(help="Another pool of the same backbone.")],
@@ -194,13 +181,3 @@ def classes_of(record: Record, most: int) -> str:
     names = [str(known.label) if known.name is None else known.name for known in record.classes]
     more = f", ... ({len(names)})" if len(names) > most else ""
     return ", ".join(names[:most]) + more
-
-
-def print_json(content: object) -> None:
-    """Print JSON as it is, whatever the width of the terminal."""
-    typer.echo(json.dumps(content, indent=1))
-
-
-def say(text: str) -> None:
-    """Print a line, not wrapped, without markup."""
-    console.print(escape(text), highlight=False, soft_wrap=True)

@@ -8,16 +8,15 @@ from typing import TYPE_CHECKING, Annotated
 
 import typer
 
-from cl_adapters.benchmarks.cli.pool import Id, Pool, app, classes_of, opened, say, type_of
+from cl_adapters.benchmarks.cli._console import say
+from cl_adapters.benchmarks.cli.options import Pool
+from cl_adapters.benchmarks.cli.pool import Id, classes_of, opened, type_of
 from cl_adapters.errors import ClAdaptersError, ConfigError, PoolError, UnknownName
 
 if TYPE_CHECKING:
     from cl_adapters.pool import AdapterPool, PoolClass, Record
 
-__all__ = ["app"]
 
-
-@app.command("export")
 def export_command(
     pool: Pool,
     id: Id,
@@ -33,7 +32,6 @@ def export_command(
     say(f"wrote {folder}: {FORMATS[format](store, folder, id)}")
 
 
-@app.command("import")
 def import_command(
     pool: Pool,
     folder: Annotated[Path, typer.Argument(help="Folder of `cl-adapters pool export`, or of Hugging Face PEFT.")],

@@ -3,10 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
-import tempfile
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
@@ -14,16 +11,14 @@ import typer
 from rich.markup import escape
 from rich.table import Table
 
-from cl_adapters.benchmarks.cli.pool import Json, Pool, console, opened, plain_record, print_json, say
-from cl_adapters.benchmarks.cli.pool_exchange import app  # has the commands of pool_cli and of its own
-from cl_adapters.benchmarks.cli.settings import parse_settings
-from cl_adapters.errors import ClAdaptersError, ConfigError
+from cl_adapters.benchmarks.cli._console import console, print_json, say
+from cl_adapters.benchmarks.cli.options import BenchmarkSeed, Json, Limit, Pool, Weights, parse_settings
+from cl_adapters.benchmarks.cli.pool import opened, plain_record
+from cl_adapters.errors import ConfigError
 
 if TYPE_CHECKING:
-    from cl_adapters.benchmarks.run.pool_accuracy import Change
-    from cl_adapters.pool import AdapterPool, Record
-
-__all__ = ["app"]
+    from cl_adapters.benchmarks.run.pool_accuracy import Change, Samples
+    from cl_adapters.pool import Record
 
 Settings = Annotated[
     list[str] | None, typer.Option("--set", metavar="KEY=VALUE", help="Option of the method or codec; may be repeated.")
@@ -31,13 +26,11 @@ Settings = Annotated[
 Benchmark = Annotated[
     str | None, typer.Option(help="Measures the accuracy before and after; default the one that the adapters name.")
 ]
-Seed = Annotated[int, typer.Option(help="Of the benchmark.", min=0)]
-Limit = Annotated[int | None, typer.Option(help="Test samples per class; default all.", min=1)]
 Accuracy = Annotated[bool, typer.Option("--accuracy/--no-accuracy", help="Measure it.")]
 DryRun = Annotated[bool, typer.Option("--dry-run", help="Print what would come out, write nothing.")]
+NOT_WANTED = "--no-accuracy"
 
 
-@app.command("create")
 def create_command(
     pool: Annotated[Path, typer.Argument(help="New folder.")],
     run: Annotated[Path, typer.Option("--run", help="Folder of a run.")],
@@ -46,9 +39,7 @@ def create_command(
     ] = None,
     tag: Annotated[list[str] | None, typer.Option(help="Of every adapter; may be repeated.")] = None,
     compress: Annotated[str | None, typer.Option(metavar="CODEC", help="See `cl-adapters list codecs`.")] = None,
-    weights: Annotated[
-        Path | None, typer.Option(help="The backbone's weights, if their file (hf: folder) has moved.")
-    ] = None,
+    weights: Weights = None,
 ) -> None:
     """Make a pool of the model of a run, one record per adapter."""
     from cl_adapters.benchmarks.run.pool_of_run import pool_of_run
@@ -59,7 +50,6 @@ def create_command(
         say("without keys, which the index needs: run with --keys prototypes (or centroids, features)")
 
 
-@app.command("merge")
 def merge_command(
     pool: Pool,
     ids: Annotated[list[str], typer.Argument(help="Ids of the adapters to merge.")],
@@ -78,15 +68,14 @@ def merge_command(
     tag: Annotated[list[str] | None, typer.Option(help="Of the merged adapter; may be repeated.")] = None,
     compress: Annotated[str | None, typer.Option(metavar="CODEC", help="See `cl-adapters list codecs`.")] = None,
     benchmark: Benchmark = None,
-    seed: Seed = 0,
+    seed: BenchmarkSeed = 0,
     limit: Limit = None,
     accuracy: Accuracy = True,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Merge adapters into a new one; the old ones stay."""
-    from cl_adapters.benchmarks.run.pool_accuracy import change
-    from cl_adapters.pool.merging import merge_records
+    from cl_adapters.benchmarks.run.pool_accuracy import merge_measured
 
     store = opened(pool)
     parents = [store.get(id) for id in ids]
@@ -95,18 +84,21 @@ def merge_command(
     options = parse_settings(settings or ())
     if weights is not None:
         options["metrics"] = _weights(weights, parents)
-    chosen: dict[str, Any] = {"id": new, "base": base, "rank": rank, "tags": tag or (), "compression": compress}
-    with _scratch(store) as scratch:
-        done = merge_records(store, ids, method, options, **chosen, into=scratch)
-        measured = _measured(
-            parents, benchmark, seed, limit, accuracy, lambda it: change((store, ids), (scratch, [new]), it)
-        )
-    record = done.record
-    if not dry_run:
-        metrics = None if isinstance(measured, str) else {"accuracy": measured.after}
-        record = merge_records(store, ids, method, options, **chosen, metrics=metrics).record
+    done, measured = merge_measured(
+        store,
+        ids,
+        method,
+        options,
+        id=new,
+        base=base,
+        rank=rank,
+        tags=tag or (),
+        compression=compress,
+        samples=_samples(accuracy, benchmark, seed, limit),
+        dry_run=dry_run,
+    )
     if as_json:
-        result = {"written": not dry_run, "record": plain_record(record), "notes": done.notes}
+        result = {"written": not dry_run, "record": plain_record(done.record), "notes": done.notes}
         print_json(result | {"report": done.report.to_plain(), "accuracy": _plain_accuracy(measured)})
         return
     report = done.report
@@ -125,7 +117,6 @@ def merge_command(
         say(f"{', '.join(ids)} stay; a model takes either them or {new}: remove them (pool rm), or choose by ids=")
 
 
-@app.command("compress")
 def compress_command(
     pool: Pool,
     codec: Annotated[str, typer.Option(help="See `cl-adapters list codecs`.")],
@@ -133,31 +124,20 @@ def compress_command(
     settings: Settings = None,
     to: Annotated[Path | None, typer.Option(help="Write a new pool of these adapters, leave this one.")] = None,
     benchmark: Benchmark = None,
-    seed: Seed = 0,
+    seed: BenchmarkSeed = 0,
     limit: Limit = None,
     accuracy: Accuracy = True,
     dry_run: DryRun = False,
     as_json: Json = False,
 ) -> None:
     """Store adapters in fewer bits; prints what that costs."""
-    from cl_adapters.benchmarks.run.pool_accuracy import change
+    from cl_adapters.benchmarks.run.pool_accuracy import compress_measured
     from cl_adapters.codecs import codec_from
-    from cl_adapters.pool.compression import compress_records
 
     store = opened(pool)
     made = codec_from({"type": codec} | parse_settings(settings or ()))
-    chosen = [store.get(id) for id in ids] if ids else list(store.records)
-    model = _largest_model(store, [record.id for record in chosen])
-    with _scratch(store, dict.fromkeys([*model, *(record.id for record in chosen)])) as scratch:
-        done = compress_records(scratch, made, ids or None)
-        asked = [store.get(id) for id in model]
-        measured = _measured(
-            asked, benchmark, seed, limit, accuracy, lambda it: change((store, model), (scratch, model), it)
-        )
-    if not dry_run and to is None:
-        compress_records(store, made, ids or None)
-    elif not dry_run and to is not None:
-        _write_compressed(store, to, ids or None, made)
+    samples = _samples(accuracy, benchmark, seed, limit)
+    done, measured = compress_measured(store, made, ids or None, samples=samples, to=to, dry_run=dry_run)
     if as_json:
         rows = [dataclasses.asdict(one) for one in done]
         print_json({"written": not dry_run, "adapters": rows, "accuracy": _plain_accuracy(measured)})
@@ -173,82 +153,36 @@ def compress_command(
     say(_accuracy_line(measured))
 
 
-def _write_compressed(store: AdapterPool, to: Path, ids: Sequence[str] | None, codec: Any) -> None:
-    from cl_adapters._io import new_folder
-    from cl_adapters.pool.compression import compress_records
+def _samples(wanted: bool, benchmark: str | None, seed: int, limit: int | None) -> Samples | None:
+    from cl_adapters.benchmarks.run.pool_accuracy import Samples
 
-    with new_folder(to) as folder:
-        compress_records(_copied(store, folder, ids), codec)
-
-
-@contextmanager
-def _scratch(store: AdapterPool, ids: Sequence[str] | dict[str, None] = ()) -> Iterator[AdapterPool]:
-    """A pool for a while, with copies of these adapters and the rule that predicts with them."""
-    with tempfile.TemporaryDirectory() as folder:
-        yield _copied(store, Path(folder) / "pool", list(ids))
-
-
-def _copied(store: AdapterPool, folder: Path, ids: Sequence[str] | None) -> AdapterPool:
-    from cl_adapters.pool import AdapterPool
-    from cl_adapters.pool.model_card import CARD
-
-    made = AdapterPool.create(folder, store.backbone)
-    store.copy_to(made, ids)
-    if (store.path / CARD).is_file():
-        shutil.copyfile(store.path / CARD, folder / CARD)
-    return made
-
-
-def _largest_model(store: AdapterPool, ids: Sequence[str]) -> list[str]:
-    """All records, where no class belongs to two of them; else these."""
-    labels = [label for record in store.records for label in record.labels]
-    return list(store.ids) if len(labels) == len(set(labels)) else list(ids)
+    return Samples(benchmark=benchmark, seed=seed, limit=limit) if wanted else None
 
 
 def _weights(text: str, parents: Sequence[Record]) -> list[float]:
     """Numbers as written, or the parents' metric of that name."""
+    from cl_adapters.pool.merging import recorded_metric
+
     try:
         return [float(part) for part in text.split(",")]
     except ValueError:
-        without = [record.id for record in parents if text not in record.metrics]
-        if without:
-            known = sorted({name for record in parents for name in record.metrics})
-            raise ConfigError(
-                f"--weights takes numbers (0.7,0.3) or the name of a metric that all have; {', '.join(without)} has no "
-                f"{text!r}; recorded: {', '.join(known) or 'none'}"
-            ) from None
-        return [record.metrics[text] for record in parents]
-
-
-def _measured(
-    records: Sequence[Record],
-    benchmark: str | None,
-    seed: int,
-    limit: int | None,
-    wanted: bool,
-    measure: Callable[[Any], Change],
-) -> Change | str:
-    """The accuracy before and after, or why it is not known. What is asked for by name has to work."""
-    from cl_adapters.benchmarks.run.pool_accuracy import items_for
-
-    if not wanted:
-        return "--no-accuracy"
+        pass
     try:
-        return measure(items_for(records, benchmark, seed, limit))
-    except ClAdaptersError as error:
-        if benchmark is not None:
-            raise
-        return f"{error}; give --benchmark"
+        return recorded_metric(parents, text)
+    except ConfigError as error:
+        raise ConfigError(f"--weights takes numbers (0.7,0.3) or the name of a metric that all have; {error}") from None
 
 
-def _accuracy_line(measured: Change | str) -> str:
-    if isinstance(measured, str):
-        return f"accuracy not measured: {measured}"
+def _accuracy_line(measured: Change | str | None) -> str:
+    if measured is None or isinstance(measured, str):
+        return f"accuracy not measured: {measured or NOT_WANTED}"
     return (
         f"accuracy {measured.before:.2f} % -> {measured.after:.2f} % ({measured.after - measured.before:+.2f}) on "
         f"{measured.samples} test samples of {measured.benchmark}, predictor {measured.predictor}"
     )
 
 
-def _plain_accuracy(measured: Change | str) -> dict[str, Any]:
-    return {"not_measured": measured} if isinstance(measured, str) else dataclasses.asdict(measured)
+def _plain_accuracy(measured: Change | str | None) -> dict[str, Any]:
+    if measured is None or isinstance(measured, str):
+        return {"not_measured": measured or NOT_WANTED}
+    return dataclasses.asdict(measured)

@@ -1,26 +1,48 @@
-"""What a change of a pool does to its accuracy: the test samples of a benchmark, answered before and after."""
+"""Changing a pool, and what that does to its accuracy: test samples of a benchmark, answered before and after."""
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from itertools import islice
+from pathlib import Path
+from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cl_adapters.benchmarks.base import BenchmarkData, benchmarks
 from cl_adapters.benchmarks.spec import parse_benchmark
 from cl_adapters.benchmarks.streams.datasets import as_dataset, task_indices
 from cl_adapters.benchmarks.streams.prepared import prepare
+from cl_adapters.codecs import Codec
 from cl_adapters.errors import ClAdaptersError, ConfigError, PoolError
 from cl_adapters.model.facade import AdapterModel
 from cl_adapters.parts.keys import CLASS_KEYS
 from cl_adapters.pool import AdapterPool, Record
+from cl_adapters.pool.compression import Compressed, compress_records, compressed_copy
+from cl_adapters.pool.copies import temporary_copy
+from cl_adapters.pool.merging import MergedRecord, merge_records
 from cl_adapters.predictors.base import predictors
 from cl_adapters.predictors.nearest_key import NearestKey
 
 BATCH = 128
+
+
+@dataclass(frozen=True, kw_only=True)
+class Samples:
+    """Which test samples are to show what a change does.
+
+    Attributes:
+        benchmark: "NAME" or "NAME:ARGUMENT"; None: the one that the adapters name, if they do.
+        seed: of the benchmark.
+        limit: per class; None: all.
+    """
+
+    benchmark: str | None = None
+    seed: int = 0
+    limit: int | None = None
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -53,6 +75,82 @@ class Change:
     samples: int
     benchmark: str
     predictor: str
+
+
+def merge_measured(
+    pool: AdapterPool,
+    ids: Sequence[str],
+    method: str,
+    options: Mapping[str, Any],
+    *,
+    id: str,
+    samples: Samples | None,
+    dry_run: bool = False,
+    **chosen: Any,
+) -> tuple[MergedRecord, Change | str | None]:
+    """Merge adapters as :func:`cl_adapters.pool.merging.merge_records` does, with the accuracy of parents and child.
+
+    The child is made and asked in a copy first. The pool gets it with its accuracy among the metrics.
+
+    Args:
+        pool: has the parents; gets the child.
+        ids: the parents.
+        method: of merging.
+        options: of the method.
+        id: of the child.
+        samples: to ask; None: the accuracy is not measured.
+        dry_run: leave the pool as it is.
+        **chosen: further arguments of ``merge_records``.
+
+    Returns:
+        What was made, and the accuracy, why it is not known, or None where it was not asked for.
+    """
+    with temporary_copy(pool) as scratch:
+        made = merge_records(pool, ids, method, options, id=id, **chosen, into=scratch)
+        measured = _measured((pool, ids), (scratch, [id]), samples)
+    if dry_run:
+        return made, measured
+    metrics = {"accuracy": measured.after} if isinstance(measured, Change) else None
+    return replace(
+        made, record=merge_records(pool, ids, method, options, id=id, **chosen, metrics=metrics).record
+    ), measured
+
+
+def compress_measured(
+    pool: AdapterPool,
+    codec: Codec,
+    ids: Sequence[str] | None,
+    *,
+    samples: Samples | None,
+    to: Path | None = None,
+    dry_run: bool = False,
+) -> tuple[tuple[Compressed, ...], Change | str | None]:
+    """Store adapters in fewer bits, with the accuracy before and after, which a copy shows first.
+
+    Asked is the model of all records, where no class belongs to two of them; else that of the compressed ones.
+
+    Args:
+        pool: changed in place, if there is no ``to``.
+        codec: how.
+        ids: of the adapters; None: all.
+        samples: to ask; None: the accuracy is not measured.
+        to: new folder of a pool of these adapters.
+        dry_run: write nothing.
+
+    Returns:
+        What becomes of each, and the accuracy as in :func:`merge_measured`.
+    """
+    chosen = [pool.get(id).id for id in ids] if ids else list(pool.ids)
+    labels = [label for record in pool.records for label in record.labels]
+    model = list(pool.ids) if len(labels) == len(set(labels)) else chosen
+    with temporary_copy(pool, list(dict.fromkeys([*model, *chosen]))) as scratch:
+        done = compress_records(scratch, codec, ids)
+        measured = _measured((pool, model), (scratch, model), samples)
+    if not dry_run and to is None:
+        compress_records(pool, codec, ids)
+    elif not dry_run and to is not None:
+        compressed_copy(pool, to, codec, ids)
+    return done, measured
 
 
 def items_for(records: Sequence[Record], benchmark: str | None, seed: int, limit: int | None) -> BenchmarkItems:
@@ -139,6 +237,33 @@ def benchmark_text(name: str, config: object) -> str:
     return name if value == getattr(type(config), argument) else f"{name}:{value}"
 
 
+def batches(model: AdapterModel, items: BenchmarkItems) -> Iterator[tuple[Tensor, Tensor]]:
+    """Samples as the model's backbone takes them, and their labels [B].
+
+    Raises:
+        ConfigError: the backbone takes no such samples.
+    """
+    data, _, transform = prepare(items.data, model.backbone)
+    if items.indices:
+        yield from DataLoader(as_dataset(data.test, items.indices, transform), batch_size=BATCH)
+
+
+def _measured(
+    before: tuple[AdapterPool, Sequence[str]], after: tuple[AdapterPool, Sequence[str]], samples: Samples | None
+) -> Change | str | None:
+    """The accuracy, or why it is not known. What is asked for by name has to work."""
+    if samples is None:
+        return None
+    pool, ids = before
+    try:
+        items = items_for([pool.get(id) for id in ids], samples.benchmark, samples.seed, samples.limit)
+        return change(before, after, items)
+    except ClAdaptersError as error:
+        if samples.benchmark is not None:
+            raise
+        return f"{error}; give --benchmark"
+
+
 def _models(*pools: tuple[AdapterPool, Sequence[str] | None]) -> list[AdapterModel]:
     try:
         return [AdapterModel.from_pool(pool, ids) for pool, ids in pools]
@@ -152,10 +277,8 @@ def _models(*pools: tuple[AdapterPool, Sequence[str] | None]) -> list[AdapterMod
 def _right(model: AdapterModel, items: BenchmarkItems) -> int:
     if not items.indices:
         raise ClAdaptersError("there are no test samples to ask")
-    data, _, transform = prepare(items.data, model.backbone)
-    dataset = as_dataset(data.test, items.indices, transform)
     labels = torch.tensor(model.classes)
     found = 0
-    for x, y in DataLoader(dataset, batch_size=BATCH):
+    for x, y in batches(model, items):
         found += int((labels[model.answer(x).logits.argmax(1).cpu()] == y).sum())
     return found

@@ -5,11 +5,13 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cl_adapters._io import write_json
+from cl_adapters._io import new_folder, write_json
 from cl_adapters.codecs import codec_from, codecs
 from cl_adapters.errors import PoolError
+from cl_adapters.pool.copies import copy_pool
 from cl_adapters.pool.model_card import CARD, anchor_of, read_card
 from cl_adapters.pool.pool import AdapterPool
 from cl_adapters.pool.record import adapter_file
@@ -77,6 +79,27 @@ def compress_records(
         done.append(Compressed(id=record.id, codec=codecs.name_of(chosen), before=before, after=after, error=error))
     _follow(pool, anchor)
     return tuple(done)
+
+
+def compressed_copy(
+    pool: AdapterPool,
+    to: Path,
+    codec: str | Mapping[str, Any] | Codec,
+    ids: Sequence[str] | None = None,
+) -> None:
+    """Write a new pool of these adapters in fewer bits, whole or not at all; ``pool`` stays.
+
+    Args:
+        pool: is only read.
+        to: new folder.
+        codec: as in :func:`compress_records`.
+        ids: default all adapters.
+
+    Raises:
+        As :func:`compress_records`; StorageError: the folder is there already.
+    """
+    with new_folder(to) as folder:
+        compress_records(copy_pool(pool, folder, ids), codec)
 
 
 def _stored(pool: AdapterPool, sha: str | None) -> int:

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from cl_adapters.errors import PoolError
+from cl_adapters.errors import ConfigError, PoolError
 from cl_adapters.merge.adapters import MergeReport, merge_adapters
 from cl_adapters.pool.checks import TOGETHER, adapter_of
 from cl_adapters.pool.pool import AdapterPool
@@ -106,6 +106,19 @@ def merge_records(
         metrics=metrics,
     )
     return MergedRecord(record=record, report=merged.report, notes=notes)
+
+
+def recorded_metric(records: Sequence[Record], name: str) -> list[float]:
+    """A metric of each record, as weights of a merge.
+
+    Raises:
+        ConfigError: one of them does not record it.
+    """
+    without = [record.id for record in records if name not in record.metrics]
+    if without:
+        known = sorted({metric for record in records for metric in record.metrics})
+        raise ConfigError(f"{', '.join(without)} has no {name!r}; recorded: {', '.join(known) or 'none'}")
+    return [record.metrics[name] for record in records]
 
 
 def one_lineage(pool: AdapterPool, records: Sequence[Record]) -> bool:
