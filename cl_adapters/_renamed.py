@@ -61,7 +61,7 @@ NEW_PLACES = {
     "benchmarks.report_routing": "benchmarks.report.routing",
     "benchmarks.result_parts": "benchmarks.results.parts",
     "benchmarks.rows": "benchmarks.run.rows",
-    "benchmarks.run_folder": "benchmarks.run.run_folder",
+    "benchmarks.run_folder": "benchmarks.run.session",
     "benchmarks.runner": "benchmarks.run.runner",
     "benchmarks.settings": "benchmarks.cli.settings",
     "benchmarks.svg": "benchmarks.report.svg",
