@@ -34,7 +34,7 @@ NEW_PLACES = {
     "benchmarks.chart_grid": "benchmarks.report.chart_grid",
     "benchmarks.charts": "benchmarks.report.charts",
     "benchmarks.comparison": "benchmarks.bench.comparison",
-    "benchmarks.data_instruct": "benchmarks.run.instruct_data",
+    "benchmarks.data_instruct": "benchmarks.data._instructions",
     "benchmarks.datasets": "benchmarks.streams.datasets",
     "benchmarks.evaluation": "benchmarks.run.evaluation",
     "benchmarks.experiment": "benchmarks.run.experiment",

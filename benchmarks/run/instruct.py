@@ -15,9 +15,9 @@ from typing import Any
 from cl_adapters._io import read_json
 from cl_adapters.backbones.hf_forward import Pooling
 from cl_adapters.backbones.load import absolute_name
+from cl_adapters.benchmarks.data._instructions import read_tasks, tasks_fingerprint
 from cl_adapters.benchmarks.results.instruct import FILE_NAME, InstructResults, judged, write
 from cl_adapters.benchmarks.results.parts import BackboneInfo
-from cl_adapters.benchmarks.run.instruct_data import read_tasks, tasks_fingerprint
 from cl_adapters.benchmarks.run.session import SCHEMA, Listener, Progress, Row, changed_inputs, describe, go_on, start
 from cl_adapters.config import build, put_nested, to_plain
 from cl_adapters.errors import ConfigError, StorageError
