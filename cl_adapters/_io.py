@@ -7,21 +7,19 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
-import json
 import os
 import shutil
 import uuid
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load, save
 from torch import Tensor
 
 from cl_adapters.errors import StorageError
-from cl_adapters.files import read_json, write_bytes
+from cl_adapters.files import read_json, write_bytes, write_json
 
 __all__ = ["get_tensors", "new_folder", "put_tensors", "read_json", "write_bytes", "write_json"]
 
@@ -52,15 +50,6 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
     finally:
         shutil.rmtree(scratch, ignore_errors=True)
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write strict JSON (no NaN) atomically.
-
-    Raises:
-        StorageError: the place cannot be written.
-    """
-    write_bytes(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
 
 
 def put_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor], link_from: Path | None = None) -> str:

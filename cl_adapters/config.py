@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -72,6 +72,29 @@ def to_plain(config: Any) -> dict[str, Any]:
     plain = _adapter(cls).dump_python(config, mode="json", include=set(_options(cls)) - unsaid)
     assert isinstance(plain, dict)
     return plain
+
+
+def put_nested(target: dict[str, Any], path: Sequence[str], value: Any, *, named: bool = False) -> None:
+    """Set one option of nested plain values, making the mappings on the way.
+
+    Args:
+        target: changed in place.
+        path: the parts of a dotted key: "adapter", "rank".
+        value: plain.
+        named: whether a value on the way that is no mapping is a plug-in's name, which then becomes its "type".
+
+    Raises:
+        ConfigError: there is such a value, and it is not taken for a name.
+    """
+    for step in path[:-1]:
+        inner = target.setdefault(step, {})
+        if not isinstance(inner, dict):
+            if not named:
+                key = ".".join(path)
+                raise ConfigError(f"{key} is an option of {step}, which is given as {inner!r} too: leave one out")
+            inner = target[step] = {"type": inner}
+        target = inner
+    target[path[-1]] = value
 
 
 def _options(cls: Any) -> list[str]:

@@ -11,7 +11,7 @@ import pytest
 
 from cl_adapters.adapters.base import adapter_to_plain
 from cl_adapters.adapters.lora import LoRA
-from cl_adapters.config import build, to_plain
+from cl_adapters.config import build, put_nested, to_plain
 from cl_adapters.errors import ConfigError
 
 
@@ -156,3 +156,12 @@ def test_an_option_that_came_later_is_written_where_it_is_set() -> None:
     changed = LoRA(init_scheme="gaussian")
     assert adapter_to_plain(changed) == {"type": "lora"} | old | {"init_scheme": "gaussian"}
     assert build(LoRA, to_plain(changed)) == changed
+
+
+def test_a_nested_option_of_a_value_is_refused_unless_the_value_is_a_plug_ins_name() -> None:
+    plain: dict[str, Any] = {"adapter": "lora"}
+    with pytest.raises(ConfigError, match=r"adapter\.rank is an option of adapter, which is given as 'lora' too"):
+        put_nested(plain, ["adapter", "rank"], 2)
+    put_nested(plain, ["adapter", "rank"], 2, named=True)
+    put_nested(plain, ["outer", "inner", "key"], 3)
+    assert plain == {"adapter": {"type": "lora", "rank": 2}, "outer": {"inner": {"key": 3}}}

@@ -18,9 +18,9 @@ from cl_adapters.adapters.lora import LoRA
 from cl_adapters.bank.routes import Route
 from cl_adapters.benchmarks.base import BenchmarkData, TextSet
 from cl_adapters.benchmarks.cli.root import app
+from cl_adapters.benchmarks.data._instructions import from_benchmark, read_folder, read_tasks, tasks_fingerprint
 from cl_adapters.benchmarks.results.instruct import InstructResults, read
 from cl_adapters.benchmarks.run import instruct
-from cl_adapters.benchmarks.run.instruct_data import from_benchmark, read_folder, read_tasks, tasks_fingerprint
 from cl_adapters.errors import ClAdaptersError, ConfigError, DataError, StorageError, TrainingDiverged, UnknownName
 from cl_adapters.language.model import LanguageModel
 from cl_adapters.strategies._loop.order import length_batches

@@ -13,9 +13,9 @@ from typer.testing import CliRunner
 
 from cl_adapters import AdapterModel, AdapterPool
 from cl_adapters.benchmarks.cli.root import app
+from cl_adapters.benchmarks.data._instructions import read_tasks
 from cl_adapters.benchmarks.run import instruct
 from cl_adapters.benchmarks.run.experiment import resolve
-from cl_adapters.benchmarks.run.instruct_data import read_tasks
 from cl_adapters.errors import BackboneUnavailable, ConfigError, DataError, UnknownName
 from cl_adapters.language.model import LanguageModel
 from cl_adapters.parts.abstention import Abstention

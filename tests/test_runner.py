@@ -16,8 +16,8 @@ from safetensors.torch import save_file
 from cl_adapters.benchmarks.results.results import read
 from cl_adapters.benchmarks.run.evaluation import evaluate
 from cl_adapters.benchmarks.run.experiment import Experiment, resolve
-from cl_adapters.benchmarks.run.run_folder import complete_tasks
 from cl_adapters.benchmarks.run.runner import latest_model, resume, run
+from cl_adapters.benchmarks.run.session import complete_tasks
 from cl_adapters.errors import ConfigError, IncompatibleBackbone, StorageError, TrainingDiverged
 from cl_adapters.features import FeatureMemory
 

@@ -21,8 +21,8 @@ import typer
 
 from cl_adapters._io import write_json
 from cl_adapters.benchmarks.run.experiment import resolve
-from cl_adapters.benchmarks.run.run_folder import complete_tasks
 from cl_adapters.benchmarks.run.runner import run
+from cl_adapters.benchmarks.run.session import complete_tasks
 from cl_adapters.strategies.base import strategies
 
 MORE = (("mos", "glyphs", 5), ("sema", "glyphs", 5))

@@ -1,1 +1,1 @@
-"""Running experiments: what is run, its session, its folder, its evaluation."""
+"""Running experiments: what is run, its session with its folder, its evaluation."""

@@ -15,7 +15,7 @@ from cl_adapters.backbones.frozen import FrozenBackbone, Pooling
 from cl_adapters.backbones.load import absolute_name
 from cl_adapters.benchmarks.base import BenchmarkConfig, BenchmarkData, TextSet
 from cl_adapters.benchmarks.spec import parse_benchmark
-from cl_adapters.config import build, to_plain
+from cl_adapters.config import build, put_nested, to_plain
 from cl_adapters.errors import ConfigError, UnknownName
 from cl_adapters.parts.keys import KeysConfig
 from cl_adapters.predictors.base import Predictor, predictor_from, predictor_to_plain
@@ -205,7 +205,7 @@ def resolve(
             section, *path = path
         else:
             section = "backbone" if key in backbone_keys else "strategy"
-        _put(plain.setdefault(section, {}), path, value, key)
+        put_nested(plain.setdefault(section, {}), path, value, named=True)
     return Experiment.from_plain(plain)
 
 
@@ -223,12 +223,3 @@ def data_fingerprint(data: BenchmarkData) -> str:
             digest.update(repr(image.shape).encode())
             digest.update(image.tobytes())
     return digest.hexdigest()
-
-
-def _put(target: dict[str, Any], path: list[str], value: Any, key: str) -> None:
-    for step in path[:-1]:
-        inner = target.setdefault(step, {})
-        if not isinstance(inner, dict):
-            inner = target[step] = {"type": inner}
-        target = inner
-    target[path[-1]] = value

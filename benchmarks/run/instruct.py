@@ -1,54 +1,33 @@
-"""Running continual instruction tuning task by task, with a checkpoint after each that is whole or not there.
+"""Running continual instruction tuning: ``instruct.json`` after every task.
 
-    RUN/config.json        what is run, fingerprints of backbone and data, versions
-    RUN/tasks/000/         model/ (AdapterModel) and row.json (what was measured), renamed in place when complete
-    RUN/instruct.json      after every task (:mod:`cl_adapters.benchmarks.results.instruct`)
-
-Every task's randomness is derived from (seed, task), so a resumed run gives the numbers of an uninterrupted one.
+The folder and the order of events are those of :mod:`cl_adapters.benchmarks.run.session`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-import platform
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
-from importlib.metadata import version
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any
 
-from cl_adapters._io import new_folder, read_json, write_json
-from cl_adapters._version import __version__
+from cl_adapters._io import read_json
 from cl_adapters.backbones.hf_forward import Pooling
 from cl_adapters.backbones.load import absolute_name
+from cl_adapters.benchmarks.data._instructions import read_tasks, tasks_fingerprint
 from cl_adapters.benchmarks.results.instruct import FILE_NAME, InstructResults, judged, write
 from cl_adapters.benchmarks.results.parts import BackboneInfo
-from cl_adapters.benchmarks.run.instruct_data import read_tasks, tasks_fingerprint
-from cl_adapters.benchmarks.run.run_folder import complete_tasks, exclusive
-from cl_adapters.config import build, to_plain
+from cl_adapters.benchmarks.run.session import SCHEMA, Listener, Progress, Row, changed_inputs, describe, go_on, start
+from cl_adapters.config import build, put_nested, to_plain
 from cl_adapters.errors import ConfigError, StorageError
 from cl_adapters.language.model import LanguageModel
 from cl_adapters.model.facade import AdapterModel
-from cl_adapters.model.files import save_model, stored_bytes
+from cl_adapters.model.files import stored_bytes
 from cl_adapters.strategies.instruct.base import InstructConfig, InstructMethod, instruct_methods
 from cl_adapters.strategies.instruct.evaluation import check_answers, evaluate
-from cl_adapters.strategies.instruct.tasks import InstructTask
 
-SCHEMA = 1
-
-
-class Listener(Protocol):
-    """Who is told how a run goes."""
-
-    def task_started(self, task: int, tasks: int, names: list[str]) -> None:
-        """A task begins."""
-
-    def progress(self, phase: str, done: int, total: int) -> None:
-        """Within a task."""
-
-    def task_finished(self, results: InstructResults) -> None:
-        """A task is saved; ``results`` covers all tasks so far."""
+__all__ = ["InstructExperiment", "Listener", "resume", "run"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -94,11 +73,18 @@ class InstructExperiment:
         Raises:
             ConfigError: an unknown one, or a wrong value.
         """
-        return build(self.method_class.Config, _nested(self.settings), self.method)
+        nested: dict[str, Any] = {}
+        for key, value in self.settings.items():
+            put_nested(nested, key.split("."), value)
+        return build(self.method_class.Config, nested, self.method)
 
 
 def run(
-    experiment: InstructExperiment, out: Path, *, device: str = "cpu", listener: Listener | None = None
+    experiment: InstructExperiment,
+    out: Path,
+    *,
+    device: str = "cpu",
+    listener: Listener[InstructResults] | None = None,
 ) -> InstructResults:
     """Run an experiment in the new folder ``out``.
 
@@ -108,16 +94,12 @@ def run(
     """
     if out.exists():
         raise StorageError(f"{out} exists already: go on with `cl-adapters instruct --resume {out}`, or choose another")
-    experiment = dataclasses.replace(experiment, model=absolute_name(experiment.model))
-    session = _Session(experiment, out, device, listener)
-    check_answers(session.language, session.tasks, session.config.max_new_tokens)
-    with new_folder(out) as folder:
-        (folder / "tasks").mkdir()
-        write_json(folder / "config.json", session.description)
-    return session.go()
+    runner = _Runner(dataclasses.replace(experiment, model=absolute_name(experiment.model)), device)
+    check_answers(runner.language, runner.sequence, runner.config.max_new_tokens)
+    return start(runner, out, listener)
 
 
-def resume(out: Path, *, device: str = "cpu", listener: Listener | None = None) -> InstructResults:
+def resume(out: Path, *, device: str = "cpu", listener: Listener[InstructResults] | None = None) -> InstructResults:
     """Go on after the last complete task of the run in ``out``; a finished run is left as it is.
 
     Raises:
@@ -127,26 +109,21 @@ def resume(out: Path, *, device: str = "cpu", listener: Listener | None = None) 
     recorded = read_json(out / "config.json", schema_version=SCHEMA)
     if "instruct" not in recorded:
         raise StorageError(f"{out} is no run of instruction tuning; go on with `cl-adapters resume {out}`")
-    session = _Session(build(InstructExperiment, recorded["instruct"], "run"), out, device, listener)
-    for key in ("backbone_fingerprint", "data_fingerprint"):
-        if recorded[key] != session.description[key]:
-            raise ConfigError(
-                f"this run cannot be resumed, its inputs changed: {key} was {recorded[key][:16]}, now "
-                f"{session.description[key][:16]}"
-            )
-    session.description = recorded
-    return session.go()
+    runner = _Runner(build(InstructExperiment, recorded["instruct"], "run"), device)
+    for key, then, now in changed_inputs(recorded, runner.description):
+        raise ConfigError(f"this run cannot be resumed, its inputs changed: {key} was {then[:16]}, now {now[:16]}")
+    return go_on(runner, out, listener, recorded)
 
 
-class _Session:
-    """One process working on one run folder."""
+class _Runner:
+    """The :class:`TaskRunner` of a method on a sequence of tasks."""
 
-    def __init__(self, experiment: InstructExperiment, out: Path, device: str, listener: Listener | None) -> None:
+    def __init__(self, experiment: InstructExperiment, device: str) -> None:
         self.experiment = experiment
-        self.out = out
-        self.listener = listener
+        self.device = device
         self.config = experiment.config  # what is wrong with the settings is said before anything is loaded
-        self.tasks = read_tasks(experiment.data, experiment.order, experiment.benchmark, experiment.seed)
+        self.sequence = read_tasks(experiment.data, experiment.order, experiment.benchmark, experiment.seed)
+        self.tasks: Sequence[Sequence[str]] = [[task.name] for task in self.sequence]
         self.language = LanguageModel.load(
             experiment.model,
             adapter=self.config.adapter,
@@ -157,59 +134,45 @@ class _Session:
             dtype=experiment.dtype,
             quantization=experiment.quantization,
         ).to(device)
-        self.device = device
-        self.description = self._describe()
+        self.description = describe(
+            {"instruct": to_plain(experiment) | {"settings": to_plain(self.config)}},
+            self.language.model.backbone.fingerprint,
+            tasks_fingerprint(self.sequence),
+            ["torch", "transformers", "tokenizers", "numpy", "safetensors"],
+        )
 
-    def go(self) -> InstructResults:
-        """Learn and judge the tasks that are not complete."""
-        with exclusive(self.out):
-            done = complete_tasks(self.out)
-            rows = [read_json(path / "row.json", schema_version=SCHEMA) for path in done]
-            method = self._method(done)
-            for task in range(len(done), len(self.tasks)):
-                rows.append(self._task(method, task, rows))
-                results = self._results(rows)
-                write(results, self.out / FILE_NAME)
-                if self.listener is not None:
-                    self.listener.task_finished(results)
-            results = self._results(rows)
-            write(results, self.out / FILE_NAME)
-        return results
+    @property
+    def model(self) -> AdapterModel:
+        """The method's."""
+        return self.method.language.model
 
-    def _method(self, done: Sequence[Path]) -> InstructMethod:
-        """The method after the complete tasks."""
+    def restore(self, done: Sequence[Path], progress: Progress | None) -> None:
+        """Build the method, on the model of the last complete task if there is one."""
         language = self.language
         if done:
             model = AdapterModel.load(done[-1] / "model", language.model.backbone, self.device)
             language = LanguageModel(language.lm, model)
-        return self.experiment.method_class(language, self.config, self.experiment.seed)
+        self.method: InstructMethod = self.experiment.method_class(language, self.config, self.experiment.seed)
+        self.progress = progress
 
-    def _task(self, method: InstructMethod, task: int, rows: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-        """Learn one task, judge, and save."""
-        if self.listener is not None:
-            self.listener.task_started(task, len(self.tasks), [self.tasks[task].name])
+    def run_task(self, task: int, rows: Sequence[Row]) -> Row:
+        """Learn one task, then judge all so far."""
         started = time.perf_counter()
-        method.learn(self.tasks[task], None if self.listener is None else self.listener.progress)
+        self.method.learn(self.sequence[task], self.progress)
         learned = time.perf_counter()
-        scores = evaluate(method, self.tasks[: task + 1])
+        scores = evaluate(self.method, self.sequence[: task + 1])
         judged_at = time.perf_counter()
-        row = {
-            "schema_version": SCHEMA,
-            "task": task,
+        return {
             **{name: list(values) for name, values in dataclasses.asdict(scores).items()},
-            "train_loss": method.losses[-1],
-            "trainable_parameters": method.trainable_parameters,
-            "stored_bytes": stored_bytes(method.language.model) - sum(int(row["stored_bytes"]) for row in rows),
+            "train_loss": self.method.losses[-1],
+            "trainable_parameters": self.method.trainable_parameters,
+            "stored_bytes": stored_bytes(self.model) - sum(int(row["stored_bytes"]) for row in rows),
             "seconds": {"train": learned - started, "eval": judged_at - learned},
         }
-        previous = self.out / "tasks" / f"{task - 1:03d}" / "model" if task else None
-        with new_folder(self.out / "tasks" / f"{task:03d}") as folder:
-            save_model(method.language.model, folder / "model", link_from=previous)
-            write_json(folder / "row.json", row)
-        return row
 
-    def _results(self, rows: Sequence[Mapping[str, Any]]) -> InstructResults:
-        tasks: Sequence[InstructTask] = self.tasks[: len(rows)]
+    def results(self, rows: Sequence[Row]) -> InstructResults:
+        """The content of ``instruct.json``."""
+        tasks = self.sequence[: len(rows)]
         counts = [len(task.test) for task in tasks]
         generation = judged([row["generation"] for row in rows], counts)
         assert generation is not None
@@ -232,29 +195,9 @@ class _Session:
             versions=self.description["versions"],
         )
 
-    def _describe(self) -> dict[str, Any]:
-        packages = ["torch", "transformers", "tokenizers", "numpy", "safetensors"]
-        settings = {"settings": to_plain(self.config)}
-        return {
-            "schema_version": SCHEMA,
-            "instruct": to_plain(self.experiment) | settings,
-            "backbone_fingerprint": self.language.model.backbone.fingerprint,
-            "data_fingerprint": tasks_fingerprint(self.tasks),
-            "versions": {"python": platform.python_version(), "cl-adapters": __version__}
-            | {name: version(name) for name in packages},
-        }
+    def write(self, results: InstructResults, out: Path) -> None:
+        """Write ``instruct.json``."""
+        write(results, out / FILE_NAME)
 
-
-def _nested(settings: Mapping[str, Any]) -> dict[str, Any]:
-    """Settings with a dot in their name, as "adapter.rank", as fields of a mapping."""
-    found: dict[str, Any] = {}
-    for key, value in settings.items():
-        *outer, last = key.split(".")
-        place = found
-        for name in outer:
-            inner = place.setdefault(name, {})
-            if not isinstance(inner, dict):
-                raise ConfigError(f"{key} is an option of {name}, which is given as {inner!r} too: leave one out")
-            place = inner
-        place[last] = value
-    return found
+    def finish(self, results: InstructResults, out: Path) -> None:
+        """Nothing more."""

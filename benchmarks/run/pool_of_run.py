@@ -9,8 +9,7 @@ from typing import TYPE_CHECKING
 from cl_adapters._io import read_json
 from cl_adapters.benchmarks.run.experiment import Experiment
 from cl_adapters.benchmarks.run.pool_accuracy import benchmark_text
-from cl_adapters.benchmarks.run.run_folder import complete_tasks
-from cl_adapters.benchmarks.run.runner import SCHEMA
+from cl_adapters.benchmarks.run.session import SCHEMA, complete_tasks
 from cl_adapters.errors import StorageError
 from cl_adapters.model.facade import AdapterModel
 from cl_adapters.model.files import moved_backbone
