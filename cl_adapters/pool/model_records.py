@@ -19,8 +19,8 @@ from cl_adapters.model.facade import AdapterModel
 from cl_adapters.model.origins import Origin
 from cl_adapters.parts.keys import Keys
 from cl_adapters.parts.retrieval import keys_of
+from cl_adapters.pool.edit import NewAdapter
 from cl_adapters.pool.model_card import CARD, card_of
-from cl_adapters.pool.new_adapter import NewAdapter
 from cl_adapters.pool.pool import AdapterPool
 from cl_adapters.pool.record import PoolClass
 from cl_adapters.predictors.base import predictors

@@ -19,9 +19,9 @@ from typing import TYPE_CHECKING
 from cl_adapters.errors import PoolError
 from cl_adapters.files import write_bytes
 from cl_adapters.pool.blobs import from_bytes, read_blob, read_file, sha_of
-from cl_adapters.pool.changes import Addition, add, files, write
 from cl_adapters.pool.checks import adapter_check, check_fingerprint, check_finite, check_knowledge, check_positions
 from cl_adapters.pool.disk import Disk
+from cl_adapters.pool.edit import Addition, add, files, write
 from cl_adapters.pool.manifest import Manifest, manifest_to_plain, parse_manifest
 from cl_adapters.pool.model_card import CARD, card_bytes, has_card
 from cl_adapters.pool.record import SHA, Record, adapter_file, check_id, knowledge_file, shown
