@@ -71,6 +71,7 @@ NEW_PLACES = {
     "benchmarks.tokenised": "benchmarks.streams.tokenised",
     "benchmarks.variants": "benchmarks.bench.variants",
     "entering": "backbones.entering",
+    "files": "_io",
     "fingerprint": "backbones.fingerprint",
     "heads": "model.heads",
     "hf_forward": "backbones.hf_forward",
