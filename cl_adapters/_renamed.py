@@ -72,7 +72,7 @@ NEW_PLACES = {
     "benchmarks.variants": "benchmarks.bench.variants",
     "entering": "backbones.entering",
     "files": "_io",
-    "fingerprint": "backbones.fingerprint",
+    "fingerprint": "backbones.card",
     "heads": "model.heads",
     "hf_forward": "backbones.hf_forward",
     "hf_image": "backbones.hf_image",

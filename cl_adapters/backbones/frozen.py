@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_adapters.backbones.batches import Inputs
-from cl_adapters.backbones.fingerprint import fingerprint_of
+from cl_adapters.backbones.card import fingerprint_of
 from cl_adapters.backbones.hf_forward import Pooling, check_pooling, pooled, width_of
 from cl_adapters.backbones.passes import Pass, begin, go_on, how_blocks_return
 from cl_adapters.backbones.preprocessing import Preprocessing

@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 from cl_adapters._io import check_schema, parse_json, sync_folder, write_bytes
+from cl_adapters.backbones.card import BackboneCard
 from cl_adapters.config import build, to_plain
 from cl_adapters.errors import ConfigError, PoolError, UnknownName
 from cl_adapters.pool.blobs import read_file
@@ -61,32 +62,6 @@ def _with_lineage(content: dict[str, Any]) -> dict[str, Any]:
     if isinstance(records, list):
         records = [new | record if isinstance(record, dict) else record for record in records]
     return content | {"records": records}
-
-
-@dataclass(frozen=True, kw_only=True)
-class BackboneCard:
-    """Which backbone the adapters belong to.
-
-    Attributes:
-        name: as in :class:`cl_adapters.FrozenBackbone`.
-        source: arguments of ``FrozenBackbone.load`` that give it again; empty for a wrapped module.
-        fingerprint: SHA-256 of weights, preprocessing (with the tokenizer of texts) and pooling.
-        num_features: D.
-        preprocessing: of images or texts, as plain values; None where inputs are neither.
-    """
-
-    name: str
-    source: dict[str, Any]
-    fingerprint: str
-    num_features: int
-    preprocessing: dict[str, Any] | None
-
-    def __post_init__(self) -> None:
-        check_text("backbone.name", self.name)
-        if not SHA.fullmatch(self.fingerprint):
-            raise PoolError(f"backbone.fingerprint {shown(self.fingerprint)} is no SHA-256")
-        if self.num_features < 1:
-            raise PoolError(f"backbone.num_features is {self.num_features}")
 
 
 @dataclass(frozen=True)
@@ -190,6 +165,19 @@ def check_free(id: str, taken: Container[str]) -> None:
         raise PoolError(f"there is an adapter {id!r} already: choose another id, or replace or remove that one")
 
 
+def check_card(card: BackboneCard) -> None:
+    """Check that the texts and numbers of a backbone's card can stand in a manifest.
+
+    Raises:
+        PoolError: one has the wrong form.
+    """
+    check_text("backbone.name", card.name)
+    if not SHA.fullmatch(card.fingerprint):
+        raise PoolError(f"backbone.fingerprint {shown(card.fingerprint)} is no SHA-256")
+    if card.num_features < 1:
+        raise PoolError(f"backbone.num_features is {card.num_features}")
+
+
 def load_manifest(pool: Path) -> bytes:
     """The manifest's bytes, for :func:`parse_manifest`.
 
@@ -219,6 +207,7 @@ def parse_manifest(content: bytes, where: Path) -> Manifest:
         raise PoolError(f"{where} is damaged: it has no backbone or no list of records; restore a copy")
     try:
         backbone = build(BackboneCard, card, "backbone")
+        check_card(backbone)
     except (ConfigError, PoolError) as error:
         raise PoolError(f"{where} is damaged: {clipped(str(error), 300)}; restore a copy") from error
     entries = [_entry(record, place) for place, record in enumerate(records)]
@@ -247,8 +236,10 @@ def write_manifest(pool: Path, manifest: Manifest) -> bytes:
     """Write the manifest in the current schema, in one step; returns its bytes.
 
     Raises:
+        PoolError: the backbone's card has values of the wrong form.
         StorageError: it cannot be written; the old one still stands.
     """
+    check_card(manifest.backbone)
     plain = manifest_to_plain(manifest)
     content = (json.dumps(plain, indent=1, allow_nan=False) + "\n").encode()
     write_bytes(pool / MANIFEST, content)

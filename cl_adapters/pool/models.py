@@ -21,7 +21,7 @@ from cl_adapters.model.facade import AdapterModel
 from cl_adapters.model.origins import Origin
 from cl_adapters.parts.abstention import Abstention
 from cl_adapters.parts.keys import Keys, KeysConfig
-from cl_adapters.pool.checks import adapter_of, check_fingerprint
+from cl_adapters.pool.checks import adapter_of
 from cl_adapters.pool.model_card import CARD, anchor_of, read_card
 from cl_adapters.pool.model_records import save_pool
 from cl_adapters.pool.pool import AdapterPool
@@ -78,7 +78,7 @@ def from_pool(
     if not isinstance(pool, AdapterPool):
         pool = AdapterPool.open(pool, backbone=backbone, limit=0)  # the bank keeps what is loaded
     elif backbone is not None:
-        check_fingerprint(pool.backbone_card, backbone, "backbone")
+        pool.backbone_card.check(backbone)
     records = _chosen(pool, ids)
     model = AdapterModel(backbone or pool.backbone, _bank(pool, records, backbone or pool.backbone, limit))
     for task, record in enumerate(records):

@@ -19,13 +19,14 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from cl_adapters.backbones.card import BackboneCard
 from cl_adapters.errors import PoolError
 from cl_adapters.pool import edit, transfer
 from cl_adapters.pool.blobs import FOLDERS, delete, orphans, sha_of
-from cl_adapters.pool.checks import adapter_of, card_of, check_fingerprint, load_backbone
+from cl_adapters.pool.checks import adapter_of, load_backbone
 from cl_adapters.pool.disk import LOCK, Disk, locked
 from cl_adapters.pool.edit import NewAdapter
-from cl_adapters.pool.manifest import MANIFEST, BackboneCard, Broken, Manifest, write_manifest
+from cl_adapters.pool.manifest import MANIFEST, Broken, Manifest, write_manifest
 from cl_adapters.pool.record import PoolClass, Record, shown
 from cl_adapters.pool.store import load_adapter, load_knowledge, named_codec, pack_knowledge
 from cl_adapters.pool.verify import Verification, verify_files
@@ -76,7 +77,7 @@ class AdapterPool:
         self._guard = threading.Lock()
         card = self._disk.manifest().backbone
         if backbone is not None:
-            check_fingerprint(card, backbone, "backbone")
+            card.check(backbone)
             self._backbone = backbone
 
     @classmethod
@@ -104,7 +105,7 @@ class AdapterPool:
                     raise PoolError(f"{pool} is {what}")
                 for folder in FOLDERS:
                     (pool / folder).mkdir(exist_ok=True)
-                write_manifest(pool, Manifest(card_of(backbone)))
+                write_manifest(pool, Manifest(BackboneCard.of(backbone)))
         except PoolError:
             raise
         except OSError as error:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 from cl_adapters._io import new_folder, write_bytes, write_json
 from cl_adapters.errors import PoolError
 from cl_adapters.pool.blobs import from_bytes, read_blob, read_file, sha_of
-from cl_adapters.pool.checks import adapter_check, check_fingerprint, check_finite, check_knowledge, check_positions
+from cl_adapters.pool.checks import adapter_check, check_finite, check_knowledge, check_positions
 from cl_adapters.pool.disk import Disk
 from cl_adapters.pool.edit import Addition, add, files, write
 from cl_adapters.pool.manifest import Manifest, manifest_to_plain, parse_manifest, plain_manifest
@@ -36,7 +36,7 @@ RECORD, ADAPTER, ROWS = "record.json", "adapter.safetensors", "knowledge.safeten
 def copy(source: Disk, target: Disk, ids: tuple[str, ...]) -> tuple[Record, ...]:
     """Copy adapters, byte by byte; see ``AdapterPool.copy_to``."""
     manifest = source.manifest()
-    check_fingerprint(target.manifest().backbone, manifest.backbone, f"pool {source.path} with backbone")
+    target.manifest().backbone.check(manifest.backbone, f"pool {source.path} with backbone")
     records = [manifest.get(id) for id in dict.fromkeys(ids)]
     whole = set(manifest.by_id) == {record.id for record in records}
     card = card_bytes(source.path) if whole else None
@@ -87,10 +87,9 @@ def import_folder(disk: Disk, folder: Path, id: str | None, backbone: Callable[[
         raise PoolError(f"{folder / RECORD} cannot be used: the record of {shown(entry.id)} is broken: {entry.reason}")
     present = disk.manifest()
     card = present.backbone
-    check_fingerprint(card, manifest.backbone, "this folder with backbone")
-    record = _with_parents(
-        manifest.records[0], _named_parents(plain_manifest(content, folder / RECORD)), _content_of(present.records)
-    )
+    card.check(manifest.backbone, "this folder with backbone")
+    parents = _named_parents(plain_manifest(content, folder / RECORD))
+    record = _with_parents(manifest.records[0], parents, _content_of(present.records))
     adapter = rows = None
     if record.adapter_sha is not None:
         whole, where = backbone(), str(folder / ADAPTER)
