@@ -1,27 +1,114 @@
-"""Files that are either whole or not there: safetensors and JSON, written beside, synced, then renamed.
+"""Files that are either whole or not there: bytes, JSON and safetensors, written beside, synced, then renamed.
 
-No pickle is ever read: a file that is not valid safetensors or JSON is an error before any of it is used.
+No pickle is ever read: a file that is not valid safetensors or JSON is an error before any of it is used. Torch is
+imported only where tensors are: pools open and reports are made without it.
 """
 
 from __future__ import annotations
 
 import ctypes
 import hashlib
+import json
 import os
 import shutil
 import uuid
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-
-from safetensors import SafetensorError
-from safetensors.torch import load, save
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from cl_adapters.errors import StorageError
-from cl_adapters.files import read_json, write_bytes, write_json
 
-__all__ = ["get_tensors", "new_folder", "put_tensors", "read_json", "write_bytes", "write_json"]
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+def write_bytes(path: Path, content: bytes) -> None:
+    """Write a file atomically: a reader sees the old bytes or the new ones.
+
+    Args:
+        path: the file; missing parent folders are made.
+        content: all of it.
+
+    Raises:
+        StorageError: the place cannot be written.
+    """
+    scratch = path.with_name(f".{path.name}.{uuid.uuid4().hex[:8]}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            _put(scratch, content)
+            scratch.replace(path)
+        finally:
+            scratch.unlink(missing_ok=True)
+    except OSError as error:
+        raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
+
+
+def write_json(path: Path, content: Mapping[str, Any]) -> None:
+    """Write strict JSON (no NaN) atomically.
+
+    Raises:
+        StorageError: the place cannot be written.
+    """
+    write_bytes(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+
+
+def parse_json(content: bytes, *, parse_constant: Callable[[str], Any] | None = None, **hooks: Any) -> Any:
+    """Understand strict JSON: UTF-8, and no NaN or infinity.
+
+    Args:
+        content: all of it.
+        parse_constant: what NaN and infinity become where they are let through.
+        hooks: others of ``json.loads``.
+
+    Raises:
+        ValueError: it is none, or nested too deeply.
+    """
+    try:
+        return json.loads(content.decode("utf-8"), parse_constant=parse_constant or _refuse, **hooks)
+    except RecursionError as error:
+        raise ValueError(str(error)) from error
+
+
+def check_schema(content: Any, newest: int, where: object, error: type[StorageError] = StorageError) -> dict[str, Any]:
+    """A JSON object with a ``schema_version`` that this release knows.
+
+    Args:
+        content: from :func:`parse_json`.
+        newest: schema that the caller understands, with all before it.
+        where: the file, for messages.
+        error: what is raised.
+
+    Raises:
+        StorageError: no object, without a version, or written by a newer release.
+    """
+    version = content.get("schema_version") if isinstance(content, dict) else None
+    if not isinstance(version, int) or isinstance(version, bool) or version < 0:
+        raise error(f"{where} has no schema_version; it was not written by cl-adapters")
+    if version > newest:
+        raise error(f"{where} has schema {version}, this cl-adapters reads up to {newest}; upgrade cl-adapters")
+    assert isinstance(content, dict)
+    return content
+
+
+def read_json(path: Path, *, schema_version: int) -> dict[str, Any]:
+    """Read a strict JSON object (no NaN) with a ``schema_version`` that this release knows.
+
+    Args:
+        path: the file.
+        schema_version: the newest schema that the caller understands.
+
+    Raises:
+        StorageError: missing, not strict JSON, without a version, or written by a newer release.
+    """
+    try:
+        content = parse_json(path.read_bytes())
+    except FileNotFoundError as error:
+        raise StorageError(f"{path} is missing") from error
+    except (OSError, ValueError) as error:
+        raise StorageError(f"{path} cannot be read as JSON: {error}") from error
+    return check_schema(content, schema_version, path)
 
 
 @contextmanager
@@ -44,7 +131,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
         raise StorageError(f"cannot write to {path.parent}: {error.strerror or error}") from error
     try:
         yield scratch
-        _sync(scratch)
+        sync_folder(scratch)
         _swap(scratch, path)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
@@ -61,6 +148,8 @@ def put_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor], link_fro
         tensors: any device; stored as they are.
         link_from: a finished folder whose file of that name is hard-linked when it has the same bytes.
     """
+    from safetensors.torch import save
+
     content = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
     digest = hashlib.sha256(content).hexdigest()
     path = folder / name
@@ -72,10 +161,7 @@ def put_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor], link_fro
             return digest
         except OSError:  # another file system, or one without links: write a copy
             pass
-    with path.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
+    _put(path, content)
     return digest
 
 
@@ -85,6 +171,9 @@ def get_tensors(path: Path, digest: str) -> dict[str, Tensor]:
     Raises:
         StorageError: missing, altered, or not safetensors.
     """
+    from safetensors import SafetensorError
+    from safetensors.torch import load
+
     try:
         content = path.read_bytes()
     except OSError as error:
@@ -97,12 +186,24 @@ def get_tensors(path: Path, digest: str) -> dict[str, Tensor]:
         raise StorageError(f"{path} is not a safetensors file: {error}") from error
 
 
-def _sync(folder: Path) -> None:
+def sync_folder(folder: Path) -> None:
+    """Make the names in a folder survive a power cut."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def _put(path: Path, content: bytes) -> None:
+    with path.open("wb") as file:
+        file.write(content)
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def _refuse(constant: str) -> None:
+    raise ValueError(f"{constant} is not JSON")
 
 
 def _swap(scratch: Path, path: Path) -> None:

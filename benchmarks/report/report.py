@@ -18,12 +18,12 @@ from typing import Any
 import numpy as np
 from jinja2 import Environment, StrictUndefined
 
+from cl_adapters._io import write_bytes
 from cl_adapters.benchmarks.report import figures, growth
 from cl_adapters.benchmarks.report import routing as retrieval
 from cl_adapters.benchmarks.report.figures import Figure
 from cl_adapters.benchmarks.report.svg import amount, percent, rough_duration
 from cl_adapters.benchmarks.results.results import Results
-from cl_adapters.files import write_bytes
 
 FILE_NAME = "report.html"
 _TEMPLATES = Path(__file__).with_name("templates")

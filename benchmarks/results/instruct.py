@@ -7,10 +7,10 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
+from cl_adapters._io import read_json, write_json
 from cl_adapters.benchmarks.results.parts import BackboneInfo, Row, Rows, agree, figures
 from cl_adapters.config import build, to_plain
 from cl_adapters.errors import ConfigError, StorageError
-from cl_adapters.files import read_json, write_json
 
 SCHEMA_VERSION = 1
 FILE_NAME = "instruct.json"

@@ -17,6 +17,7 @@ from typing import Any
 import numpy as np
 
 from cl_adapters import metrics
+from cl_adapters._io import read_json, write_bytes
 from cl_adapters.benchmarks.results.parts import (
     BackboneInfo,
     Expansion,
@@ -30,7 +31,6 @@ from cl_adapters.benchmarks.results.parts import (
 )
 from cl_adapters.config import build, to_plain
 from cl_adapters.errors import ConfigError, StorageError
-from cl_adapters.files import read_json, write_bytes
 
 __all__ = ["BackboneInfo", "Expansion", "Passes", "Results", "Routing", "Row", "Rows", "Seconds", "read", "write"]
 

@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import enum
-import json
 import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from cl_adapters._io import parse_json
 from cl_adapters.errors import ClAdaptersError, ConfigError, StorageError
 from cl_adapters.interchange.peft_folder import CONFIG
 
@@ -129,9 +129,9 @@ def _read_file(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > LIMIT:
             raise StorageError(f"{path} is larger than {LIMIT} bytes; that is no adapter's configuration")
-        config = json.loads(path.read_text(encoding="utf-8"))
+        config = parse_json(path.read_bytes(), parse_constant=float)  # PEFT itself lets NaN through
     except FileNotFoundError as error:
         raise StorageError(f"{path} is missing; a PEFT folder has it") from error
-    except (OSError, ValueError, RecursionError) as error:
+    except (OSError, ValueError) as error:
         raise StorageError(f"{path} cannot be read as JSON: {error}") from error
     return config if isinstance(config, dict) else {}

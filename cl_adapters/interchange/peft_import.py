@@ -13,10 +13,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
+from cl_adapters._io import read_json
 from cl_adapters.adapters.lora import LoRA, Target
 from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.errors import ClAdaptersError, IncompatibleBackbone, StorageError
-from cl_adapters.files import read_json
 from cl_adapters.interchange.peft_config import (
     PATTERNS,
     PLAIN,

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 
 from cl_adapters._io import get_tensors, new_folder, put_tensors, read_json, write_json
 from cl_adapters.adapters import adapters
+from cl_adapters.backbones.card import BackboneCard
 from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.backbones.load import moved_source
 from cl_adapters.bank.bank import AdapterBank
@@ -50,7 +51,7 @@ def load_model(cls: type[M], path: Path, backbone: FrozenBackbone | None = None)
         raise StorageError(f"no saved model at {path}: the folder does not exist")
     card = read_json(path / "model.json", schema_version=SCHEMA)
     try:
-        return _assemble(cls, path, card, _backbone(card["backbone"], backbone))
+        return _assemble(cls, path, card, _backbone(BackboneCard(**card["backbone"]), backbone))
     except (KeyError, TypeError, IndexError) as error:
         raise StorageError(f"{path / 'model.json'} is incomplete: {type(error).__name__} {error}") from error
 
@@ -66,24 +67,16 @@ def moved_backbone(path: Path, place: Path) -> FrozenBackbone:
         StorageError: no saved model there.
         BackboneUnavailable, IncompatibleBackbone: nothing can be loaded from ``place``.
     """
-    card = read_json(path / "model.json", schema_version=SCHEMA)["backbone"]
+    card = BackboneCard(**read_json(path / "model.json", schema_version=SCHEMA)["backbone"])
     _check_named(card)
-    return FrozenBackbone.load(**moved_source(card["source"], place))
+    return FrozenBackbone.load(**moved_source(card.source, place))
 
 
 def _describe(model: Classifier) -> dict[str, Any]:
-    backbone = model.backbone
-    recipe = None if backbone.preprocessing is None else to_plain(backbone.preprocessing)
     bank = model.bank
     return {
         "schema_version": SCHEMA,
-        "backbone": {
-            "name": backbone.name,
-            "source": backbone.source,
-            "fingerprint": backbone.fingerprint,
-            "num_features": backbone.num_features,
-            "preprocessing": recipe,
-        },
+        "backbone": to_plain(BackboneCard.of(model.backbone)),
         "adapter": None
         if bank is None
         else {
@@ -129,22 +122,18 @@ def _tensors(model: Classifier) -> dict[str, dict[str, Tensor]]:
     return files
 
 
-def _backbone(card: Mapping[str, Any], given: FrozenBackbone | None) -> FrozenBackbone:
+def _backbone(card: BackboneCard, given: FrozenBackbone | None) -> FrozenBackbone:
     if given is None:
         _check_named(card)
-        given = FrozenBackbone.load(**card["source"])
-    if given.fingerprint != card["fingerprint"]:
-        raise IncompatibleBackbone(
-            f"these adapters were trained on backbone {card['name']!r} with fingerprint {card['fingerprint'][:16]}, "
-            f"but {given.name!r} has {given.fingerprint[:16]}: same weights, preprocessing and pooling are needed"
-        )
+        given = FrozenBackbone.load(**card.source)
+    card.check(given)
     return given
 
 
-def _check_named(card: Mapping[str, Any]) -> None:
-    if not card["source"]:
+def _check_named(card: BackboneCard) -> None:
+    if not card.source:
         raise IncompatibleBackbone(
-            f"this model was trained on a wrapped module ({card['name']}), which cannot be loaded by name: "
+            f"this model was trained on a wrapped module ({card.name}), which cannot be loaded by name: "
             "pass it as backbone=FrozenBackbone.wrap(module, ...)"
         )
 

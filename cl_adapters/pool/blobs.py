@@ -15,8 +15,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
+from cl_adapters._io import sync_folder, write_bytes
 from cl_adapters.errors import PoolError
-from cl_adapters.files import write_bytes
 from cl_adapters.pool.header import Header, header_length, parse_header
 
 if TYPE_CHECKING:
@@ -97,8 +97,8 @@ def sync_folders(pool: Path) -> None:
     """Make the names of new tensor files survive a power cut."""
     for folder in FOLDERS:
         if (pool / folder).is_dir():
-            sync(pool / folder)
-    sync(pool)  # a folder may be new
+            sync_folder(pool / folder)
+    sync_folder(pool)  # a folder may be new
 
 
 def sha_of(content: bytes) -> str:
@@ -171,15 +171,6 @@ def check_folder(path: Path) -> None:
     """
     if path.is_symlink():
         raise PoolError(f"{path} is a link that leads out of the pool; put the files themselves there")
-
-
-def sync(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
 
 
 @contextmanager

@@ -9,9 +9,9 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from cl_adapters.backbones.card import BackboneCard
 from cl_adapters.errors import ClAdaptersError, IncompatibleBackbone, PoolError
 from cl_adapters.pool.header import Header
-from cl_adapters.pool.manifest import BackboneCard
 from cl_adapters.pool.record import Record, shown
 
 if TYPE_CHECKING:
@@ -194,37 +194,6 @@ def count(header: Header) -> int:
     return sum(math.prod(declared.shape) for declared in header.values())
 
 
-def check_fingerprint(card: BackboneCard, other: BackboneCard | FrozenBackbone, what: str) -> None:
-    """Check that something belongs to the same backbone.
-
-    Args:
-        card: of the pool.
-        other: a backbone, or another card.
-        what: "backbone", "pool ..." for the message.
-
-    Raises:
-        IncompatibleBackbone: names both fingerprints.
-    """
-    if other.fingerprint != card.fingerprint:
-        raise IncompatibleBackbone(
-            f"the adapters of this pool belong to backbone {card.name!r} with fingerprint {card.fingerprint[:16]}, but "
-            f"{what} {other.name!r} has {other.fingerprint[:16]}: same weights, preprocessing and pooling are needed"
-        )
-
-
-def card_of(backbone: FrozenBackbone) -> BackboneCard:
-    """What a manifest says of a backbone."""
-    from cl_adapters.config import to_plain
-
-    return BackboneCard(
-        name=backbone.name,
-        source=dict(backbone.source),
-        fingerprint=backbone.fingerprint,
-        num_features=backbone.num_features,
-        preprocessing=None if backbone.preprocessing is None else to_plain(backbone.preprocessing),
-    )
-
-
 def load_backbone(card: BackboneCard) -> FrozenBackbone:
     """Load the backbone of a pool from its recorded source.
 
@@ -244,5 +213,5 @@ def load_backbone(card: BackboneCard) -> FrozenBackbone:
         backbone = FrozenBackbone.load(**card.source)
     except TypeError as error:
         raise PoolError(f"the pool's manifest has a source of the backbone that is none: {error}") from error
-    check_fingerprint(card, backbone, "what its source gives,")
+    card.check(backbone, "what its source gives,")
     return backbone

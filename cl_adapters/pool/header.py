@@ -5,10 +5,10 @@ Layout of the format: 8 bytes length n of the header, little-endian; n bytes of 
 
 from __future__ import annotations
 
-import json
 import math
 from typing import Any, NamedTuple
 
+from cl_adapters._io import parse_json
 from cl_adapters.errors import PoolError
 from cl_adapters.pool.record import clipped, shown
 
@@ -58,8 +58,8 @@ def parse_header(head: bytes, size: int, where: object) -> Header:
     """
     length = header_length(head, size, where)
     try:
-        plain = json.loads(head[8 : 8 + length].decode("utf-8"), object_pairs_hook=_unique)
-    except (ValueError, RecursionError) as error:
+        plain = parse_json(head[8 : 8 + length], object_pairs_hook=_unique, parse_constant=str)
+    except ValueError as error:
         raise _foreign(where, f"its header is no JSON ({clipped(str(error), 80)})") from error
     if not isinstance(plain, dict):
         raise _foreign(where, "its header is no JSON object")

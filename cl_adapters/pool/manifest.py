@@ -18,10 +18,11 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from cl_adapters._io import check_schema, parse_json, sync_folder, write_bytes
+from cl_adapters.backbones.card import BackboneCard
 from cl_adapters.config import build, to_plain
 from cl_adapters.errors import ConfigError, PoolError, UnknownName
-from cl_adapters.files import write_bytes
-from cl_adapters.pool.blobs import read_file, sync
+from cl_adapters.pool.blobs import read_file
 from cl_adapters.pool.record import (
     SHA,
     Record,
@@ -61,32 +62,6 @@ def _with_lineage(content: dict[str, Any]) -> dict[str, Any]:
     if isinstance(records, list):
         records = [new | record if isinstance(record, dict) else record for record in records]
     return content | {"records": records}
-
-
-@dataclass(frozen=True, kw_only=True)
-class BackboneCard:
-    """Which backbone the adapters belong to.
-
-    Attributes:
-        name: as in :class:`cl_adapters.FrozenBackbone`.
-        source: arguments of ``FrozenBackbone.load`` that give it again; empty for a wrapped module.
-        fingerprint: SHA-256 of weights, preprocessing (with the tokenizer of texts) and pooling.
-        num_features: D.
-        preprocessing: of images or texts, as plain values; None where inputs are neither.
-    """
-
-    name: str
-    source: dict[str, Any]
-    fingerprint: str
-    num_features: int
-    preprocessing: dict[str, Any] | None
-
-    def __post_init__(self) -> None:
-        check_text("backbone.name", self.name)
-        if not SHA.fullmatch(self.fingerprint):
-            raise PoolError(f"backbone.fingerprint {shown(self.fingerprint)} is no SHA-256")
-        if self.num_features < 1:
-            raise PoolError(f"backbone.num_features is {self.num_features}")
 
 
 @dataclass(frozen=True)
@@ -190,6 +165,19 @@ def check_free(id: str, taken: Container[str]) -> None:
         raise PoolError(f"there is an adapter {id!r} already: choose another id, or replace or remove that one")
 
 
+def check_card(card: BackboneCard) -> None:
+    """Check that the texts and numbers of a backbone's card can stand in a manifest.
+
+    Raises:
+        PoolError: one has the wrong form.
+    """
+    check_text("backbone.name", card.name)
+    if not SHA.fullmatch(card.fingerprint):
+        raise PoolError(f"backbone.fingerprint {shown(card.fingerprint)} is no SHA-256")
+    if card.num_features < 1:
+        raise PoolError(f"backbone.num_features is {card.num_features}")
+
+
 def load_manifest(pool: Path) -> bytes:
     """The manifest's bytes, for :func:`parse_manifest`.
 
@@ -213,12 +201,13 @@ def parse_manifest(content: bytes, where: Path) -> Manifest:
     Raises:
         PoolError: not strict JSON, of a newer schema, or without a backbone or a list of records.
     """
-    plain = _migrated(_strict_json(content, where), where)
+    plain = _migrated(plain_manifest(content, where), where)
     version, card, records = plain["schema_version"], plain.get("backbone"), plain.get("records")
     if not isinstance(card, dict) or not isinstance(records, list):
         raise PoolError(f"{where} is damaged: it has no backbone or no list of records; restore a copy")
     try:
         backbone = build(BackboneCard, card, "backbone")
+        check_card(backbone)
     except (ConfigError, PoolError) as error:
         raise PoolError(f"{where} is damaged: {clipped(str(error), 300)}; restore a copy") from error
     entries = [_entry(record, place) for place, record in enumerate(records)]
@@ -229,16 +218,32 @@ def parse_manifest(content: bytes, where: Path) -> Manifest:
     return Manifest(backbone, tuple(entries), version)
 
 
+def plain_manifest(content: bytes, where: Path) -> dict[str, Any]:
+    """A manifest's JSON as it stands there, of this schema or an older one.
+
+    Raises:
+        PoolError: not strict JSON, or of a newer schema.
+    """
+    try:
+        # numbers that JSON does not know stay texts: they break the record that has them, not the pool
+        plain = parse_json(content, parse_constant=str, parse_float=_finite, parse_int=_short)
+    except ValueError as error:
+        raise PoolError(f"{where} cannot be read as JSON: {clipped(str(error), 200)}; restore a copy") from error
+    return check_schema(plain, SCHEMA, where, PoolError)
+
+
 def write_manifest(pool: Path, manifest: Manifest) -> bytes:
     """Write the manifest in the current schema, in one step; returns its bytes.
 
     Raises:
+        PoolError: the backbone's card has values of the wrong form.
         StorageError: it cannot be written; the old one still stands.
     """
+    check_card(manifest.backbone)
     plain = manifest_to_plain(manifest)
     content = (json.dumps(plain, indent=1, allow_nan=False) + "\n").encode()
     write_bytes(pool / MANIFEST, content)
-    sync(pool)
+    sync_folder(pool)
     return content
 
 
@@ -249,21 +254,6 @@ def manifest_to_plain(manifest: Manifest) -> dict[str, Any]:
         "backbone": to_plain(manifest.backbone),
         "records": [record_to_plain(entry) if isinstance(entry, Record) else entry.plain for entry in manifest.entries],
     }
-
-
-def _strict_json(content: bytes, where: Path) -> dict[str, Any]:
-    try:
-        # numbers that JSON does not know stay texts: they break the record that has them, not the pool
-        plain = json.loads(content.decode("utf-8"), parse_constant=str, parse_float=_finite, parse_int=_short)
-    except (ValueError, RecursionError) as error:
-        raise PoolError(f"{where} cannot be read as JSON: {clipped(str(error), 200)}; restore a copy") from error
-    version = plain.get("schema_version") if isinstance(plain, dict) else None
-    if not isinstance(version, int) or isinstance(version, bool) or version < 0:
-        raise PoolError(f"{where} has no schema_version; it was not written by cl-adapters")
-    if version > SCHEMA:
-        raise PoolError(f"{where} has schema {version}, this cl-adapters reads up to {SCHEMA}; upgrade cl-adapters")
-    assert isinstance(plain, dict)
-    return plain
 
 
 def _migrated(plain: dict[str, Any], where: Path) -> dict[str, Any]:

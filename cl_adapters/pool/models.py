@@ -24,9 +24,9 @@ from cl_adapters.model.classifier import Classifier
 from cl_adapters.model.state import Origin
 from cl_adapters.parts.abstention import Abstention
 from cl_adapters.parts.keys import CLASS_KEYS, Keys, KeysConfig, check_own_keys
-from cl_adapters.pool.checks import adapter_of, check_fingerprint
+from cl_adapters.pool.checks import adapter_of
+from cl_adapters.pool.edit import NewAdapter
 from cl_adapters.pool.model_card import CARD, SCHEMA, anchor_of, read_card
-from cl_adapters.pool.new_adapter import NewAdapter
 from cl_adapters.pool.pool import AdapterPool
 from cl_adapters.pool.record import PoolClass, Record
 from cl_adapters.predictors.base import Predictor, predictors
@@ -83,7 +83,7 @@ def from_pool(
     if not isinstance(pool, AdapterPool):
         pool = AdapterPool.open(pool, backbone=backbone, limit=0)  # the bank keeps what is loaded
     elif backbone is not None:
-        check_fingerprint(pool.backbone_card, backbone, "backbone")
+        pool.backbone_card.check(backbone)
     records = _chosen(pool, ids)
     model = cls(backbone or pool.backbone, _bank(pool, records, backbone or pool.backbone, limit))
     for task, record in enumerate(records):

@@ -12,20 +12,24 @@ leaves the old state or the new one, and perhaps files without a record, which `
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterable, Mapping
+import threading
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
+from cl_adapters.backbones.card import BackboneCard
 from cl_adapters.errors import PoolError
-from cl_adapters.pool import changes, interchange
+from cl_adapters.pool import edit, transfer
 from cl_adapters.pool.blobs import FOLDERS, delete, orphans, sha_of
-from cl_adapters.pool.checks import adapter_of, card_of
-from cl_adapters.pool.disk import LOCK, locked
-from cl_adapters.pool.manifest import MANIFEST, Manifest, write_manifest
-from cl_adapters.pool.new_adapter import NewAdapter, addition, pack
-from cl_adapters.pool.reader import PoolReader
+from cl_adapters.pool.checks import adapter_of, load_backbone
+from cl_adapters.pool.disk import LOCK, Disk, locked
+from cl_adapters.pool.edit import NewAdapter
+from cl_adapters.pool.manifest import MANIFEST, Broken, Manifest, write_manifest
 from cl_adapters.pool.record import PoolClass, Record, shown
-from cl_adapters.pool.store import named_codec, pack_knowledge
+from cl_adapters.pool.store import load_adapter, load_knowledge, named_codec, pack_knowledge
+from cl_adapters.pool.verify import Verification, verify_files
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -34,8 +38,11 @@ if TYPE_CHECKING:
     from cl_adapters.backbones.frozen import FrozenBackbone
     from cl_adapters.codecs import Codec
 
+T = TypeVar("T")
+P = TypeVar("P", bound="AdapterPool")
 
-class AdapterPool(PoolReader):
+
+class AdapterPool:
     """Adapters of one backbone on disk: many readers, one writer at a time.
 
     Opening reads the manifest only. Every read sees the newest state that a writer finished, also those of other
@@ -51,6 +58,27 @@ class AdapterPool(PoolReader):
         PoolError: no pool there, or its manifest is damaged or of a newer schema.
         IncompatibleBackbone: ``backbone`` is not the one that the adapters were trained on.
     """
+
+    def __init__(
+        self,
+        path: str | Path,
+        *,
+        backbone: FrozenBackbone | None = None,
+        limit: int = 64,
+        timeout: float = 30.0,
+    ) -> None:
+        if limit < 0:
+            raise PoolError(f"limit is the number of adapters kept in memory, got {limit}")
+        self.path = Path(path)
+        self.limit = limit
+        self._disk = Disk(self.path, timeout)
+        self._backbone: FrozenBackbone | None = None
+        self._loaded: OrderedDict[object, dict[str, Tensor]] = OrderedDict()
+        self._guard = threading.Lock()
+        card = self._disk.manifest().backbone
+        if backbone is not None:
+            card.check(backbone)
+            self._backbone = backbone
 
     @classmethod
     def create(
@@ -77,12 +105,115 @@ class AdapterPool(PoolReader):
                     raise PoolError(f"{pool} is {what}")
                 for folder in FOLDERS:
                     (pool / folder).mkdir(exist_ok=True)
-                write_manifest(pool, Manifest(card_of(backbone)))
+                write_manifest(pool, Manifest(BackboneCard.of(backbone)))
         except PoolError:
             raise
         except OSError as error:
             raise PoolError(f"cannot make a pool at {pool}: {error.strerror or error}") from error
         return cls(pool, backbone=backbone, limit=limit, timeout=timeout)
+
+    @classmethod
+    def open(
+        cls: type[P],
+        path: str | Path,
+        *,
+        backbone: FrozenBackbone | None = None,
+        limit: int = 64,
+        timeout: float = 30.0,
+    ) -> P:
+        """Open a pool; arguments and errors as for the class."""
+        return cls(path, backbone=backbone, limit=limit, timeout=timeout)
+
+    @property
+    def backbone_card(self) -> BackboneCard:
+        """Name, source, fingerprint, width and preprocessing of the backbone, without loading it."""
+        return self._disk.manifest().backbone
+
+    @property
+    def backbone(self) -> FrozenBackbone:
+        """The backbone, loaded on first use.
+
+        Raises:
+            IncompatibleBackbone: it has to be given to :meth:`open`; or its source gives another one today.
+            BackboneUnavailable: its weights cannot be had here.
+        """
+        with self._guard:
+            if self._backbone is None:
+                self._backbone = load_backbone(self._disk.manifest().backbone)
+                self._loaded.clear()  # what was loaded before was not checked against its sites
+            return self._backbone
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """What is known of each adapter, oldest first; broken records are left out."""
+        return self._disk.manifest().records
+
+    @property
+    def broken(self) -> tuple[Broken, ...]:
+        """Records that cannot be used, with the reason; :meth:`remove` takes their ids too."""
+        return self._disk.manifest().broken
+
+    @property
+    def ids(self) -> tuple[str, ...]:
+        """The adapters' ids, oldest first."""
+        return tuple(record.id for record in self.records)
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __contains__(self, id: object) -> bool:
+        return isinstance(self._disk.manifest().by_id.get(str(id)), Record)
+
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}({str(self.path)!r}, {len(self)} adapters of {self.backbone_card.name!r})"
+
+    def get(self, id: str) -> Record:
+        """The record of one adapter.
+
+        Raises:
+            UnknownName: there is none of that id; names the nearest.
+            PoolError: its record is broken.
+        """
+        return self._disk.manifest().get(id)
+
+    def list(
+        self, tags: Sequence[str] = (), classes: Sequence[int] = (), type: str | None = None
+    ) -> tuple[Record, ...]:
+        """Records by filter.
+
+        Args:
+            tags: those with all of these.
+            classes: those that know at least one of these labels.
+            type: those of that adapter type, such as "bottleneck".
+        """
+        return tuple(
+            record
+            for record in self.records
+            if set(tags) <= set(record.tags)
+            and (not classes or set(classes) & set(record.labels))
+            and (type is None or (record.adapter or {}).get("type") == type)
+        )
+
+    def tensors(self, id: str) -> dict[str, Tensor]:
+        """The tensors of one adapter; do not write into them, they are kept for the next caller.
+
+        Returns:
+            float32, keyed "blocks.3.ffn/down", decompressed; empty where the bare backbone answers.
+
+        Raises:
+            UnknownName: no such adapter.
+            PoolError: its file is missing, altered, or not what its record says.
+        """
+        return self._read(id, self._load)
+
+    def knowledge(self, id: str) -> dict[str, Tensor]:
+        """The rows of one adapter's classes; see :data:`cl_adapters.pool.checks.KNOWLEDGE`. Empty where it has none.
+
+        Raises:
+            UnknownName: no such adapter.
+            PoolError: its file is missing, altered, or not what its record says.
+        """
+        return self._read(id, partial(load_knowledge, self.path, self.backbone_card))
 
     def add(
         self,
@@ -136,7 +267,7 @@ class AdapterPool(PoolReader):
             metrics=metrics,
             task=task,
         )
-        return changes.add(self._disk, [self._addition(new)])[0]
+        return edit.add(self._disk, [self._addition(new)])[0]
 
     def add_all(self, adapters: Iterable[NewAdapter]) -> tuple[Record, ...]:
         """Add several adapters with one new manifest: all of them, or none where one cannot be.
@@ -150,7 +281,7 @@ class AdapterPool(PoolReader):
         Raises:
             PoolError: as for :meth:`add`.
         """
-        return changes.add(self._disk, map(self._addition, adapters))
+        return edit.add(self._disk, map(self._addition, adapters))
 
     def replace(
         self,
@@ -166,7 +297,7 @@ class AdapterPool(PoolReader):
             record: the new record, made from the present one with ``dataclasses.replace``; its id says which.
                 ``knowledge_sha=None`` drops the knowledge.
             tensors: new tensors, not compressed (``record.compression`` says how they are stored); default as they are.
-            knowledge: new rows; needed when the number of classes changes.
+            knowledge: new rows; needed when the number of classes edit.
             codec: for the new tensors, where its options are not the defaults; the record then names it.
 
         Returns:
@@ -179,7 +310,7 @@ class AdapterPool(PoolReader):
         adapter = rows = None
         if tensors is not None:
             codec, compressed = named_codec(codec or record.compression)
-            packed = pack(tensors, adapter_of(record), codec, lambda: self.backbone)
+            packed = edit.pack(tensors, adapter_of(record), codec, lambda: self.backbone)
             if packed is not None:
                 adapter = packed.content
                 record = dataclasses.replace(
@@ -192,7 +323,7 @@ class AdapterPool(PoolReader):
         if knowledge is not None:
             rows = pack_knowledge(knowledge, len(record.classes), self.backbone_card)
             record = dataclasses.replace(record, knowledge_sha=sha_of(rows))
-        return changes.replace(self._disk, record, changes.files(adapter, rows))
+        return edit.replace(self._disk, record, edit.files(adapter, rows))
 
     def remove(self, id: str) -> None:
         """Take one adapter out and delete its files, unless another record has the same.
@@ -200,7 +331,7 @@ class AdapterPool(PoolReader):
         Raises:
             UnknownName: no such adapter.
         """
-        changes.remove(self._disk, id)
+        edit.remove(self._disk, id)
 
     def rename(self, old: str, new: str) -> Record:
         """Give an adapter another id, also where others name it as a parent.
@@ -209,7 +340,7 @@ class AdapterPool(PoolReader):
             UnknownName: no such adapter.
             PoolError: the new id is taken, or is none.
         """
-        return changes.rename(self._disk, old, new)
+        return edit.rename(self._disk, old, new)
 
     def tag(self, id: str, add: Iterable[str] = (), remove: Iterable[str] = ()) -> Record:
         """Add tags to an adapter and remove others; those that are (not) there already are no error.
@@ -218,11 +349,11 @@ class AdapterPool(PoolReader):
             UnknownName: no such adapter.
             PoolError: not a tag.
         """
-        return changes.tag(self._disk, id, tuple(add), tuple(remove))
+        return edit.tag(self._disk, id, tuple(add), tuple(remove))
 
     def migrate(self) -> int:
         """Write the manifest in the current schema, which every other change does too; returns the schema it had."""
-        return changes.migrate(self._disk)
+        return edit.migrate(self._disk)
 
     def copy_to(self, other: AdapterPool, ids: Iterable[str] | None = None) -> tuple[Record, ...]:
         """Copy adapters into another pool of the same backbone: all of them, or none where one cannot be.
@@ -243,7 +374,7 @@ class AdapterPool(PoolReader):
             UnknownName: no such adapter.
             PoolError: an id is taken there by another adapter, or a file is damaged.
         """
-        return interchange.copy(self._disk, other._disk, self.ids if ids is None else tuple(ids))
+        return transfer.copy(self._disk, other._disk, self.ids if ids is None else tuple(ids))
 
     def export_to(self, folder: str | Path, id: str) -> Path:
         """Write one adapter as a new folder of its own: record.json and its files.
@@ -255,7 +386,7 @@ class AdapterPool(PoolReader):
             UnknownName: no such adapter.
             StorageError: the folder exists, or a file is damaged.
         """
-        return interchange.export(self._disk, Path(folder), id)
+        return transfer.export(self._disk, Path(folder), id)
 
     def import_from(self, folder: str | Path, *, id: str | None = None) -> Record:
         """Add an adapter from a folder of :meth:`export_to`.
@@ -269,7 +400,7 @@ class AdapterPool(PoolReader):
             IncompatibleBackbone: it belongs to another backbone.
             PoolError: damaged, not finite, not an adapter of this backbone, or its id is taken.
         """
-        return interchange.import_folder(self._disk, Path(folder), id, self._loadable)
+        return transfer.import_folder(self._disk, Path(folder), id, self._loadable)
 
     def gc(self) -> tuple[str, ...]:
         """Delete the files that no record names.
@@ -292,5 +423,45 @@ class AdapterPool(PoolReader):
                 delete(self.path, name)
         return found
 
-    def _addition(self, new: NewAdapter) -> changes.Addition:
-        return addition(new, lambda: self.backbone, self.backbone_card)
+    def verify(self) -> Verification:
+        """Check the manifest, every file's SHA-256 and form, model.json, and shapes where the backbone is at hand."""
+        while True:
+            try:
+                manifest = self._disk.manifest()
+            except PoolError as error:
+                return Verification(False, (str(error),), ())
+            found = verify_files(self.path, manifest, self._backbone)
+            if found.ok or self._disk.manifest() == manifest:
+                return found  # otherwise a writer was at work meanwhile
+
+    def _addition(self, new: NewAdapter) -> edit.Addition:
+        return edit.addition(new, lambda: self.backbone, self.backbone_card)
+
+    def _loadable(self) -> FrozenBackbone | None:
+        """The backbone; None where it is a wrapped module that was not given."""
+        return self.backbone if self._backbone is not None or self.backbone_card.source else None
+
+    def _read(self, id: str, load: Callable[[Record], T]) -> T:
+        """Readers take no lock. Where a file is gone, a writer may have replaced it: the newer record counts."""
+        while True:
+            record = self.get(id)
+            try:
+                return load(record)
+            except PoolError:
+                if self.get(id) == record:
+                    raise
+
+    def _load(self, record: Record) -> dict[str, Tensor]:
+        key = (record.adapter_sha, record.compression, repr(record.adapter), record.num_parameters)
+        with self._guard:
+            if key in self._loaded:
+                self._loaded.move_to_end(key)
+                return dict(self._loaded[key])
+            backbone = self._backbone
+        tensors = load_adapter(self.path, record, backbone)
+        with self._guard:
+            if self._backbone is backbone:
+                self._loaded[key] = tensors
+            while len(self._loaded) > self.limit:
+                self._loaded.popitem(last=False)
+        return dict(tensors)

@@ -8,6 +8,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cl_adapters.backbones.card import BackboneCard
 from cl_adapters.errors import ClAdaptersError, PoolError
 from cl_adapters.pool.blobs import from_bytes, read_blob, sha_of, to_bytes
 from cl_adapters.pool.checks import (
@@ -20,7 +21,6 @@ from cl_adapters.pool.checks import (
     count,
 )
 from cl_adapters.pool.header import DTYPES, Declared, Header
-from cl_adapters.pool.manifest import BackboneCard
 from cl_adapters.pool.record import Record, adapter_file, knowledge_file, shown
 
 if TYPE_CHECKING:

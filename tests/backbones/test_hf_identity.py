@@ -12,12 +12,13 @@ from pathlib import Path
 import pytest
 import torch
 
+from cl_adapters.backbones.card import BackboneCard
 from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.backbones.text import TextPreprocessing
 from cl_adapters.benchmarks.run.experiment import BackboneConfig
 from cl_adapters.config import build
 from cl_adapters.model.facade import AdapterModel
-from cl_adapters.pool.checks import card_of, load_backbone
+from cl_adapters.pool.checks import load_backbone
 from tests.backbones.conftest import ENCODERS, TEXTS, model_of, tokenizer
 
 pytest.importorskip("transformers")
@@ -63,7 +64,7 @@ def test_a_model_and_a_pool_name_a_text_backbone(bert: FrozenBackbone, tmp_path:
     assert torch.equal(again.predict(x), model.predict(x))
     recipe = json.loads((tmp_path / "model" / "model.json").read_text())["backbone"]["preprocessing"]
     assert recipe == {"max_length": 24, "tokenizer": bert.preprocessing.tokenizer}  # type: ignore[union-attr]
-    assert load_backbone(card_of(bert)).fingerprint == bert.fingerprint
+    assert load_backbone(BackboneCard.of(bert)).fingerprint == bert.fingerprint
 
 
 def test_configuration_names_the_options_that_are_set(folder: Callable[..., Path]) -> None:

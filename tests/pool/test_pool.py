@@ -15,7 +15,7 @@ from cl_adapters.adapters.bottleneck import Bottleneck
 from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.bank.bank import AdapterBank
 from cl_adapters.errors import ClAdaptersError, PoolError, UnknownName
-from cl_adapters.pool import AdapterPool, PoolClass, Record, reader, store
+from cl_adapters.pool import AdapterPool, PoolClass, Record, store
 
 Make = Callable[..., dict[str, Tensor]]
 TWO = [PoolClass(label=7, name="seven"), PoolClass(label=8)]
@@ -196,7 +196,7 @@ def test_only_so_many_adapters_stay_in_memory(
         read.append(record.id)
         return load(path, record, backbone)
 
-    monkeypatch.setattr(reader, "load_adapter", watched)
+    monkeypatch.setattr("cl_adapters.pool.pool.load_adapter", watched)
     few = AdapterPool.open(pool.path, limit=1)
     for id in ("task-000", "task-000", "task-001", "task-001", "task-000"):
         few.tensors(id)
@@ -293,7 +293,7 @@ def test_a_file_replaced_between_record_and_reading(
             pool.remove("task-001")
         return load(path, record, backbone)
 
-    monkeypatch.setattr(reader, "load_adapter", slow)
+    monkeypatch.setattr("cl_adapters.pool.pool.load_adapter", slow)
     assert_same(late.tensors("task-000"), tensors(9))
     assert len(times) == 2
     with pytest.raises(UnknownName, match="task-001"):

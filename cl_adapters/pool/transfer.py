@@ -9,20 +9,19 @@ its id only where it is the same adapter there, and is otherwise called by id an
 from __future__ import annotations
 
 import dataclasses
-import json
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
+from cl_adapters._io import new_folder, write_bytes, write_json
 from cl_adapters.errors import PoolError
-from cl_adapters.files import write_bytes
 from cl_adapters.pool.blobs import from_bytes, read_blob, read_file, sha_of
-from cl_adapters.pool.changes import Addition, add, files, write
-from cl_adapters.pool.checks import adapter_check, check_fingerprint, check_finite, check_knowledge, check_positions
+from cl_adapters.pool.checks import adapter_check, check_finite, check_knowledge, check_positions
 from cl_adapters.pool.disk import Disk
-from cl_adapters.pool.manifest import Manifest, manifest_to_plain, parse_manifest
+from cl_adapters.pool.edit import Addition, add, files, write
+from cl_adapters.pool.manifest import Manifest, manifest_to_plain, parse_manifest, plain_manifest
 from cl_adapters.pool.model_card import CARD, card_bytes, has_card
 from cl_adapters.pool.record import SHA, Record, adapter_file, check_id, knowledge_file, shown
 from cl_adapters.pool.store import decode_checked
@@ -37,7 +36,7 @@ RECORD, ADAPTER, ROWS = "record.json", "adapter.safetensors", "knowledge.safeten
 def copy(source: Disk, target: Disk, ids: tuple[str, ...]) -> tuple[Record, ...]:
     """Copy adapters, byte by byte; see ``AdapterPool.copy_to``."""
     manifest = source.manifest()
-    check_fingerprint(target.manifest().backbone, manifest.backbone, f"pool {source.path} with backbone")
+    target.manifest().backbone.check(manifest.backbone, f"pool {source.path} with backbone")
     records = [manifest.get(id) for id in dict.fromkeys(ids)]
     whole = set(manifest.by_id) == {record.id for record in records}
     card = card_bytes(source.path) if whole else None
@@ -63,8 +62,6 @@ def copy(source: Disk, target: Disk, ids: tuple[str, ...]) -> tuple[Record, ...]
 
 def export(disk: Disk, folder: Path, id: str) -> Path:
     """Write one adapter as a folder; see ``AdapterPool.export_to``."""
-    from cl_adapters._io import new_folder, write_bytes, write_json
-
     manifest = disk.manifest()
     record = manifest.get(id)
     contents = _contents(disk.path, record)
@@ -90,8 +87,9 @@ def import_folder(disk: Disk, folder: Path, id: str | None, backbone: Callable[[
         raise PoolError(f"{folder / RECORD} cannot be used: the record of {shown(entry.id)} is broken: {entry.reason}")
     present = disk.manifest()
     card = present.backbone
-    check_fingerprint(card, manifest.backbone, "this folder with backbone")
-    record = _with_parents(manifest.records[0], _named_parents(content), _content_of(present.records))
+    card.check(manifest.backbone, "this folder with backbone")
+    parents = _named_parents(plain_manifest(content, folder / RECORD))
+    record = _with_parents(manifest.records[0], parents, _content_of(present.records))
     adapter = rows = None
     if record.adapter_sha is not None:
         whole, where = backbone(), str(folder / ADAPTER)
@@ -122,9 +120,9 @@ def _content_of(records: Iterable[Record]) -> dict[str, str | None]:
     return {record.id: record.adapter_sha for record in records}
 
 
-def _named_parents(content: bytes) -> dict[str, str | None]:
+def _named_parents(plain: Mapping[str, Any]) -> dict[str, str | None]:
     """SHA-256 of the parents in a folder's record.json, which older ones do not have."""
-    named = json.loads(content, parse_int=str).get("parents")  # long numbers are errors to json
+    named = plain.get("parents")
     if not isinstance(named, dict):
         return {}
     return {id: sha for id, sha in named.items() if isinstance(sha, str) and SHA.fullmatch(sha)}

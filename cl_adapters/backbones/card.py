@@ -1,0 +1,96 @@
+"""The identity of a backbone: what has to be the same for adapters to fit, and how files note it. Imports no torch."""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from cl_adapters.config import to_plain
+from cl_adapters.errors import IncompatibleBackbone
+
+if TYPE_CHECKING:
+    from torch import Tensor, nn
+
+    from cl_adapters.backbones.frozen import FrozenBackbone
+
+
+@dataclass(frozen=True, kw_only=True)
+class BackboneCard:
+    """Which backbone adapters belong to; as plain values in the files of models and pools.
+
+    Attributes:
+        name: as in :class:`cl_adapters.FrozenBackbone`.
+        source: arguments of ``FrozenBackbone.load`` that give it again; empty for a wrapped module.
+        fingerprint: SHA-256 of weights, preprocessing (with the tokenizer of texts) and pooling.
+        num_features: D.
+        preprocessing: of images or texts, as plain values; None where inputs are neither.
+    """
+
+    name: str
+    source: dict[str, Any]
+    fingerprint: str
+    num_features: int
+    preprocessing: dict[str, Any] | None
+
+    @classmethod
+    def of(cls, backbone: FrozenBackbone) -> BackboneCard:
+        """The card of a backbone."""
+        return cls(
+            name=backbone.name,
+            source=dict(backbone.source),
+            fingerprint=backbone.fingerprint,
+            num_features=backbone.num_features,
+            preprocessing=None if backbone.preprocessing is None else to_plain(backbone.preprocessing),
+        )
+
+    def check(self, other: BackboneCard | FrozenBackbone, what: str = "backbone") -> None:
+        """Check that something belongs to the same backbone.
+
+        Args:
+            other: a backbone, or another card.
+            what: it is, for the message: "backbone", "pool ... with backbone".
+
+        Raises:
+            IncompatibleBackbone: names both fingerprints.
+        """
+        if other.fingerprint != self.fingerprint:
+            raise IncompatibleBackbone(
+                f"these adapters belong to backbone {self.name!r} with fingerprint {self.fingerprint[:16]}, but "
+                f"{what} {other.name!r} has {other.fingerprint[:16]}: same weights, preprocessing and pooling are "
+                "needed"
+            )
+
+
+def fingerprint_of(encoder: nn.Module, preprocessing: Any, pooling: str) -> str:
+    """SHA-256 over every weight and buffer, the preprocessing and the pooling.
+
+    Args:
+        encoder: whose weights.
+        preprocessing: a dataclass of plain values, or None.
+        pooling: its name.
+    """
+    import torch
+
+    digest = hashlib.sha256()
+    for key, value in sorted(encoder.state_dict().items()):
+        if isinstance(value, torch.Tensor):
+            plain = _plain(value)
+            digest.update(f"{key}:{plain.dtype}:{tuple(plain.shape)}".encode())
+            digest.update(plain.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
+        else:  # what packages for quantised weights keep beside them
+            digest.update(f"{key}:{value!r}".encode())
+    recipe = None if preprocessing is None else dataclasses.asdict(preprocessing)
+    digest.update(json.dumps([recipe, pooling], sort_keys=True).encode())
+    return digest.hexdigest()
+
+
+def _plain(value: Tensor) -> Tensor:
+    """The numbers of a tensor; packages for quantised weights have tensors of their own kind, without bytes to read."""
+    import torch
+
+    if type(value) in (torch.Tensor, torch.nn.Parameter) or not hasattr(value, "dequantize"):
+        return value
+    return value.dequantize()
