@@ -170,14 +170,14 @@ class _Runner:
             "seconds": {"train": learned - started, "eval": judged_at - learned},
         }
 
-    def results(self, rows: Sequence[Row]) -> InstructResults:
-        """The content of ``instruct.json``."""
+    def save(self, rows: Sequence[Row], out: Path) -> InstructResults:
+        """Write ``instruct.json``."""
         tasks = self.sequence[: len(rows)]
         counts = [len(task.test) for task in tasks]
         generation = judged([row["generation"] for row in rows], counts)
         assert generation is not None
         backbone = self.language.model.backbone
-        return InstructResults(
+        results = InstructResults(
             method=self.experiment.method,
             data=self.experiment.data,
             backbone=BackboneInfo(name=backbone.name, fingerprint=backbone.fingerprint),
@@ -194,10 +194,8 @@ class _Runner:
             config=self.description["instruct"],
             versions=self.description["versions"],
         )
-
-    def write(self, results: InstructResults, out: Path) -> None:
-        """Write ``instruct.json``."""
         write(results, out / FILE_NAME)
+        return results
 
     def finish(self, results: InstructResults, out: Path) -> None:
         """Nothing more."""

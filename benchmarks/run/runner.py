@@ -151,14 +151,12 @@ class _Runner:
             "finished": _now(),
         }
 
-    def results(self, rows: Sequence[Row]) -> Results:
-        """The content of ``results.json``."""
-        backbone = BackboneInfo(name=self.backbone.name, fingerprint=self.backbone.fingerprint)
-        return to_results(rows, self.experiment, self.data, backbone, self.description)
-
-    def write(self, results: Results, out: Path) -> None:
+    def save(self, rows: Sequence[Row], out: Path) -> Results:
         """Write ``results.json``."""
+        backbone = BackboneInfo(name=self.backbone.name, fingerprint=self.backbone.fingerprint)
+        results = to_results(rows, self.experiment, self.data, backbone, self.description)
         write(results, out / FILE_NAME)
+        return results
 
     def finish(self, results: Results, out: Path) -> None:
         """Write the report."""

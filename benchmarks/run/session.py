@@ -70,11 +70,8 @@ class TaskRunner(Protocol[R]):
     def run_task(self, task: int, rows: Sequence[Row]) -> Row:
         """Learn and evaluate a task, given the rows of those before it."""
 
-    def results(self, rows: Sequence[Row]) -> R:
-        """The rows of the finished tasks, at least one, put together."""
-
-    def write(self, results: R, out: Path) -> None:
-        """Write the results into the folder of the run."""
+    def save(self, rows: Sequence[Row], out: Path) -> R:
+        """Put the rows of the finished tasks, at least one, together and write them into the folder of the run."""
 
     def finish(self, results: R, out: Path) -> None:
         """Write what comes once, after the last task."""
@@ -124,12 +121,10 @@ def _run(runner: TaskRunner[R], out: Path, listener: Listener[R] | None, *, rest
                 save_model(runner.model, folder / "model", link_from=previous)
                 write_json(folder / "row.json", row)
             rows.append(row)
-            results = runner.results(rows)
-            runner.write(results, out)
+            results = runner.save(rows, out)
             if listener is not None:
                 listener.task_finished(results)
-        results = runner.results(rows)
-        runner.write(results, out)
+        results = runner.save(rows, out)
         runner.finish(results, out)
     return results
 
