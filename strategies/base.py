@@ -1,15 +1,18 @@
 """AdapterStrategy: what every strategy shares.
 
 A strategy answers four questions: what grows for an experience, what is trained in which phase, what is
-consolidated afterwards, and how one predicts.
+consolidated afterwards, and how one predicts. Who writes one reads those and the helpers after them; the rest of the
+class carries the answers out inside Avalanche's training and evaluation loops.
 """
 
 from __future__ import annotations
 
 import inspect
+import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -17,31 +20,57 @@ import torch
 from avalanche.core import BasePlugin
 from avalanche.training.plugins import EvaluationPlugin
 from avalanche.training.plugins.evaluation import default_evaluator
+from avalanche.training.templates import SupervisedTemplate
 from torch import Tensor, nn
 
-from cl_adapters._seeding import derive, generator
+from cl_adapters._seeding import derive, generator, isolated, seed_globals
 from cl_adapters._timing import Stopwatch
 from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.bank.bank import AdapterBank, Routes
-from cl_adapters.errors import DataError
+from cl_adapters.errors import ClAdaptersError, ConfigError, DataError, TrainingDiverged
 from cl_adapters.model.facade import AdapterModel
 from cl_adapters.model.origins import Origin
-from cl_adapters.parts.keys import KeysConfig, Kind
+from cl_adapters.parts.keys import Keys, KeysConfig, Kind
 from cl_adapters.predictors.base import Predictor, predictor_from
 from cl_adapters.registry import Registry
-from cl_adapters.strategies._loop.activation_cache import Views
-from cl_adapters.strategies._loop.order import reading_loader
+from cl_adapters.strategies._loop.activation_cache import ActivationCache, CachedLoader
+from cl_adapters.strategies._loop.experiences import check_experience, experience_classes
+from cl_adapters.strategies._loop.order import lengths_of, reading_loader, training_loader
 from cl_adapters.strategies.config import StrategyConfig, TrainingConfig, resolve
-from cl_adapters.strategies.lifecycle import LifeCycle
-from cl_adapters.strategies.lookup import begin_keys, usable
-from cl_adapters.strategies.phases import Phase
+from cl_adapters.strategies.phases import Batch, Phase
 
 if TYPE_CHECKING:
     from cl_adapters.pool import AdapterPool
 
 
-class AdapterStrategy(LifeCycle):
+@dataclass(frozen=True, kw_only=True)
+class Expansion:
+    """One adapter added at one block during a task, and what made the strategy add it.
+
+    Attributes:
+        task: task (0-based) in which it was added.
+        block: block (0-based from the input) that got it.
+        slot: its slot in the bank.
+        score: how new the data looked to this block; the block expands where it exceeds ``threshold``.
+        threshold: the limit.
+        scan: pass over the task's data in which it happened (0-based): each pass may find more to add.
+        batch: batch of that pass (0-based).
+    """
+
+    task: int
+    block: int
+    slot: int
+    score: float
+    threshold: float
+    scan: int
+    batch: int
+
+
+class AdapterStrategy(SupervisedTemplate):
     """Base of the strategies; an Avalanche strategy with ``train(experience)`` and ``eval(stream)``.
+
+    ``phases`` is consumed lazily: each phase is asked for only when the one before has ended, so that a generator may
+    look at what was trained, freeze it, and decide what comes next.
 
     Args:
         model: a :class:`FrozenBackbone`, your own ``nn.Module`` (it is wrapped), or an :class:`AdapterModel` that
@@ -75,6 +104,17 @@ class AdapterStrategy(LifeCycle):
     """Whether each task has adapters of its own, one of which is chosen for an image: then the choice can be judged."""
     expands: ClassVar[bool] = False
     """Whether the data decide how many adapters there are; ``expansions`` then says which were added and why."""
+    explicit_order: ClassVar[bool] = False
+    """Whether images are shuffled by the strategy's own generators, as cached activations always are."""
+
+    expansions: list[Expansion]
+    inference: Predictor | None
+    _stop_training: bool
+    _unfinished: bool
+    _phase: Phase | None
+    _features: Tensor | None
+    _noise: torch.Generator | None
+    _cache: ActivationCache | None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -132,7 +172,7 @@ class AdapterStrategy(LifeCycle):
         self._noise = None
         self._loader_options: dict[str, Any] = {}
         self._visits = 0
-        self._views = None
+        self._cache = None
         if getattr(self.config, "cached_views", 0):
             model.backbone.check_resumable()
 
@@ -150,7 +190,7 @@ class AdapterStrategy(LifeCycle):
 
     @abstractmethod
     def phases(self, task: int) -> Iterable[Phase]:
-        """The training loops of this task, in order."""
+        """The training loops of this task, in order; each is asked for when the one before has ended."""
 
     @abstractmethod
     def consolidate(self, task: int) -> None:
@@ -220,13 +260,13 @@ class AdapterStrategy(LifeCycle):
         self._visits += 1
         return self.generator(f"order {self._visits}", self.task)
 
-    def views(self) -> Views | None:
-        """The cached views of this task's images; None where caching is off or a plugin supplies the data."""
+    def activation_cache(self) -> ActivationCache | None:
+        """What is cached of this task's images; None where caching is off or a plugin supplies the data."""
         config = self.config
         if not isinstance(config, TrainingConfig) or not config.cached_views or self._images is not self._own_images:
             return None
-        if self._views is None:
-            self._views = Views(
+        if self._cache is None:
+            self._cache = ActivationCache(
                 self.model,
                 self.adapted_dataset,
                 seeds=[derive(self.seed, "view", self.task, view) for view in range(config.cached_views)],
@@ -234,7 +274,7 @@ class AdapterStrategy(LifeCycle):
                 memory_mb=config.cache_memory_mb,
                 num_workers=self._loader_options.get("num_workers", 0),
             )
-        return self._views
+        return self._cache
 
     def per_class(self, f_ND: Tensor, columns_N: Tensor) -> list[Tensor]:
         """The features [N_c, D] of each class of the newest task, in column order."""
@@ -259,10 +299,241 @@ class AdapterStrategy(LifeCycle):
         model: AdapterModel = self.model
         return model.save_pool(path, tags=tags, benchmark=benchmark, metrics=metrics, compression=compression)
 
+    # --- Avalanche's loop: a task -------------------------------------------------------------------------------------
+
+    def train(self, experiences: Any, eval_streams: Any = None, **loader_options: Any) -> Any:
+        """Learn one experience, or several in order; see Avalanche. Global random states are left as they were.
+
+        Raises:
+            ClAdaptersError: an error or interrupt stopped an earlier call in the middle of a task; or the model was
+                made from a pool of adapters.
+        """
+        self._check_finished()
+        self._check_complete()
+        self._loader_options = loader_options
+        self.expansions = []
+        try:
+            with isolated(self.device), self.timings.part("train"):
+                return super().train(experiences, eval_streams, **loader_options)
+        finally:
+            self._phase = self._features = self._noise = self._cache = None
+            self._loader_options = {}
+
+    def eval(self, experiences: Any, **loader_options: Any) -> Any:
+        """Evaluate; see Avalanche. Changes no tensor of the model and no random state."""
+        with isolated(self.device), self.timings.part("eval"):
+            return super().eval(experiences, **loader_options)
+
+    def train_dataset_adaptation(self, **kwargs: Any) -> None:
+        """Check the experience before anything grows, then let Avalanche choose the data."""
+        self.model.backbone.check_frozen()
+        self.model.check_new(check_experience(self.experience))
+        task = self.model.num_tasks
+        seed_globals(derive(self.seed, "loader", task))
+        super().train_dataset_adaptation(**kwargs)
+
+    def make_train_dataloader(self, **kwargs: Any) -> None:
+        """Avalanche's loader, or one in the strategy's own order: always for texts, which it batches by length."""
+        self._visits = 0
+        data = self.adapted_dataset
+        if not self.explicit_order and (lengths_of(data) is None or not kwargs.get("shuffle", True)):
+            super().make_train_dataloader(**kwargs)
+        else:
+            self.dataloader = training_loader(
+                data,
+                self.train_mb_size,
+                self.next_order,
+                num_workers=kwargs.get("num_workers", 0),
+                drop_last=kwargs.get("drop_last", False),
+            )
+        self._own_images = self.dataloader
+
+    def model_adaptation(self, model: Any = None) -> Any:
+        """Grow for the experience, in training only: Avalanche calls this in evaluation too."""
+        if self.is_training:
+            labels = experience_classes(self.experience)
+            self.model.add_task(labels)
+            self._unfinished = True
+            self.grow(self.task)
+            self.model.date_slots(self.task)
+            self.model.predictor = self.predictor(self.task, training=True)
+        return self.model
+
+    def make_optimizer(self, **kwargs: Any) -> None:
+        """Nothing: each phase installs its own parameters, in place."""
+        self.optimized_param_id: dict[str, Any] = {}
+
+    def _train_exp(self, experience: Any, eval_streams: Any = None, **kwargs: Any) -> None:
+        self._noise = generator(self.seed, "dropout", self.task, device=self.device)
+        self.trainable_parameters = 0
+        self._images = self.dataloader  # a plugin may have put its own
+        for phase in self.phases(self.task):
+            self._phase = phase
+            self.dataloader = self._loader_of(phase)
+            phase.install(self.optimizer)
+            self.trainable_parameters = max(self.trainable_parameters, phase.num_parameters)
+            steps = len(self.dataloader)
+            for epoch in range(phase.epochs):
+                phase.set_epoch(self.optimizer, epoch)
+                self.before_epoch(epoch)
+                self._before_training_epoch(**kwargs)
+                if self._stop_training:
+                    self._stop_training = False
+                    break
+                self.training_epoch(**kwargs)
+                self._after_training_epoch(**kwargs)
+                self.report(phase.name, (epoch + 1) * steps, phase.epochs * steps)
+            if self._cache is not None:
+                self._cache.changed(phase.start or 0)
+        self._phase = None
+        self.dataloader = self._images
+        self.optimizer.zero_grad()
+
+    def _after_training_exp(self, **kwargs: Any) -> None:
+        self.consolidate(self.task)
+        self.model.date_slots(self.task)
+        new = [slot for slot, task in enumerate(self.model.task_of_slot) if task == self.task]
+        self.model.origins |= {slot: self.origin(slot) for slot in new}
+        self._take_keys()
+        self.model.predictor = self.inference or self.predictor(self.task, training=False)
+        self._unfinished = False
+        super()._after_training_exp(**kwargs)
+
+    def report(self, phase: str, done: int, total: int) -> None:
+        """Tell the progress listener, if any."""
+        if self.progress is not None:
+            self.progress(phase, done, total)
+
+    # --- Avalanche's loop: one batch ----------------------------------------------------------------------------------
+
+    def forward(self) -> Tensor:
+        """Logits [B, L] indexed by class label, as Avalanche's metrics expect; unseen labels at minus infinity."""
+        if self.is_training:
+            self.before_pass()
+            start = getattr(self.dataloader, "start", None)
+            self._features = self.model.features(self.mb_x, self.routes(), self._noise, start=start)
+            columns_BC = self.model.head(self._features)
+        elif not self.model.classes:
+            return torch.zeros(len(self.mb_y), int(self.mb_y.max()) + 1, device=self.device)
+        else:
+            columns_BC = self.model(self.mb_x)
+        return self._by_label(columns_BC)
+
+    def criterion(self) -> Tensor:
+        """The phase's loss in training; in evaluation cross-entropy over the samples of known classes."""
+        columns_B = self.model.columns_of(self.mb_y).to(self.device)
+        logits_BC: Tensor = self.mb_output[:, self.model.classes]
+        if self.is_training:
+            assert self._phase is not None
+            assert self._features is not None
+            return self._phase.loss(Batch(self._features, logits_BC, columns_B))
+        seen = columns_B >= 0
+        if not seen.any():
+            return logits_BC.new_zeros(())
+        return nn.functional.cross_entropy(logits_BC[seen], columns_B[seen])
+
+    def backward(self) -> None:
+        """Backward, unless the loss is no number.
+
+        Raises:
+            TrainingDiverged: says where.
+        """
+        if not math.isfinite(self.loss.item()):
+            raise TrainingDiverged(
+                f"the loss became {self.loss.item()} in task {self.task} at epoch {self.clock.train_exp_epochs}, "
+                f"iteration {self.clock.train_epoch_iterations}: lower lr (now "
+                f"{self.optimizer.param_groups[0]['lr']:g}) or check the inputs for values that are not finite"
+            )
+        super().backward()
+
+    def optimizer_step(self) -> None:
+        """The optimizer's step between the strategy's own hooks."""
+        self.before_step()
+        super().optimizer_step()
+        self.after_step()
+
+    # --- private -------------------------------------------------------------------------------------------------
+
+    def _check_finished(self) -> None:
+        if self._unfinished:
+            raise ClAdaptersError(
+                f"task {self.task} was left unfinished by an error, so this model is half trained: load the model that "
+                "was saved after the task before and make the strategy from it, or begin anew"
+            )
+
+    def _check_complete(self) -> None:
+        """A pool has adapters, heads and keys, but not what training goes on from."""
+        keys = dict(self.model.parts.items()).get("class_keys")
+        if self.model.record_of_slot or not isinstance(keys, Keys | None):
+            raise ClAdaptersError(
+                "this model was made from a pool, which keeps no class statistics and nothing else that training goes "
+                "on from: take model.save(folder) or a run's checkpoint; or train other classes apart, and put their "
+                "adapters into the pool with AdapterPool.copy_to"
+            )
+
+    def _take_keys(self) -> None:
+        """Keys of the newest task's classes, where the model keeps some."""
+        if "class_keys" not in self.model.parts:
+            return
+        keys = self.model.part("class_keys", Keys)
+        with self.timings.part("statistics"):
+            draw = self.generator("keys", self.task)
+            for f_ND in self.per_class(*self.training_features(None)):
+                keys.add_class(f_ND, draw)
+
+    def _loader_of(self, phase: Phase) -> Any:
+        """The task's images, or what is cached of them at the first block that this phase trains."""
+        cache = self.activation_cache() if phase.start else None
+        if cache is None or phase.start is None:
+            return self._images
+        return CachedLoader(
+            cache,
+            phase.start,
+            self.routes(),
+            batch=self.train_mb_size,
+            draw=self.next_order,
+            drop_last=self._loader_options.get("drop_last", getattr(self.config, "drop_last", False)),
+        )
+
+    def _by_label(self, logits_BC: Tensor) -> Tensor:
+        width = max(*self.model.classes, int(self.mb_y.max())) + 1
+        labels = torch.tensor(self.model.classes, device=logits_BC.device)
+        wide = logits_BC.new_full((len(logits_BC), width), -torch.inf)
+        return wide.index_copy(1, labels, logits_BC)
+
     def _new_optimizer(self) -> torch.optim.Optimizer:
         """An optimizer whose parameters each phase replaces; torch refuses an empty one."""
         placeholder = nn.Parameter(torch.zeros(1), requires_grad=False)
         return torch.optim.SGD([placeholder], lr=1.0, momentum=getattr(self.config, "momentum", 0.0))
+
+
+def begin_keys(model: AdapterModel, config: KeysConfig | None) -> None:
+    """Give a model that has learned nothing its keys; check those of one that goes on.
+
+    Raises:
+        ConfigError: it has other keys.
+        ClAdaptersError: it has learned classes without keys.
+    """
+    kept = dict(model.parts.items()).get("class_keys")
+    if isinstance(kept, Keys):
+        kept.check_config(config)
+    elif config is not None:
+        if model.classes:
+            raise ClAdaptersError(
+                "this model learned classes without keys; keys have to be kept from the first task on"
+            )
+        model.parts["class_keys"] = Keys(config, model.backbone.num_features)
+
+
+def usable(predictor: Predictor, model: AdapterModel) -> Predictor:
+    """The predictor, if it will find the keys that it needs.
+
+    Raises:
+        ConfigError: the model keeps none.
+    """
+    if predictor.needs_keys and "class_keys" not in model.parts:
+        raise ConfigError(f"{predictor} looks inputs up by keys: pass keys='prototypes' (--keys prototypes) too")
+    return predictor
 
 
 def _without_metrics() -> EvaluationPlugin:

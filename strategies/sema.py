@@ -26,11 +26,10 @@ from cl_adapters.parts.mixture import Mixture, router_widths
 from cl_adapters.parts.novelty import Novelty, pooled, train_descriptors
 from cl_adapters.predictors.base import Predictor
 from cl_adapters.predictors.mixture import MixtureOfAdapters
-from cl_adapters.strategies._loop.activation_cache import ViewLoader
+from cl_adapters.strategies._loop.activation_cache import CachedLoader
 from cl_adapters.strategies._loop.order import training_loader
-from cl_adapters.strategies.base import AdapterStrategy, strategies
+from cl_adapters.strategies.base import AdapterStrategy, Expansion, strategies
 from cl_adapters.strategies.config import StrategyConfig, TrainingConfig
-from cl_adapters.strategies.expansion import Expansion
 from cl_adapters.strategies.phases import Batch, ParamGroup, Phase, current_task_loss
 
 
@@ -232,18 +231,18 @@ class SEMA(AdapterStrategy):
         """Train the descriptors of these (block, slot)."""
         config = self.config
         blocks = tuple(block for block, _ in pairs)
-        views = self.views()
+        cache = self.activation_cache()
         store: dict[int, Tensor] = {}
-        if views is not None:  # the inputs of the descriptors are small: all epochs from one pass over the views
+        if cache is not None:  # the inputs of the descriptors are small: all epochs from one pass over the views
             depth, routes = min(blocks), self.routes()
-            batches = (views.at(depth, routes).read(*rows) for rows in views.everything(config.eval_mb_size))
+            batches = (cache.at(depth, routes).read(*rows) for rows in cache.everything(config.eval_mb_size))
             parts = list(self._pooled(([h] for h in batches), blocks, start=depth))
             store = {block: torch.cat([p[block] for p in parts]) for block in blocks}
 
         def passes(epoch: int) -> Iterable[Mapping[int, Tensor]]:
-            if views is None:
+            if cache is None:
                 return self._pooled(self._loader(config.train_mb_size, min(blocks)), blocks)
-            drawn = views.batches(config.train_mb_size, self.next_order())
+            drawn = cache.batches(config.train_mb_size, self.next_order())
             return ({b: p_MD[rows] for b, p_MD in store.items()} for rows in drawn)
 
         trained = [p for block, slot in pairs for p in self.novelty.descriptor(block, slot).parameters()]
@@ -261,9 +260,9 @@ class SEMA(AdapterStrategy):
 
     def _loader(self, batch: int, depth: int) -> Iterable[Sequence[Tensor]]:
         """One pass over the task's augmented images in a new order, or over what is cached of them at ``depth``."""
-        views = self.views()
-        if views is not None:
-            return ViewLoader(views, depth, self.routes(), batch=batch, draw=self.next_order)
+        cache = self.activation_cache()
+        if cache is not None:
+            return CachedLoader(cache, depth, self.routes(), batch=batch, draw=self.next_order)
         workers = self._loader_options.get("num_workers", 0)
         return training_loader(self.adapted_dataset, batch, self.next_order, num_workers=workers)
 

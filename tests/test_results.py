@@ -21,7 +21,7 @@ from cl_adapters.benchmarks.results.results import (
     write,
 )
 from cl_adapters.errors import ConfigError, StorageError
-from cl_adapters.strategies import expansion as strategies_expansion
+from cl_adapters.strategies.base import Expansion as StrategyExpansion
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "results.md"
 
@@ -177,7 +177,7 @@ def test_a_file_of_schema_1_is_read_with_what_it_does_not_tell_as_none(tmp_path:
 def test_expansions_are_those_of_finished_tasks_and_as_strategies_tell_them() -> None:
     with pytest.raises(ValueError, match=r"expansions name the tasks \[2\], but only 0..1 are finished"):
         make(expansions=(added(task=1), added(task=2)))
-    told = [field.name for field in dataclasses.fields(strategies_expansion.Expansion)]
+    told = [field.name for field in dataclasses.fields(StrategyExpansion)]
     assert told == [field.name for field in dataclasses.fields(Expansion)]
 
 

@@ -16,8 +16,7 @@ from cl_adapters.bank.bank import AdapterBank, Route
 from cl_adapters.errors import ClAdaptersError, IncompatibleBackbone
 from cl_adapters.model.facade import AdapterModel
 from cl_adapters.strategies import MOS, SEMA
-from cl_adapters.strategies._loop.activation_cache import ViewLoader, Views
-from cl_adapters.strategies._loop.hidden_store import HiddenStore
+from cl_adapters.strategies._loop.activation_cache import ActivationCache, CachedLoader, HiddenStore
 
 DEPTH = 4
 
@@ -53,8 +52,10 @@ def model(vit: Callable[[], nn.Module]) -> AdapterModel:
     return AdapterModel(backbone, bank)
 
 
-def views_of(model: AdapterModel, noise: float = 0.0, k: int = 1, memory_mb: float = 100.0) -> Views:
-    return Views(model, Pictures([3] * 4 + [7] * 3, noise), seeds=list(range(k)), batch=3, memory_mb=memory_mb)
+def views_of(model: AdapterModel, noise: float = 0.0, k: int = 1, memory_mb: float = 100.0) -> ActivationCache:
+    return ActivationCache(
+        model, Pictures([3] * 4 + [7] * 3, noise), seeds=list(range(k)), batch=3, memory_mb=memory_mb
+    )
 
 
 # --- the store ----------------------------------------------------------------------------------------------
@@ -126,7 +127,7 @@ def test_what_lies_behind_a_changed_adapter_is_computed_anew(model: AdapterModel
 def test_loader_gives_every_image_once_in_a_new_order(model: AdapterModel) -> None:
     views = views_of(model, noise=1.0, k=3)
     seeds: Iterator[int] = iter(range(9))
-    loader = ViewLoader(views, 2, Route.single(0), batch=4, draw=lambda: torch.Generator().manual_seed(next(seeds)))
+    loader = CachedLoader(views, 2, Route.single(0), batch=4, draw=lambda: torch.Generator().manual_seed(next(seeds)))
     assert len(loader) == 2
     passes = [list(loader) for _ in range(2)]
     for batches in passes:

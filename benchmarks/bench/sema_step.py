@@ -26,7 +26,7 @@ from cl_adapters.model.facade import AdapterModel
 from cl_adapters.parts.mixture import Mixture
 from cl_adapters.parts.novelty import Novelty
 from cl_adapters.predictors.mixture import MixtureOfAdapters
-from cl_adapters.strategies._loop.hidden_store import HiddenStore
+from cl_adapters.strategies._loop.activation_cache import HiddenStore
 
 CLASSES = 10
 

@@ -1,4 +1,4 @@
-"""Views: what does not change while a task trains is computed once.
+"""The activation cache: what does not change while a task trains is computed once.
 
 When only the last blocks of the backbone have trained adapters, the activations before the first of them are the same
 in every epoch. K augmented views of each training image are run up to that block once, and the epochs read them back:
@@ -9,21 +9,24 @@ epoch); without augmentation one view gives the numbers of the uncached run.
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cl_adapters._seeding import isolated, seed_globals
 from cl_adapters.bank.bank import Routes
+from cl_adapters.errors import ClAdaptersError
 from cl_adapters.model.facade import AdapterModel
-from cl_adapters.strategies._loop.hidden_store import HiddenStore
 from cl_adapters.strategies._loop.order import Draw, length_batches, lengths_of
 
 
-class Views:
+class ActivationCache:
     """K views of one experience's training images at any depth of the model.
 
     Depths are computed when first asked for, from the deepest one that is known already.
@@ -139,11 +142,11 @@ class Views:
             yield self._stores[depth].read(torch.full_like(rows, view), rows)
 
 
-class ViewLoader:
-    """Batches [h, label, task label] from :class:`Views` at one depth, in a new order and choice of views each time.
+class CachedLoader:
+    """Batches [h, label, task label] from a cache at one depth, in a new order and choice of views each time.
 
     Args:
-        views: where they come from.
+        cache: where they come from.
         start: the block whose inputs they are.
         routes: the adapters before it.
         batch: samples per batch.
@@ -153,7 +156,7 @@ class ViewLoader:
 
     def __init__(
         self,
-        views: Views,
+        cache: ActivationCache,
         start: int,
         routes: Routes | None,
         *,
@@ -162,17 +165,56 @@ class ViewLoader:
         drop_last: bool = False,
     ) -> None:
         self.start = start
-        self._views = views
-        self._store = views.at(start, routes)
+        self._cache = cache
+        self._store = cache.at(start, routes)
         self._batch = batch
         self._draw = draw
-        self._drop_last = drop_last and len(views) >= batch
+        self._drop_last = drop_last and len(cache) >= batch
 
     def __len__(self) -> int:
-        return (math.floor if self._drop_last else math.ceil)(len(self._views) / self._batch)
+        return (math.floor if self._drop_last else math.ceil)(len(self._cache) / self._batch)
 
     def __iter__(self) -> Iterator[list[Tensor]]:
-        for places in self._views.batches(self._batch, self._draw(), self._drop_last):
-            rows = places % len(self._views)
-            labels = self._views.labels[rows]
-            yield [self._store.read(places // len(self._views), rows), labels, torch.zeros_like(labels)]
+        for places in self._cache.batches(self._batch, self._draw(), self._drop_last):
+            rows = places % len(self._cache)
+            labels = self._cache.labels[rows]
+            yield [self._store.read(places // len(self._cache), rows), labels, torch.zeros_like(labels)]
+
+
+class HiddenStore:
+    """Activations of K views of N samples at one depth of the backbone, in memory or, when large, on disk.
+
+    Float32 in memory up to a limit; above it, half precision in an unnamed temporary file that is memory-mapped and
+    gone when the store or the process is (``TMPDIR`` says where).
+
+    Args:
+        views: K, augmented views of every sample.
+        samples: N.
+        shape: of one activation, for a ViT [tokens, D].
+        memory_mb: limit in MiB of float32.
+    """
+
+    def __init__(self, views: int, samples: int, shape: Sequence[int], memory_mb: float) -> None:
+        self._data: npt.NDArray[Any]
+        self.on_disk = 4 * views * samples * int(np.prod(shape)) > memory_mb * 2**20
+        if self.on_disk:
+            self._file = tempfile.TemporaryFile(prefix="cl-adapters-")  # noqa: SIM115  # lives as long as the store
+            self._data = np.memmap(self._file, np.float16, "w+", shape=(views, samples, *shape))
+        else:
+            self._data = np.empty((views, samples, *shape), np.float32)
+
+    def write(self, view: int, start: int, h_BX: Tensor) -> None:
+        """Put B consecutive samples of one view in their place.
+
+        Raises:
+            ClAdaptersError: a number too large for half precision.
+        """
+        if self.on_disk and bool((h_BX.abs() > torch.finfo(torch.float16).max).any()):  # NaN: no token there
+            raise ClAdaptersError(
+                "activations are too large for half precision: raise cache_memory_mb so that they fit into memory"
+            )
+        self._data[view, start : start + len(h_BX)] = h_BX.float().cpu().numpy()
+
+    def read(self, views_B: Tensor, samples_B: Tensor) -> Tensor:
+        """Float32 [B, ...] on the CPU."""
+        return torch.from_numpy(np.asarray(self._data[views_B.numpy(), samples_B.numpy()], np.float32))

@@ -22,7 +22,7 @@ from cl_adapters.benchmarks.streams.datasets import TextDataset, as_dataset
 from cl_adapters.benchmarks.streams.prepared import prepare
 from cl_adapters.benchmarks.streams.tokenised import TokenSet
 from cl_adapters.errors import ConfigError, DataError
-from cl_adapters.strategies._loop.activation_cache import Views
+from cl_adapters.strategies._loop.activation_cache import ActivationCache
 from cl_adapters.strategies._loop.order import length_batches, reading_loader
 
 
@@ -147,7 +147,7 @@ def test_reading_goes_from_long_to_short_and_back(table: Path, backbone: FrozenB
 
 def test_texts_have_one_view(table: Path, backbone: FrozenBackbone) -> None:
     dataset = as_dataset(prepared_data(table, backbone).train)
-    views = Views(AdapterModel(backbone), dataset, seeds=[0, 1, 2], batch=7, memory_mb=1)
+    views = ActivationCache(AdapterModel(backbone), dataset, seeds=[0, 1, 2], batch=7, memory_mb=1)
     assert views.views == 1, "they are not augmented, so all would be the same"
     rows = torch.cat(list(views.batches(7, seeded())))
     assert torch.equal(rows.sort().values, torch.arange(len(dataset)))
