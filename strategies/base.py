@@ -28,7 +28,9 @@ from cl_adapters._timing import Stopwatch
 from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.bank.bank import AdapterBank, Routes
 from cl_adapters.errors import ClAdaptersError, ConfigError, DataError, TrainingDiverged
+from cl_adapters.model.alignment import cosine_lr
 from cl_adapters.model.facade import AdapterModel
+from cl_adapters.model.heads import Init
 from cl_adapters.model.origins import Origin
 from cl_adapters.parts.keys import Keys, KeysConfig, Kind
 from cl_adapters.predictors.base import Predictor, predictor_from
@@ -37,7 +39,7 @@ from cl_adapters.strategies._loop.activation_cache import ActivationCache, Cache
 from cl_adapters.strategies._loop.experiences import check_experience, experience_classes
 from cl_adapters.strategies._loop.order import lengths_of, reading_loader, training_loader
 from cl_adapters.strategies.config import StrategyConfig, TrainingConfig, resolve
-from cl_adapters.strategies.phases import Batch, Phase
+from cl_adapters.strategies.phases import Batch, Loss, ParamGroup, Phase
 
 if TYPE_CHECKING:
     from cl_adapters.pool import AdapterPool
@@ -230,9 +232,56 @@ class AdapterStrategy(SupervisedTemplate):
         """Index of the newest task."""
         return int(self.model.num_tasks) - 1
 
+    @property
+    def known(self) -> int:
+        """Columns of the classes of finished tasks."""
+        return int((self.model.task_of_column < self.task).sum())
+
     def generator(self, purpose: str, task: int) -> torch.Generator:
         """A fresh CPU generator for one purpose in one task."""
         return generator(self.seed, purpose, task)
+
+    def grow_head(self, init: Init | None = None) -> None:
+        """Rows in the linear head for the classes that have none yet."""
+        new = len(self.model.classes) - self.model.head.num_classes
+        self.model.head.grow(new, self.generator("head", self.task), init)
+
+    def fresh_adapter(self) -> dict[str, Tensor]:
+        """Weights of a new adapter in all blocks of the bank."""
+        weights: dict[str, Tensor] = self.model.bank.fresh(self.generator("adapter", self.task))
+        return weights
+
+    def head_group(self) -> ParamGroup:
+        """The linear head at its own learning rate."""
+        config = self._training_config()
+        lr = config.lr * config.head_lr_factor
+        return ParamGroup(params=list(self.model.head.parameters()), lr=lr, weight_decay=config.weight_decay)
+
+    def adapter_phase(
+        self,
+        adapter: Sequence[nn.Parameter],
+        loss: Loss,
+        start: int | None = None,
+        schedule: Callable[[float, int, int], float] = cosine_lr,
+    ) -> Phase:
+        """All epochs of the task on adapter parameters and the linear head.
+
+        Args:
+            adapter: what is trained besides the head.
+            loss: of a batch.
+            start: the first block in which anything is trained; default the first with adapters.
+            schedule: of the learning rates.
+        """
+        config = self._training_config()
+        live = ParamGroup(params=adapter, lr=config.lr, weight_decay=config.weight_decay)
+        return Phase(
+            name="adapter",
+            epochs=config.train_epochs,
+            groups=(live, self.head_group()),
+            loss=loss,
+            schedule=schedule,
+            start=min(self.model.bank.blocks) if start is None else start,
+        )
 
     def training_features(self, routes: Routes | None) -> tuple[Tensor, Tensor]:
         """Features of the experience's training images without augmentation.
@@ -260,6 +309,14 @@ class AdapterStrategy(SupervisedTemplate):
         self._visits += 1
         return self.generator(f"order {self._visits}", self.task)
 
+    def new_pass(self, batch: int, block: int) -> Iterable[Sequence[Tensor]]:
+        """One pass over the task's augmented images in a new order, or over what is cached of them at ``block``."""
+        cache = self.activation_cache()
+        if cache is not None:
+            return CachedLoader(cache, block, self.routes(), batch=batch, draw=self.next_order)
+        workers = self._loader_options.get("num_workers", 0)
+        return training_loader(self.adapted_dataset, batch, self.next_order, num_workers=workers)
+
     def activation_cache(self) -> ActivationCache | None:
         """What is cached of this task's images; None where caching is off or a plugin supplies the data."""
         config = self.config
@@ -278,8 +335,7 @@ class AdapterStrategy(SupervisedTemplate):
 
     def per_class(self, f_ND: Tensor, columns_N: Tensor) -> list[Tensor]:
         """The features [N_c, D] of each class of the newest task, in column order."""
-        first = int((self.model.task_of_column < self.task).sum())
-        return [f_ND[columns_N == column] for column in range(first, len(self.model.classes))]
+        return [f_ND[columns_N == column] for column in range(self.known, len(self.model.classes))]
 
     def save_pool(
         self,
@@ -480,6 +536,10 @@ class AdapterStrategy(SupervisedTemplate):
             draw = self.generator("keys", self.task)
             for f_ND in self.per_class(*self.training_features(None)):
                 keys.add_class(f_ND, draw)
+
+    def _training_config(self) -> TrainingConfig:
+        assert isinstance(self.config, TrainingConfig)
+        return self.config
 
     def _loader_of(self, phase: Phase) -> Any:
         """The task's images, or what is cached of them at the first block that this phase trains."""

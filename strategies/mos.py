@@ -27,7 +27,7 @@ from cl_adapters.predictors.fixed import Fixed
 from cl_adapters.predictors.self_refine import SelfRefine
 from cl_adapters.strategies.base import AdapterStrategy, strategies
 from cl_adapters.strategies.config import StrategyConfig, TrainingConfig
-from cl_adapters.strategies.phases import Batch, ParamGroup, Phase, current_task_loss
+from cl_adapters.strategies.phases import Batch, Phase, current_task_loss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -76,8 +76,8 @@ class MOS(AdapterStrategy):
     def grow(self, task: int) -> None:
         """New head rows, and an adapter that continues from the newest one."""
         model = self.model
-        model.head.grow(len(model.classes) - model.head.num_classes, self.generator("head", task))
-        start = model.bank.export(task - 1) if task else model.bank.fresh(self.generator("adapter", task))
+        self.grow_head()
+        start = model.bank.export(task - 1) if task else self.fresh_adapter()
         model.bank.add_slot(start)
 
     # --- train ---------------------------------------------------------------------------------------------------
@@ -91,24 +91,14 @@ class MOS(AdapterStrategy):
         block_of = {site.name: blocks.index(site.block) for site in model.bank.sites}
         self._layer = [block_of[key.rpartition("/")[0]] for key in keys]
         self._anchor = self._mean_of_finished(task)
-        known = int((model.task_of_column < task).sum())
+        known = self.known
         means_KD = None if model.statistics is None else model.statistics.means_CD.to(self.device)
 
         def loss(batch: Batch) -> Tensor:
             plain = current_task_loss(batch, known)
             return plain + config.reg * orthogonality_loss(batch.features, means_KD, config.temperature)
 
-        head_lr = config.lr * config.head_lr_factor
-        yield Phase(
-            name="adapter",
-            epochs=config.train_epochs,
-            groups=(
-                ParamGroup(params=self._live, lr=config.lr, weight_decay=config.weight_decay),
-                ParamGroup(params=list(model.head.parameters()), lr=head_lr, weight_decay=config.weight_decay),
-            ),
-            loss=loss,
-            start=min(model.bank.blocks),
-        )
+        yield self.adapter_phase(self._live, loss)
 
     def routes(self) -> Route:
         """Everything through the newest adapter."""

@@ -25,7 +25,7 @@ from cl_adapters.predictors.fixed import Fixed
 from cl_adapters.predictors.ridge import RidgeClassifier
 from cl_adapters.strategies.base import AdapterStrategy, strategies
 from cl_adapters.strategies.config import StrategyConfig, TrainingConfig
-from cl_adapters.strategies.phases import ParamGroup, Phase, all_classes_loss
+from cl_adapters.strategies.phases import Phase, all_classes_loss
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -81,29 +81,14 @@ class RanPAC(AdapterStrategy):
             drawn = random_projection(width, self.config.projection, self.generator("projection", task))
             model.parts["ridge"] = Ridge(drawn).to(self.device)
             if model.bank is not None:
-                model.head.grow(len(model.classes), self.generator("head", task))
-                model.bank.add_slot(model.bank.fresh(self.generator("adapter", task)))
+                self.grow_head()
+                model.bank.add_slot(self.fresh_adapter())
         self.ridge.grow(len(model.classes) - len(self.ridge.sums_CM))
 
     def phases(self, task: int) -> Iterable[Phase]:
         """SGD on adapter and head in the first task, nothing afterwards."""
-        model, config = self.model, self.config
-        if task or model.bank is None:
-            return
-        yield Phase(
-            name="adapter",
-            epochs=config.train_epochs,
-            groups=(
-                ParamGroup(params=model.bank.slot_parameters(0), lr=config.lr, weight_decay=config.weight_decay),
-                ParamGroup(
-                    params=list(model.head.parameters()),
-                    lr=config.lr * config.head_lr_factor,
-                    weight_decay=config.weight_decay,
-                ),
-            ),
-            loss=all_classes_loss,
-            start=min(model.bank.blocks),
-        )
+        if not task and self.model.bank is not None:
+            yield self.adapter_phase(self.model.bank.slot_parameters(0), all_classes_loss)
 
     def consolidate(self, task: int) -> None:
         """Freeze the adapter; add the task to the sums; choose the ridge; solve."""

@@ -10,7 +10,7 @@ from cl_adapters.predictors.base import Predictor
 from cl_adapters.predictors.fixed import Fixed
 from cl_adapters.strategies.base import AdapterStrategy, strategies
 from cl_adapters.strategies.config import StrategyConfig, TrainingConfig
-from cl_adapters.strategies.phases import ParamGroup, Phase, all_classes_loss
+from cl_adapters.strategies.phases import Phase, all_classes_loss
 
 
 @strategies.register("sequential")
@@ -24,28 +24,14 @@ class Sequential(AdapterStrategy):
 
     def grow(self, task: int) -> None:
         """New rows in the head; the adapter is made once."""
-        self.model.head.grow(len(self.model.classes) - self.model.head.num_classes, self.generator("head", task))
+        self.grow_head()
         if task == 0:
-            self.model.bank.add_slot(self.model.bank.fresh(self.generator("adapter", task)))
+            self.model.bank.add_slot(self.fresh_adapter())
 
     def phases(self, task: int) -> Iterable[Phase]:
         """SGD on the adapter and the whole head."""
-        config = self.config
         self.model.bank.requires_grad_(True)
-        yield Phase(
-            name="adapter",
-            epochs=config.train_epochs,
-            groups=(
-                ParamGroup(params=self.model.bank.slot_parameters(0), lr=config.lr, weight_decay=config.weight_decay),
-                ParamGroup(
-                    params=list(self.model.head.parameters()),
-                    lr=config.lr * config.head_lr_factor,
-                    weight_decay=config.weight_decay,
-                ),
-            ),
-            loss=all_classes_loss,
-            start=min(self.model.bank.blocks),
-        )
+        yield self.adapter_phase(self.model.bank.slot_parameters(0), all_classes_loss)
 
     def consolidate(self, task: int) -> None:
         """Nothing to do."""
