@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cl_adapters.adapters.base import AdapterField
 from cl_adapters.adapters.bottleneck import Bottleneck
@@ -23,14 +24,13 @@ from cl_adapters.errors import ConfigError
 from cl_adapters.model.facade import AdapterModel
 from cl_adapters.model.heads import kaiming_uniform
 from cl_adapters.parts.mixture import Mixture, router_widths
-from cl_adapters.parts.novelty import Novelty, pooled, train_descriptors
+from cl_adapters.parts.novelty import Novelty, train_descriptors
 from cl_adapters.predictors.base import Predictor
 from cl_adapters.predictors.mixture import MixtureOfAdapters
-from cl_adapters.strategies._loop.activation_cache import CachedLoader
-from cl_adapters.strategies._loop.order import training_loader
+from cl_adapters.strategies._loop.adapter_inputs import AdapterInputs
 from cl_adapters.strategies.base import AdapterStrategy, Expansion, strategies
 from cl_adapters.strategies.config import StrategyConfig, TrainingConfig
-from cl_adapters.strategies.phases import Batch, ParamGroup, Phase, current_task_loss
+from cl_adapters.strategies.phases import Loss, Phase, current_task_loss
 
 
 def _adapter() -> Bottleneck:
@@ -129,10 +129,9 @@ class SEMA(AdapterStrategy):
     def grow(self, task: int) -> None:
         """New head rows; in the first task adapters, router rows and descriptors."""
         model = self.model
-        new = len(model.classes) - model.head.num_classes
-        model.head.grow(new, self.generator("head", task), kaiming_uniform)
+        self.grow_head(kaiming_uniform)
         if task == 0:
-            model.bank.add_slot(model.bank.fresh(self.generator("adapter", task)))
+            model.bank.add_slot(self.fresh_adapter())
             self._route_slot(0, self.mixture.blocks)
 
     def _expand(self, block: int) -> int:
@@ -173,7 +172,9 @@ class SEMA(AdapterStrategy):
                 again = True
             scan += 1
         if not expanded:
-            yield self._phase_of("head", [], start=self.model.backbone.depth if self.config.cached_views else None)
+            start = self.model.backbone.depth if self.config.cached_views else None
+            loss, epochs = self._loss(), self.config.train_epochs
+            yield Phase(name="head", epochs=epochs, groups=(self.head_group(),), loss=loss, start=start)
 
     def routes(self) -> Mapping[str, Route]:
         """The mixture at the expandable blocks, the first adapter elsewhere."""
@@ -181,27 +182,14 @@ class SEMA(AdapterStrategy):
 
     def _learn(self, slot: int, blocks: Sequence[int], start: int) -> Iterator[Phase]:
         """Train one slot with its router rows and the head, then its descriptors; freeze all of them."""
-        yield self._phase_of("adapter", [*self.model.bank.slot_parameters(slot), *self._rows], start)
+        yield self.adapter_phase([*self.model.bank.slot_parameters(slot), *self._rows], self._loss(), start)
         self.model.bank.freeze(slot)
         self.mixture.freeze()
         self._train_descriptors([(block, slot) for block in blocks])
         self.novelty.freeze()
 
-    def _phase_of(self, name: str, adapter: Sequence[nn.Parameter], start: int | None) -> Phase:
-        config = self.config
-        known = int((self.model.task_of_column < self.task).sum())
-
-        def loss(batch: Batch) -> Tensor:
-            return current_task_loss(batch, known)
-
-        head = ParamGroup(
-            params=list(self.model.head.parameters()),
-            lr=config.lr * config.head_lr_factor,
-            weight_decay=config.weight_decay,
-        )
-        live = ParamGroup(params=adapter, lr=config.lr, weight_decay=config.weight_decay)
-        groups = (live, head) if adapter else (head,)
-        return Phase(name=name, epochs=config.train_epochs, groups=groups, loss=loss, start=start)
+    def _loss(self) -> Loss:
+        return partial(current_task_loss, known=self.known)
 
     # --- detect --------------------------------------------------------------------------------------------------
 
@@ -209,8 +197,7 @@ class SEMA(AdapterStrategy):
         """Scores of the expandable blocks, batch by batch over the task's images, under the model of the moment."""
         config = self.config
         smallest = config.min_batch_share * config.scan_mb_size
-        loader = self._loader(config.scan_mb_size, min(self.mixture.blocks))
-        seen = self._pooled(loader, self.mixture.blocks)
+        seen = self._inputs(self.mixture.blocks).read(self.new_pass(config.scan_mb_size, min(self.mixture.blocks)))
         batches: Iterable[dict[int, Tensor]] = (p for p in seen if len(next(iter(p.values()))) >= smallest)
         if config.scan == "task":
             parts = list(batches)
@@ -231,20 +218,13 @@ class SEMA(AdapterStrategy):
         """Train the descriptors of these (block, slot)."""
         config = self.config
         blocks = tuple(block for block, _ in pairs)
-        cache = self.activation_cache()
-        store: dict[int, Tensor] = {}
-        if cache is not None:  # the inputs of the descriptors are small: all epochs from one pass over the views
-            depth, routes = min(blocks), self.routes()
-            batches = (cache.at(depth, routes).read(*rows) for rows in cache.everything(config.eval_mb_size))
-            parts = list(self._pooled(([h] for h in batches), blocks, start=depth))
-            store = {block: torch.cat([p[block] for p in parts]) for block in blocks}
-
-        def passes(epoch: int) -> Iterable[Mapping[int, Tensor]]:
-            if cache is None:
-                return self._pooled(self._loader(config.train_mb_size, min(blocks)), blocks)
-            drawn = cache.batches(config.train_mb_size, self.next_order())
-            return ({b: p_MD[rows] for b, p_MD in store.items()} for rows in drawn)
-
+        passes = self._inputs(blocks).passes(
+            self.activation_cache(),
+            lambda: self.new_pass(config.train_mb_size, min(blocks)),
+            batch=config.train_mb_size,
+            draw=self.next_order,
+            read=config.eval_mb_size,
+        )
         trained = [p for block, slot in pairs for p in self.novelty.descriptor(block, slot).parameters()]
         self.trainable_parameters = max(self.trainable_parameters, sum(p.numel() for p in trained))
         train_descriptors(
@@ -258,32 +238,9 @@ class SEMA(AdapterStrategy):
             report=lambda epoch, loss: self.report("descriptor", epoch + 1, config.descriptor_epochs),
         )
 
-    def _loader(self, batch: int, depth: int) -> Iterable[Sequence[Tensor]]:
-        """One pass over the task's augmented images in a new order, or over what is cached of them at ``depth``."""
-        cache = self.activation_cache()
-        if cache is not None:
-            return CachedLoader(cache, depth, self.routes(), batch=batch, draw=self.next_order)
-        workers = self._loader_options.get("num_workers", 0)
-        return training_loader(self.adapted_dataset, batch, self.next_order, num_workers=workers)
-
-    def _pooled(
-        self, loader: Iterable[Sequence[Tensor]], blocks: Sequence[int], start: int | None = None
-    ) -> Iterator[dict[int, Tensor]]:
-        """Per batch the pooled input [B, D] of the adapters at each of these blocks."""
-        first = {block: next(site.name for site in self.model.bank.sites if site.block == block) for block in blocks}
-        block_of = {name: block for block, name in first.items()}
-        start = getattr(loader, "start", start)
-        stop = max(blocks) + 1 if self.config.cached_views else None
-        for x, *_ in loader:
-            seen: dict[int, Tensor] = {}
-
-            def watch(site: str, x_BND: Tensor, seen: dict[int, Tensor] = seen) -> None:
-                if site in block_of:
-                    seen[block_of[site]] = pooled(x_BND)
-
-            with torch.no_grad():
-                self.model.features(x.to(self.device), self.routes(), start=start, stop=stop, watch=watch)
-            yield seen
+    def _inputs(self, blocks: Sequence[int]) -> AdapterInputs:
+        """What the adapters at these blocks see, in a pass that ends behind them where activations are cached."""
+        return AdapterInputs(self.model, self.routes, blocks, whole=not self.config.cached_views)
 
     # --- consolidate, predict ------------------------------------------------------------------------------------
 

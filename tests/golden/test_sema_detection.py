@@ -154,7 +154,7 @@ def test_scores_come_from_the_input_of_each_block(sema: Any) -> None:
         encoder.blocks[b].norm2.register_forward_pre_hook(lambda m, args, b=b: seen.update({b: args[0].mean(1)}))
         for b in BLOCKS
     ]
-    (found,) = strategy._pooled([(x, None)], BLOCKS)
+    (found,) = strategy._inputs(BLOCKS).read([(x, None)])
     for handle in handles:
         handle.remove()
     assert found.keys() == seen.keys()
