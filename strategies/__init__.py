@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 from cl_adapters._lazy import lazy_names
 
 if TYPE_CHECKING:  # what a type checker cannot find by reading files; a name that is missing here is Any to it
+    from cl_adapters.strategies.aper import APER as APER
     from cl_adapters.strategies.joint import Joint as Joint
     from cl_adapters.strategies.lae import LAE as LAE
     from cl_adapters.strategies.mos import MOS as MOS
