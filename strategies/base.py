@@ -1,8 +1,8 @@
 """AdapterStrategy: what every strategy shares.
 
 A strategy answers four questions: what grows for an experience, what is trained in which phase, what is
-consolidated afterwards, and how one predicts. How the answers are carried out inside Avalanche's loops stands in the
-second half of the class; :mod:`cl_adapters.strategies._loop` has what that needs.
+consolidated afterwards, and how one predicts. Who writes one reads those and the helpers after them; the rest of the
+class carries the answers out inside Avalanche's training and evaluation loops.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import math
 import warnings
 from abc import abstractmethod
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -27,6 +28,7 @@ from cl_adapters._timing import Stopwatch
 from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.bank.bank import AdapterBank, Routes
 from cl_adapters.errors import ClAdaptersError, ConfigError, DataError, TrainingDiverged
+from cl_adapters.model.alignment import cosine_lr
 from cl_adapters.model.facade import AdapterModel
 from cl_adapters.model.heads import Init
 from cl_adapters.model.state import Origin
@@ -37,14 +39,40 @@ from cl_adapters.strategies._loop.activation_cache import ActivationCache, Cache
 from cl_adapters.strategies._loop.experiences import check_experience, experience_classes
 from cl_adapters.strategies._loop.order import lengths_of, reading_loader, training_loader
 from cl_adapters.strategies.config import StrategyConfig, TrainingConfig, resolve
-from cl_adapters.strategies.phases import Batch, Expansion, ParamGroup, Phase
+from cl_adapters.strategies.phases import Batch, Loss, ParamGroup, Phase
 
 if TYPE_CHECKING:
     from cl_adapters.pool import AdapterPool
 
 
+@dataclass(frozen=True, kw_only=True)
+class Expansion:
+    """One adapter added at one block during a task, and what made the strategy add it.
+
+    Attributes:
+        task: task (0-based) in which it was added.
+        block: block (0-based from the input) that got it.
+        slot: its slot in the bank.
+        score: how new the data looked to this block; the block expands where it exceeds ``threshold``.
+        threshold: the limit.
+        scan: pass over the task's data in which it happened (0-based): each pass may find more to add.
+        batch: batch of that pass (0-based).
+    """
+
+    task: int
+    block: int
+    slot: int
+    score: float
+    threshold: float
+    scan: int
+    batch: int
+
+
 class AdapterStrategy(SupervisedTemplate):
     """Base of the strategies; an Avalanche strategy with ``train(experience)`` and ``eval(stream)``.
+
+    ``phases`` is consumed lazily: each phase is asked for only when the one before has ended, so that a generator may
+    look at what was trained, freeze it, and decide what comes next.
 
     Args:
         model: a :class:`FrozenBackbone`, your own ``nn.Module`` (it is wrapped), or an :class:`AdapterModel` that
@@ -71,10 +99,6 @@ class AdapterStrategy(SupervisedTemplate):
     """
 
     Config: ClassVar[type[StrategyConfig]] = StrategyConfig
-    expansions: list[Expansion]
-    _stop_training: bool
-    _logits: Tensor | None = None
-    _output: Tensor | None = None
     summary: ClassVar[str] = ""
     frozen_after_task: ClassVar[bool] = True
     """Whether an adapter never changes after its task: then evaluations may reuse features."""
@@ -82,9 +106,19 @@ class AdapterStrategy(SupervisedTemplate):
     """Whether each task has adapters of its own, one of which is chosen for an image: then the choice can be judged."""
     expands: ClassVar[bool] = False
     """Whether the data decide how many adapters there are; ``expansions`` then says which were added and why."""
-
     explicit_order: ClassVar[bool] = False
     """Whether images are shuffled by the strategy's own generators, as cached activations always are."""
+
+    expansions: list[Expansion]
+    inference: Predictor | None
+    _stop_training: bool
+    _logits: Tensor | None = None
+    _output: Tensor | None = None
+    _unfinished: bool
+    _phase: Phase | None
+    _features: Tensor | None
+    _noise: torch.Generator | None
+    _cache: ActivationCache | None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -117,8 +151,8 @@ class AdapterStrategy(SupervisedTemplate):
         if not isinstance(model, AdapterModel):
             model = self.new_model(FrozenBackbone.wrap(model).to(device))
         model.class_names.update(class_names or {})
-        _begin_keys(model, None if keys is None else KeysConfig.of(keys))
-        self.inference = None if inference is None else _usable(predictor_from(inference), model)
+        begin_keys(model, None if keys is None else KeysConfig.of(keys))
+        self.inference = None if inference is None else usable(predictor_from(inference), model)
         super().__init__(
             model=model.to(device),
             optimizer=self._new_optimizer(),
@@ -137,12 +171,12 @@ class AdapterStrategy(SupervisedTemplate):
         self.trainable_parameters = 0
         self.expansions = []
         self._unfinished = False
-        self._phase: Phase | None = None
-        self._features: Tensor | None = None
-        self._noise: torch.Generator | None = None
+        self._phase = None
+        self._features = None
+        self._noise = None
         self._loader_options: dict[str, Any] = {}
         self._visits = 0
-        self._cache: ActivationCache | None = None
+        self._cache = None
         if getattr(self.config, "cached_views", 0):
             model.backbone.check_resumable()
 
@@ -160,11 +194,7 @@ class AdapterStrategy(SupervisedTemplate):
 
     @abstractmethod
     def phases(self, task: int) -> Iterable[Phase]:
-        """The training loops of this task, in order.
-
-        Consumed lazily: a phase is asked for only when the one before has ended, so a generator may look at what was
-        trained, and add to the model, between two phases.
-        """
+        """The training loops of this task, in order; each is asked for when the one before has ended."""
 
     @abstractmethod
     def consolidate(self, task: int) -> None:
@@ -205,26 +235,55 @@ class AdapterStrategy(SupervisedTemplate):
         return int(self.model.num_tasks) - 1
 
     @property
-    def known_classes(self) -> int:
-        """Classes of the tasks before the newest; their columns are the first."""
+    def known(self) -> int:
+        """Columns of the classes of finished tasks."""
         return int((self.model.task_of_column < self.task).sum())
-
-    def grow_head(self, task: int, init: Init | None = None) -> None:
-        """Rows of the linear head for the classes that have none yet, drawn by the task's generator "head"."""
-        head = self.model.head
-        head.grow(len(self.model.classes) - head.num_classes, self.generator("head", task), init)
-
-    def param_groups(self, adapter: Sequence[nn.Parameter]) -> tuple[ParamGroup, ...]:
-        """Adapter parameters, if any, at ``lr`` and the whole head at ``lr * head_lr_factor``, with weight decay."""
-        config = self.config
-        assert isinstance(config, TrainingConfig)
-        head_lr, decay = config.lr * config.head_lr_factor, config.weight_decay
-        head = ParamGroup(params=list(self.model.head.parameters()), lr=head_lr, weight_decay=decay)
-        return (ParamGroup(params=adapter, lr=config.lr, weight_decay=decay), head) if adapter else (head,)
 
     def generator(self, purpose: str, task: int) -> torch.Generator:
         """A fresh CPU generator for one purpose in one task."""
         return generator(self.seed, purpose, task)
+
+    def grow_head(self, init: Init | None = None) -> None:
+        """Rows in the linear head for the classes that have none yet."""
+        new = len(self.model.classes) - self.model.head.num_classes
+        self.model.head.grow(new, self.generator("head", self.task), init)
+
+    def fresh_adapter(self) -> dict[str, Tensor]:
+        """Weights of a new adapter in all blocks of the bank."""
+        weights: dict[str, Tensor] = self.model.bank.fresh(self.generator("adapter", self.task))
+        return weights
+
+    def head_group(self) -> ParamGroup:
+        """The linear head at its own learning rate."""
+        config = self._training_config()
+        lr = config.lr * config.head_lr_factor
+        return ParamGroup(params=list(self.model.head.parameters()), lr=lr, weight_decay=config.weight_decay)
+
+    def adapter_phase(
+        self,
+        adapter: Sequence[nn.Parameter],
+        loss: Loss,
+        start: int | None = None,
+        schedule: Callable[[float, int, int], float] = cosine_lr,
+    ) -> Phase:
+        """All epochs of the task on adapter parameters and the linear head.
+
+        Args:
+            adapter: what is trained besides the head.
+            loss: of a batch.
+            start: the first block in which anything is trained; default the first with adapters.
+            schedule: of the learning rates.
+        """
+        config = self._training_config()
+        live = ParamGroup(params=adapter, lr=config.lr, weight_decay=config.weight_decay)
+        return Phase(
+            name="adapter",
+            epochs=config.train_epochs,
+            groups=(live, self.head_group()),
+            loss=loss,
+            schedule=schedule,
+            start=min(self.model.bank.blocks) if start is None else start,
+        )
 
     def training_features(self, routes: Routes | None) -> tuple[Tensor, Tensor]:
         """Features of the experience's training images without augmentation.
@@ -252,8 +311,16 @@ class AdapterStrategy(SupervisedTemplate):
         self._visits += 1
         return self.generator(f"order {self._visits}", self.task)
 
+    def new_pass(self, batch: int, block: int) -> Iterable[Sequence[Tensor]]:
+        """One pass over the task's augmented images in a new order, or over what is cached of them at ``block``."""
+        cache = self.activation_cache()
+        if cache is not None:
+            return CachedLoader(cache, block, self.routes(), batch=batch, draw=self.next_order)
+        workers = self._loader_options.get("num_workers", 0)
+        return training_loader(self.adapted_dataset, batch, self.next_order, num_workers=workers)
+
     def activation_cache(self) -> ActivationCache | None:
-        """Cached activations of this task's images; None where caching is off or a plugin supplies the data."""
+        """What is cached of this task's images; None where caching is off or a plugin supplies the data."""
         config = self.config
         if not isinstance(config, TrainingConfig) or not config.cached_views or self._images is not self._own_images:
             return None
@@ -268,17 +335,9 @@ class AdapterStrategy(SupervisedTemplate):
             )
         return self._cache
 
-    def task_images(self, batch: int, start: int) -> Iterable[Sequence[Tensor]]:
-        """One pass over the task's augmented images in a new order, or over what is cached at block ``start``."""
-        cache = self.activation_cache()
-        if cache is not None:
-            return CachedLoader(cache, start, self.routes(), batch=batch, draw=self.next_order)
-        workers = self._loader_options.get("num_workers", 0)
-        return training_loader(self.adapted_dataset, batch, self.next_order, num_workers=workers)
-
     def per_class(self, f_ND: Tensor, columns_N: Tensor) -> list[Tensor]:
         """The features [N_c, D] of each class of the newest task, in column order."""
-        return [f_ND[columns_N == column] for column in range(self.known_classes, len(self.model.classes))]
+        return [f_ND[columns_N == column] for column in range(self.known, len(self.model.classes))]
 
     def save_pool(
         self,
@@ -298,7 +357,7 @@ class AdapterStrategy(SupervisedTemplate):
         model: AdapterModel = self.model
         return model.save_pool(path, tags=tags, benchmark=benchmark, metrics=metrics, compression=compression)
 
-    # --- what Avalanche calls: a task -------------------------------------------------------------------------------
+    # --- Avalanche's loop: a task -------------------------------------------------------------------------------------
 
     def train(self, experiences: Any, eval_streams: Any = None, **loader_options: Any) -> Any:
         """Learn one experience, or several in order; see Avalanche. Global random states are left as they were.
@@ -403,7 +462,7 @@ class AdapterStrategy(SupervisedTemplate):
         if self.progress is not None:
             self.progress(phase, done, total)
 
-    # --- what Avalanche calls: one batch ----------------------------------------------------------------------------
+    # --- Avalanche's loop: one batch ----------------------------------------------------------------------------------
 
     def forward(self) -> Tensor:
         """Logits; what Avalanche's metrics and plugins read of them is :attr:`mb_output`.
@@ -472,11 +531,6 @@ class AdapterStrategy(SupervisedTemplate):
 
     # --- private -------------------------------------------------------------------------------------------------
 
-    def _new_optimizer(self) -> torch.optim.Optimizer:
-        """An optimizer whose parameters each phase replaces; torch refuses an empty one."""
-        placeholder = nn.Parameter(torch.zeros(1), requires_grad=False)
-        return torch.optim.SGD([placeholder], lr=1.0, momentum=getattr(self.config, "momentum", 0.0))
-
     def _check_finished(self) -> None:
         if self._unfinished:
             raise ClAdaptersError(
@@ -504,6 +558,10 @@ class AdapterStrategy(SupervisedTemplate):
             for f_ND in self.per_class(*self.training_features(None)):
                 keys.add_class(f_ND, draw)
 
+    def _training_config(self) -> TrainingConfig:
+        assert isinstance(self.config, TrainingConfig)
+        return self.config
+
     def _loader_of(self, phase: Phase) -> Any:
         """The task's images, or what is cached of them at the first block that this phase trains."""
         cache = self.activation_cache() if phase.start else None
@@ -524,8 +582,13 @@ class AdapterStrategy(SupervisedTemplate):
         wide = logits_BC.new_full((len(logits_BC), width), -torch.inf)
         return wide.index_copy(1, labels, logits_BC)
 
+    def _new_optimizer(self) -> torch.optim.Optimizer:
+        """An optimizer whose parameters each phase replaces; torch refuses an empty one."""
+        placeholder = nn.Parameter(torch.zeros(1), requires_grad=False)
+        return torch.optim.SGD([placeholder], lr=1.0, momentum=getattr(self.config, "momentum", 0.0))
 
-def _begin_keys(model: AdapterModel, config: KeysConfig | None) -> None:
+
+def begin_keys(model: AdapterModel, config: KeysConfig | None) -> None:
     """Give a model that has learned nothing its keys; check those of one that goes on.
 
     Raises:
@@ -543,7 +606,7 @@ def _begin_keys(model: AdapterModel, config: KeysConfig | None) -> None:
         model.parts[CLASS_KEYS] = Keys(config, model.backbone.num_features)
 
 
-def _usable(predictor: Predictor, model: AdapterModel) -> Predictor:
+def usable(predictor: Predictor, model: AdapterModel) -> Predictor:
     """The predictor, if it will find the keys that it needs.
 
     Raises:

@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -29,7 +30,7 @@ from cl_adapters.predictors.fixed import Fixed
 from cl_adapters.predictors.max_ensemble import MaxEnsemble
 from cl_adapters.strategies.base import AdapterStrategy, strategies
 from cl_adapters.strategies.config import StrategyConfig, TrainingConfig
-from cl_adapters.strategies.phases import Batch, Phase, constant_lr, current_task_loss
+from cl_adapters.strategies.phases import Phase, constant_lr, current_task_loss
 
 ONLINE, OFFLINE = 0, 1
 
@@ -114,9 +115,9 @@ class LAE(AdapterStrategy):
     def grow(self, task: int) -> None:
         """New head rows; the online adapter at the first task, the offline one as its copy at the second."""
         model = self.model
-        self.grow_head(task, normal(0.001))
+        self.grow_head(normal(0.001))
         if task == 0:
-            model.bank.add_slot(model.bank.fresh(self.generator("adapter", task)))
+            model.bank.add_slot(self.fresh_adapter())
         elif task == 1:
             model.bank.freeze(model.bank.add_slot(model.bank.export(ONLINE)))
             model.parts["accumulation"] = Accumulation().to(self.device)
@@ -130,20 +131,8 @@ class LAE(AdapterStrategy):
 
     def phases(self, task: int) -> Iterable[Phase]:
         """One phase, so that the head's moments go on when the adapter thaws (see :meth:`before_epoch`)."""
-        config, model = self.config, self.model
-        known = self.known_classes
-
-        def loss(batch: Batch) -> torch.Tensor:
-            return current_task_loss(batch, known)
-
-        yield Phase(
-            name="adapter",
-            epochs=config.train_epochs,
-            groups=self.param_groups(model.bank.slot_parameters(ONLINE)),
-            loss=loss,
-            schedule=constant_lr,
-            start=min(model.bank.blocks),
-        )
+        loss = partial(current_task_loss, known=self.known)
+        yield self.adapter_phase(self.model.bank.slot_parameters(ONLINE), loss, schedule=constant_lr)
 
     def before_epoch(self, epoch: int) -> None:
         """Freeze or thaw the online adapter; Adam leaves out what has no gradient and keeps no moments of it."""

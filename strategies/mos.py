@@ -76,8 +76,8 @@ class MOS(AdapterStrategy):
     def grow(self, task: int) -> None:
         """New head rows, and an adapter that continues from the newest one."""
         model = self.model
-        self.grow_head(task)
-        start = model.bank.export(task - 1) if task else model.bank.fresh(self.generator("adapter", task))
+        self.grow_head()
+        start = model.bank.export(task - 1) if task else self.fresh_adapter()
         model.bank.add_slot(start)
 
     # --- train ---------------------------------------------------------------------------------------------------
@@ -91,20 +91,14 @@ class MOS(AdapterStrategy):
         block_of = {site.name: blocks.index(site.block) for site in model.bank.sites}
         self._layer = [block_of[key.rpartition("/")[0]] for key in keys]
         self._anchor = self._mean_of_finished(task)
-        known = self.known_classes
+        known = self.known
         means_KD = None if model.statistics is None else model.statistics.means_CD.to(self.device)
 
         def loss(batch: Batch) -> Tensor:
             plain = current_task_loss(batch, known)
             return plain + config.reg * orthogonality_loss(batch.features, means_KD, config.temperature)
 
-        yield Phase(
-            name="adapter",
-            epochs=config.train_epochs,
-            groups=self.param_groups(self._live),
-            loss=loss,
-            start=min(model.bank.blocks),
-        )
+        yield self.adapter_phase(self._live, loss)
 
     def routes(self) -> Route:
         """Everything through the newest adapter."""

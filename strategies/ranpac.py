@@ -81,22 +81,14 @@ class RanPAC(AdapterStrategy):
             drawn = random_projection(width, self.config.projection, self.generator("projection", task))
             model.parts["ridge"] = Ridge(drawn).to(self.device)
             if model.bank is not None:
-                self.grow_head(task)
-                model.bank.add_slot(model.bank.fresh(self.generator("adapter", task)))
+                self.grow_head()
+                model.bank.add_slot(self.fresh_adapter())
         self.ridge.grow(len(model.classes) - len(self.ridge.sums_CM))
 
     def phases(self, task: int) -> Iterable[Phase]:
         """SGD on adapter and head in the first task, nothing afterwards."""
-        model, config = self.model, self.config
-        if task or model.bank is None:
-            return
-        yield Phase(
-            name="adapter",
-            epochs=config.train_epochs,
-            groups=self.param_groups(model.bank.slot_parameters(0)),
-            loss=all_classes_loss,
-            start=min(model.bank.blocks),
-        )
+        if not task and self.model.bank is not None:
+            yield self.adapter_phase(self.model.bank.slot_parameters(0), all_classes_loss)
 
     def consolidate(self, task: int) -> None:
         """Freeze the adapter; add the task to the sums; choose the ridge; solve."""

@@ -10,10 +10,11 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from typing import ClassVar, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from cl_adapters.adapters.base import AdapterField
 from cl_adapters.adapters.bottleneck import Bottleneck
@@ -26,10 +27,10 @@ from cl_adapters.parts.mixture import Mixture, router_widths
 from cl_adapters.parts.novelty import Novelty, train_descriptors
 from cl_adapters.predictors.base import Predictor
 from cl_adapters.predictors.mixture import MixtureOfAdapters
-from cl_adapters.strategies._loop.pooled_inputs import StoredInputs, pooled_inputs
-from cl_adapters.strategies.base import AdapterStrategy, strategies
+from cl_adapters.strategies._loop.adapter_inputs import AdapterInputs
+from cl_adapters.strategies.base import AdapterStrategy, Expansion, strategies
 from cl_adapters.strategies.config import StrategyConfig, TrainingConfig
-from cl_adapters.strategies.phases import Batch, Expansion, Phase, current_task_loss
+from cl_adapters.strategies.phases import Loss, Phase, current_task_loss
 
 
 def _adapter() -> Bottleneck:
@@ -128,9 +129,9 @@ class SEMA(AdapterStrategy):
     def grow(self, task: int) -> None:
         """New head rows; in the first task adapters, router rows and descriptors."""
         model = self.model
-        self.grow_head(task, kaiming_uniform)
+        self.grow_head(kaiming_uniform)
         if task == 0:
-            model.bank.add_slot(model.bank.fresh(self.generator("adapter", task)))
+            model.bank.add_slot(self.fresh_adapter())
             self._route_slot(0, self.mixture.blocks)
 
     def _expand(self, block: int) -> int:
@@ -171,7 +172,9 @@ class SEMA(AdapterStrategy):
                 again = True
             scan += 1
         if not expanded:
-            yield self._phase_of("head", [], start=self.model.backbone.depth if self.config.cached_views else None)
+            start = self.model.backbone.depth if self.config.cached_views else None
+            loss, epochs = self._loss(), self.config.train_epochs
+            yield Phase(name="head", epochs=epochs, groups=(self.head_group(),), loss=loss, start=start)
 
     def routes(self) -> Mapping[str, Route]:
         """The mixture at the expandable blocks, the first adapter elsewhere."""
@@ -179,21 +182,14 @@ class SEMA(AdapterStrategy):
 
     def _learn(self, slot: int, blocks: Sequence[int], start: int) -> Iterator[Phase]:
         """Train one slot with its router rows and the head, then its descriptors; freeze all of them."""
-        yield self._phase_of("adapter", [*self.model.bank.slot_parameters(slot), *self._rows], start)
+        yield self.adapter_phase([*self.model.bank.slot_parameters(slot), *self._rows], self._loss(), start)
         self.model.bank.freeze(slot)
         self.mixture.freeze()
         self._train_descriptors([(block, slot) for block in blocks])
         self.novelty.freeze()
 
-    def _phase_of(self, name: str, adapter: Sequence[nn.Parameter], start: int | None) -> Phase:
-        config = self.config
-        known = self.known_classes
-
-        def loss(batch: Batch) -> Tensor:
-            return current_task_loss(batch, known)
-
-        groups = self.param_groups(adapter)
-        return Phase(name=name, epochs=config.train_epochs, groups=groups, loss=loss, start=start)
+    def _loss(self) -> Loss:
+        return partial(current_task_loss, known=self.known)
 
     # --- detect --------------------------------------------------------------------------------------------------
 
@@ -201,18 +197,13 @@ class SEMA(AdapterStrategy):
         """Scores of the expandable blocks, batch by batch over the task's images, under the model of the moment."""
         config = self.config
         smallest = config.min_batch_share * config.scan_mb_size
-        seen = self._pooled(config.scan_mb_size, self.mixture.blocks)
+        seen = self._inputs(self.mixture.blocks).read(self.new_pass(config.scan_mb_size, min(self.mixture.blocks)))
         batches: Iterable[dict[int, Tensor]] = (p for p in seen if len(next(iter(p.values()))) >= smallest)
         if config.scan == "task":
             parts = list(batches)
             batches = [{block: torch.cat([p[block] for p in parts]) for block in self.mixture.blocks}]
         for p in batches:
             yield {block: self.novelty.score(block, p_BD) for block, p_BD in p.items()}
-
-    def _pooled(self, batch: int, blocks: Sequence[int]) -> Iterator[dict[int, Tensor]]:
-        """What the descriptors at these blocks see in one pass over the task's images."""
-        stop = max(blocks) + 1 if self.config.cached_views else None
-        return pooled_inputs(self.model, self.task_images(batch, min(blocks)), blocks, self.routes(), stop=stop)
 
     def _novel(self, scores: Mapping[int, float], expanded: set[int]) -> int | None:
         """The first block, from the input, that may expand and finds the batch new."""
@@ -227,16 +218,13 @@ class SEMA(AdapterStrategy):
         """Train the descriptors of these (block, slot)."""
         config = self.config
         blocks = tuple(block for block, _ in pairs)
-        cache = self.activation_cache()
-        stored = None
-        if cache is not None:
-            stored = StoredInputs(self.model, cache, blocks, self.routes(), config.eval_mb_size)
-
-        def passes(epoch: int) -> Iterable[Mapping[int, Tensor]]:
-            if stored is not None:
-                return stored.drawn(config.train_mb_size, self.next_order())
-            return self._pooled(config.train_mb_size, blocks)
-
+        passes = self._inputs(blocks).passes(
+            self.activation_cache(),
+            lambda: self.new_pass(config.train_mb_size, min(blocks)),
+            batch=config.train_mb_size,
+            draw=self.next_order,
+            read=config.eval_mb_size,
+        )
         trained = [p for block, slot in pairs for p in self.novelty.descriptor(block, slot).parameters()]
         self.trainable_parameters = max(self.trainable_parameters, sum(p.numel() for p in trained))
         train_descriptors(
@@ -249,6 +237,10 @@ class SEMA(AdapterStrategy):
             weight_decay=config.weight_decay,
             report=lambda epoch, loss: self.report("descriptor", epoch + 1, config.descriptor_epochs),
         )
+
+    def _inputs(self, blocks: Sequence[int]) -> AdapterInputs:
+        """What the adapters at these blocks see, in a pass that ends behind them where activations are cached."""
+        return AdapterInputs(self.model, self.routes, blocks, whole=not self.config.cached_views)
 
     # --- consolidate, predict ------------------------------------------------------------------------------------
 

@@ -24,21 +24,14 @@ class Sequential(AdapterStrategy):
 
     def grow(self, task: int) -> None:
         """New rows in the head; the adapter is made once."""
-        self.grow_head(task)
+        self.grow_head()
         if task == 0:
-            self.model.bank.add_slot(self.model.bank.fresh(self.generator("adapter", task)))
+            self.model.bank.add_slot(self.fresh_adapter())
 
     def phases(self, task: int) -> Iterable[Phase]:
         """SGD on the adapter and the whole head."""
-        config = self.config
         self.model.bank.requires_grad_(True)
-        yield Phase(
-            name="adapter",
-            epochs=config.train_epochs,
-            groups=self.param_groups(self.model.bank.slot_parameters(0)),
-            loss=all_classes_loss,
-            start=min(self.model.bank.blocks),
-        )
+        yield self.adapter_phase(self.model.bank.slot_parameters(0), all_classes_loss)
 
     def consolidate(self, task: int) -> None:
         """Nothing to do."""

@@ -21,7 +21,7 @@ from cl_adapters.benchmarks.results.results import (
     write,
 )
 from cl_adapters.errors import ConfigError, StorageError
-from cl_adapters.strategies import phases as strategies_phases
+from cl_adapters.strategies.base import Expansion as StrategyExpansion
 
 DOCUMENT = Path(__file__).parent.parent / "docs" / "results.md"
 
@@ -177,7 +177,7 @@ def test_a_file_of_schema_1_is_read_with_what_it_does_not_tell_as_none(tmp_path:
 def test_expansions_are_those_of_finished_tasks_and_as_strategies_tell_them() -> None:
     with pytest.raises(ValueError, match=r"expansions name the tasks \[2\], but only 0..1 are finished"):
         make(expansions=(added(task=1), added(task=2)))
-    told = [field.name for field in dataclasses.fields(strategies_phases.Expansion)]
+    told = [field.name for field in dataclasses.fields(StrategyExpansion)]
     assert told == [field.name for field in dataclasses.fields(Expansion)]
 
 
@@ -218,7 +218,7 @@ def test_a_crash_while_writing_keeps_the_old_file(tmp_path: Path, monkeypatch: p
     def crash(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("cl_adapters._io.os.fsync", crash)
+    monkeypatch.setattr("cl_adapters.files.os.fsync", crash)
     with pytest.raises(StorageError, match="disk full"):
         write(make(seed=4), path)
     assert read(path).seed == 3

@@ -10,7 +10,7 @@ import torch
 from cl_adapters.benchmarks.results.results import BackboneInfo
 from cl_adapters.benchmarks.run.experiment import resolve
 from cl_adapters.benchmarks.run.rows import growth, to_results
-from cl_adapters.strategies.phases import Expansion
+from cl_adapters.strategies.base import Expansion
 
 
 def row(counts: list[list[int]], **more: Any) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""ActivationCache: what does not change while a task trains is computed once.
+"""The activation cache: what does not change while a task trains is computed once.
 
 When only the last blocks of the backbone have trained adapters, the activations before the first of them are the same
 in every epoch. K augmented views of each training image are run up to that block once, and the epochs read them back:
@@ -22,47 +22,8 @@ from torch.utils.data import DataLoader
 from cl_adapters._seeding import isolated, seed_globals
 from cl_adapters.bank.bank import Routes
 from cl_adapters.errors import ClAdaptersError
-from cl_adapters.model.encoder import AdaptedEncoder
+from cl_adapters.model.facade import AdapterModel
 from cl_adapters.strategies._loop.order import Draw, length_batches, lengths_of
-
-
-class HiddenStore:
-    """K views of N samples.
-
-    Float32 in memory up to a limit; above it, half precision in an unnamed temporary file that is memory-mapped and
-    gone when the store or the process is (``TMPDIR`` says where).
-
-    Args:
-        views: K, augmented views of every sample.
-        samples: N.
-        shape: of one activation, for a ViT [tokens, D].
-        memory_mb: limit in MiB of float32.
-    """
-
-    def __init__(self, views: int, samples: int, shape: Sequence[int], memory_mb: float) -> None:
-        self._data: npt.NDArray[Any]
-        self.on_disk = 4 * views * samples * int(np.prod(shape)) > memory_mb * 2**20
-        if self.on_disk:
-            self._file = tempfile.TemporaryFile(prefix="cl-adapters-")  # noqa: SIM115  # lives as long as the store
-            self._data = np.memmap(self._file, np.float16, "w+", shape=(views, samples, *shape))
-        else:
-            self._data = np.empty((views, samples, *shape), np.float32)
-
-    def write(self, view: int, start: int, h_BX: Tensor) -> None:
-        """Put B consecutive samples of one view in their place.
-
-        Raises:
-            ClAdaptersError: a number too large for half precision.
-        """
-        if self.on_disk and bool((h_BX.abs() > torch.finfo(torch.float16).max).any()):  # NaN: no token there
-            raise ClAdaptersError(
-                "activations are too large for half precision: raise cache_memory_mb so that they fit into memory"
-            )
-        self._data[view, start : start + len(h_BX)] = h_BX.float().cpu().numpy()
-
-    def read(self, views_B: Tensor, samples_B: Tensor) -> Tensor:
-        """Float32 [B, ...] on the CPU."""
-        return torch.from_numpy(np.asarray(self._data[views_B.numpy(), samples_B.numpy()], np.float32))
 
 
 class ActivationCache:
@@ -84,7 +45,7 @@ class ActivationCache:
 
     def __init__(
         self,
-        model: AdaptedEncoder,
+        model: AdapterModel,
         dataset: Any,
         *,
         seeds: list[int],
@@ -182,9 +143,7 @@ class ActivationCache:
 
 
 class CachedLoader:
-    """Batches [h, label, task label] from an :class:`ActivationCache` at one depth.
-
-    Order and choice of views are new each time.
+    """Batches [h, label, task label] from a cache at one depth, in a new order and choice of views each time.
 
     Args:
         cache: where they come from.
@@ -220,3 +179,42 @@ class CachedLoader:
             rows = places % len(self._cache)
             labels = self._cache.labels[rows]
             yield [self._store.read(places // len(self._cache), rows), labels, torch.zeros_like(labels)]
+
+
+class HiddenStore:
+    """Activations of K views of N samples at one depth of the backbone, in memory or, when large, on disk.
+
+    Float32 in memory up to a limit; above it, half precision in an unnamed temporary file that is memory-mapped and
+    gone when the store or the process is (``TMPDIR`` says where).
+
+    Args:
+        views: K, augmented views of every sample.
+        samples: N.
+        shape: of one activation, for a ViT [tokens, D].
+        memory_mb: limit in MiB of float32.
+    """
+
+    def __init__(self, views: int, samples: int, shape: Sequence[int], memory_mb: float) -> None:
+        self._data: npt.NDArray[Any]
+        self.on_disk = 4 * views * samples * int(np.prod(shape)) > memory_mb * 2**20
+        if self.on_disk:
+            self._file = tempfile.TemporaryFile(prefix="cl-adapters-")  # noqa: SIM115  # lives as long as the store
+            self._data = np.memmap(self._file, np.float16, "w+", shape=(views, samples, *shape))
+        else:
+            self._data = np.empty((views, samples, *shape), np.float32)
+
+    def write(self, view: int, start: int, h_BX: Tensor) -> None:
+        """Put B consecutive samples of one view in their place.
+
+        Raises:
+            ClAdaptersError: a number too large for half precision.
+        """
+        if self.on_disk and bool((h_BX.abs() > torch.finfo(torch.float16).max).any()):  # NaN: no token there
+            raise ClAdaptersError(
+                "activations are too large for half precision: raise cache_memory_mb so that they fit into memory"
+            )
+        self._data[view, start : start + len(h_BX)] = h_BX.float().cpu().numpy()
+
+    def read(self, views_B: Tensor, samples_B: Tensor) -> Tensor:
+        """Float32 [B, ...] on the CPU."""
+        return torch.from_numpy(np.asarray(self._data[views_B.numpy(), samples_B.numpy()], np.float32))

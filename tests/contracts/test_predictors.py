@@ -19,6 +19,7 @@ from cl_adapters.config import build, to_plain
 from cl_adapters.errors import ClAdaptersError, ConfigError
 from cl_adapters.features import FeatureMemory
 from cl_adapters.model.facade import AdapterModel
+from cl_adapters.parts.class_means import ClassMeans
 from cl_adapters.parts.keys import Keys, KeysConfig
 from cl_adapters.parts.mixture import Mixture
 from cl_adapters.parts.ridge import Ridge, random_projection
@@ -54,6 +55,8 @@ def make_model(tiny_vit: Callable[..., nn.Module], filled: Callable[..., Adapter
                 routers.grow(block, slot, generator)
         model.parts["ridge"] = ridge = Ridge(random_projection(16, 24, generator))
         ridge.weights_CM = 0.1 * torch.randn(len(model.classes), 24, generator=generator)
+        model.parts["class_means"] = means = ClassMeans(2 * 16)
+        means.head.append(torch.randn(len(model.classes), 2 * 16, generator=torch.Generator().manual_seed(seed)))
         model.parts["class_keys"] = keys = Keys(KeysConfig(kind="features", held_out=0), 16)
         for _ in model.classes:
             keys.add_class(torch.randn(3, 16, generator=generator), generator)

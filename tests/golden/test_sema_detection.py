@@ -15,7 +15,6 @@ import torch
 from torch import nn
 
 from cl_adapters.strategies import SEMA
-from cl_adapters.strategies._loop.pooled_inputs import pooled_inputs
 from cl_adapters.strategies.phases import Phase
 
 BLOCKS = (9, 10, 11)
@@ -155,7 +154,7 @@ def test_scores_come_from_the_input_of_each_block(sema: Any) -> None:
         encoder.blocks[b].norm2.register_forward_pre_hook(lambda m, args, b=b: seen.update({b: args[0].mean(1)}))
         for b in BLOCKS
     ]
-    (found,) = pooled_inputs(strategy.model, [(x,)], BLOCKS, strategy.routes())
+    (found,) = strategy._inputs(BLOCKS).read([(x, None)])
     for handle in handles:
         handle.remove()
     assert found.keys() == seen.keys()
