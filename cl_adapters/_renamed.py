@@ -12,114 +12,62 @@ from types import CodeType, ModuleType
 
 from cl_adapters._alias import AliasLoader
 
+_MOVED = {
+    "": "abstention=openset files=_io randomness=_seeding storage=_io timing=_timing",
+    "backbones": """
+        backbone=frozen backbone_sources=load batches=inputs entering=partial fingerprint=card hf_forward hf_image
+        hf_source=hf_load passes=partial preprocessing text_preprocessing=text tokens
+    """,
+    "bank": "language_routes=routes routes site_adapters slot_stacks",
+    "benchmarks.bench": """
+        benchmarks.bench_index=index benchmarks.bench_out_of_scope=out_of_scope benchmarks.bench_photographs=photographs
+        benchmarks.bench_pool=pool benchmarks.bench_public_mos=public_mos benchmarks.bench_public_sema=public_sema
+        benchmarks.bench_retrieval=retrieval benchmarks.bench_same_numbers=same_numbers
+        benchmarks.bench_sema_step=sema_step benchmarks.bench_texts=texts benchmarks.comparison benchmarks.public_code
+        benchmarks.table benchmarks.variants
+    """,
+    "benchmarks.cli": """
+        benchmarks.index_cli=index benchmarks.index_evaluate_cli=index_evaluate benchmarks.instruct_cli=instruct
+        benchmarks.pool_cli=pool benchmarks.pool_exchange_cli=pool_exchange benchmarks.pool_life_cli=pool_life
+        benchmarks.predict_cli=predict benchmarks.settings=options
+    """,
+    "benchmarks.data": """
+        benchmarks.data_instruct=_instructions benchmarks.text_benchmark=_text_benchmark
+        benchmarks.text_files=_text_files
+    """,
+    "benchmarks.glyphs": """
+        benchmarks.glyph_batches=batches benchmarks.glyph_classes=classes benchmarks.glyph_render=render
+        benchmarks.pretrain_vit_glyph=pretrain benchmarks.probe_vit_glyph=probe
+    """,
+    "benchmarks.report": """
+        benchmarks.chart_grid benchmarks.charts benchmarks.report_figures=figures benchmarks.report_growth=growth
+        benchmarks.report_routing=routing benchmarks.svg
+    """,
+    "benchmarks.results": "benchmarks.instruct_results=instruct benchmarks.result_parts=parts",
+    "benchmarks.run": """
+        benchmarks.evaluation benchmarks.experiment benchmarks.instruct benchmarks.pool_accuracy benchmarks.pool_of_run
+        benchmarks.rows benchmarks.run_folder=session benchmarks.runner
+    """,
+    "benchmarks.streams": "benchmarks.augmentation benchmarks.datasets benchmarks.prepared benchmarks.tokenised",
+    "index": "index.choice=contents index.index_files=files",
+    "index.backends": "index.base index.exact index.faiss=_faiss index.flat index.hnsw index.ivf index.ivfpq",
+    "language": "language_answers=model language_passes=model language_source=load language_tokens=tokens",
+    "model": "alignment answers=predict heads model_files=files origins=state statistics",
+    "parts": "retrieval=keys",
+    "pool": "pool.changes=edit pool.interchange=transfer pool.new_adapter=edit",
+    "sites": """
+        attention_sites=attention site_families=families site_families_timm=timm site_families_transformers=transformers
+        site_families_vision=vision site_places=places
+    """,
+    "strategies": "strategies.expansion=base strategies.lifecycle=base strategies.lookup=base",
+    "strategies._loop": "hidden_store=activation_cache strategies.experiences strategies.order strategies.views=activation_cache",
+}
+"""New package (relative to ``cl_adapters``) to the old paths of its modules, with ``=`` where the name is new too."""
+
 NEW_PLACES = {
-    "abstention": "openset",
-    "alignment": "model.alignment",
-    "answers": "model.predict",
-    "attention_sites": "sites.attention",
-    "backbone": "backbones.frozen",
-    "backbone_sources": "backbones.load",
-    "batches": "backbones.inputs",
-    "benchmarks.augmentation": "benchmarks.streams.augmentation",
-    "benchmarks.bench_index": "benchmarks.bench.index",
-    "benchmarks.bench_out_of_scope": "benchmarks.bench.out_of_scope",
-    "benchmarks.bench_photographs": "benchmarks.bench.photographs",
-    "benchmarks.bench_pool": "benchmarks.bench.pool",
-    "benchmarks.bench_public_mos": "benchmarks.bench.public_mos",
-    "benchmarks.bench_public_sema": "benchmarks.bench.public_sema",
-    "benchmarks.bench_retrieval": "benchmarks.bench.retrieval",
-    "benchmarks.bench_same_numbers": "benchmarks.bench.same_numbers",
-    "benchmarks.bench_sema_step": "benchmarks.bench.sema_step",
-    "benchmarks.bench_texts": "benchmarks.bench.texts",
-    "benchmarks.chart_grid": "benchmarks.report.chart_grid",
-    "benchmarks.charts": "benchmarks.report.charts",
-    "benchmarks.comparison": "benchmarks.bench.comparison",
-    "benchmarks.data_instruct": "benchmarks.data._instructions",
-    "benchmarks.datasets": "benchmarks.streams.datasets",
-    "benchmarks.evaluation": "benchmarks.run.evaluation",
-    "benchmarks.experiment": "benchmarks.run.experiment",
-    "benchmarks.glyph_batches": "benchmarks.glyphs.batches",
-    "benchmarks.glyph_classes": "benchmarks.glyphs.classes",
-    "benchmarks.glyph_render": "benchmarks.glyphs.render",
-    "benchmarks.index_cli": "benchmarks.cli.index",
-    "benchmarks.index_evaluate_cli": "benchmarks.cli.index_evaluate",
-    "benchmarks.instruct": "benchmarks.run.instruct",
-    "benchmarks.instruct_cli": "benchmarks.cli.instruct",
-    "benchmarks.instruct_results": "benchmarks.results.instruct",
-    "benchmarks.pool_accuracy": "benchmarks.run.pool_accuracy",
-    "benchmarks.pool_cli": "benchmarks.cli.pool",
-    "benchmarks.pool_exchange_cli": "benchmarks.cli.pool_exchange",
-    "benchmarks.pool_life_cli": "benchmarks.cli.pool_life",
-    "benchmarks.pool_of_run": "benchmarks.run.pool_of_run",
-    "benchmarks.predict_cli": "benchmarks.cli.predict",
-    "benchmarks.prepared": "benchmarks.streams.prepared",
-    "benchmarks.pretrain_vit_glyph": "benchmarks.glyphs.pretrain",
-    "benchmarks.probe_vit_glyph": "benchmarks.glyphs.probe",
-    "benchmarks.public_code": "benchmarks.bench.public_code",
-    "benchmarks.report_figures": "benchmarks.report.figures",
-    "benchmarks.report_growth": "benchmarks.report.growth",
-    "benchmarks.report_routing": "benchmarks.report.routing",
-    "benchmarks.result_parts": "benchmarks.results.parts",
-    "benchmarks.rows": "benchmarks.run.rows",
-    "benchmarks.run_folder": "benchmarks.run.session",
-    "benchmarks.runner": "benchmarks.run.runner",
-    "benchmarks.settings": "benchmarks.cli.options",
-    "benchmarks.svg": "benchmarks.report.svg",
-    "benchmarks.table": "benchmarks.bench.table",
-    "benchmarks.text_benchmark": "benchmarks.data._text_benchmark",
-    "benchmarks.text_files": "benchmarks.data._text_files",
-    "benchmarks.tokenised": "benchmarks.streams.tokenised",
-    "benchmarks.variants": "benchmarks.bench.variants",
-    "entering": "backbones.partial",
-    "files": "_io",
-    "fingerprint": "backbones.card",
-    "heads": "model.heads",
-    "hf_forward": "backbones.hf_forward",
-    "hf_image": "backbones.hf_image",
-    "hf_source": "backbones.hf_load",
-    "strategies.lifecycle": "strategies.base",
-    "strategies.expansion": "strategies.base",
-    "hidden_store": "strategies._loop.activation_cache",
-    "index.base": "index.backends.base",
-    "index.choice": "index.contents",
-    "index.exact": "index.backends.exact",
-    "index.faiss": "index.backends._faiss",
-    "index.flat": "index.backends.flat",
-    "index.hnsw": "index.backends.hnsw",
-    "index.index_files": "index.files",
-    "index.ivf": "index.backends.ivf",
-    "index.ivfpq": "index.backends.ivfpq",
-    "language_answers": "language.model",
-    "language_passes": "language.model",
-    "language_routes": "bank.routes",
-    "language_source": "language.load",
-    "language_tokens": "language.tokens",
-    "model_files": "model.files",
-    "origins": "model.state",
-    "passes": "backbones.partial",
-    "pool.changes": "pool.edit",
-    "pool.interchange": "pool.transfer",
-    "pool.new_adapter": "pool.edit",
-    "preprocessing": "backbones.preprocessing",
-    "randomness": "_seeding",
-    "retrieval": "parts.keys",
-    "routes": "bank.routes",
-    "site_adapters": "bank.site_adapters",
-    "site_families": "sites.families",
-    "site_families_timm": "sites.timm",
-    "site_families_transformers": "sites.transformers",
-    "site_families_vision": "sites.vision",
-    "site_places": "sites.places",
-    "slot_stacks": "bank.slot_stacks",
-    "statistics": "model.statistics",
-    "storage": "_io",
-    "strategies.experiences": "strategies._loop.experiences",
-    "strategies.lookup": "strategies.base",
-    "strategies.order": "strategies._loop.order",
-    "strategies.views": "strategies._loop.activation_cache",
-    "text_preprocessing": "backbones.text",
-    "timing": "_timing",
-    "tokens": "backbones.tokens",
+    old: f"{package}.{new or old.rpartition('.')[2]}".lstrip(".")
+    for package, words in _MOVED.items()
+    for old, _, new in (word.partition("=") for word in words.split())
 }
 """Old path to new path, both relative to ``cl_adapters``."""
 

@@ -23,7 +23,7 @@ from cl_adapters.benchmarks.results.results import (
 from cl_adapters.errors import ConfigError, StorageError
 from cl_adapters.strategies.base import Expansion as StrategyExpansion
 
-DOCUMENT = Path(__file__).parent.parent / "docs" / "results.md"
+DOCUMENT = Path(__file__).parents[2] / "docs" / "results.md"
 
 
 def make(**changes: Any) -> Results:
