@@ -60,7 +60,9 @@ _MOVED = {
         site_families_vision=vision site_places=places
     """,
     "strategies": "strategies.expansion=base strategies.lifecycle=base strategies.lookup=base",
-    "strategies._loop": "hidden_store=activation_cache strategies.experiences strategies.order strategies.views=activation_cache",
+    "strategies._loop": """
+        hidden_store=activation_cache strategies.experiences strategies.order strategies.views=activation_cache
+    """,
 }
 """New package (relative to ``cl_adapters``) to the old paths of its modules, with ``=`` where the name is new too."""
 

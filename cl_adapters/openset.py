@@ -196,7 +196,7 @@ def open_set(
         model: with keys where there are strangers.
         known: batches of inputs and class labels (int64 [B]) that the model knows.
         strangers: batches of inputs of other classes.
-        predictor: another inference rule than the model's own.
+        predictor: another predictor than the model's own.
 
     Raises:
         ClAdaptersError: no known input.

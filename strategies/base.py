@@ -86,8 +86,8 @@ class AdapterStrategy(SupervisedTemplate):
         progress: called as (phase name, steps done, steps in all) during long work.
         keys: after every task keep keys of its classes, by which inputs can be looked up without training (the model's
             part "class_keys"); costs one more pass over the images. A model that has keys goes on with them.
-        inference: another inference rule after every task than the strategy's own: a predictor, its name, or a mapping
-            with "type" and its options; those that retrieve need ``keys``.
+        predictor: another predictor after every task than the strategy's own: an object, its name, or a mapping with
+            "type" and its options; those that retrieve need ``keys``. Until version 0.1 this was ``inference``.
         options: single fields of ``config`` by name, for instance ``train_epochs=10``.
 
     Attributes:
@@ -110,7 +110,6 @@ class AdapterStrategy(SupervisedTemplate):
     """Whether images are shuffled by the strategy's own generators, as cached activations always are."""
 
     expansions: list[Expansion]
-    inference: Predictor | None
     _stop_training: bool
     _logits: Tensor | None = None
     _output: Tensor | None = None
@@ -141,9 +140,11 @@ class AdapterStrategy(SupervisedTemplate):
         class_names: Mapping[int, str] | None = None,
         progress: Callable[[str, int, int], None] | None = None,
         keys: KeysConfig | Kind | None = None,
-        inference: Predictor | str | Mapping[str, Any] | None = None,
+        predictor: Predictor | str | Mapping[str, Any] | None = None,
         **options: Any,
     ) -> None:
+        if "inference" in options:
+            predictor = _renamed_keyword(options.pop("inference"), predictor)
         self.config = resolve(
             type(self).__name__, self.Config, config, options, list(type(self).__signature__.parameters)
         )
@@ -152,7 +153,7 @@ class AdapterStrategy(SupervisedTemplate):
             model = self.new_model(FrozenBackbone.wrap(model).to(device))
         model.class_names.update(class_names or {})
         begin_keys(model, None if keys is None else KeysConfig.of(keys))
-        self.inference = None if inference is None else usable(predictor_from(inference), model)
+        self._given = None if predictor is None else usable(predictor_from(predictor), model)
         super().__init__(
             model=model.to(device),
             optimizer=self._new_optimizer(),
@@ -202,7 +203,7 @@ class AdapterStrategy(SupervisedTemplate):
 
     @abstractmethod
     def predictor(self, task: int, training: bool) -> Predictor:
-        """The inference rule after task ``task``, or while it is still in training."""
+        """The predictor after task ``task``, or while it is still in training."""
 
     def routes(self) -> Routes | None:
         """The adapters of the forward pass in training."""
@@ -453,7 +454,7 @@ class AdapterStrategy(SupervisedTemplate):
         new = [slot for slot, task in enumerate(self.model.task_of_slot) if task == self.task]
         self.model.origins |= {slot: self.origin(slot) for slot in new}
         self._take_keys()
-        self.model.predictor = self.inference or self.predictor(self.task, training=False)
+        self.model.predictor = self._given or self.predictor(self.task, training=False)
         self._unfinished = False
         super()._after_training_exp(**kwargs)
 
@@ -615,6 +616,20 @@ def usable(predictor: Predictor, model: AdapterModel) -> Predictor:
     if predictor.needs_keys and CLASS_KEYS not in model.parts:
         raise ConfigError(f"{predictor} looks inputs up by keys: pass keys='prototypes' (--keys prototypes) too")
     return predictor
+
+
+def _renamed_keyword(old: Any, new: Any) -> Any:
+    """The value of ``predictor``, given by its old name.
+
+    Raises:
+        ConfigError: given by both names.
+    """
+    if new is not None:
+        raise ConfigError("inference is the old name of predictor: pass predictor alone")
+    warnings.warn(
+        "inference=... is now predictor=...; the old name goes in version 0.3", DeprecationWarning, stacklevel=3
+    )
+    return old
 
 
 def _without_metrics() -> EvaluationPlugin:

@@ -42,7 +42,7 @@ def run_command(
     ] = None,
     predictor: Annotated[
         str | None,
-        typer.Option(help="Another inference rule than the strategy's own; see `cl-adapters list predictors`."),
+        typer.Option(help="Another predictor than the strategy's own; see `cl-adapters list predictors`."),
     ] = None,
     seed: Annotated[int, typer.Option(help="Of class order, initial values, augmentation, sampling.", min=0)] = 0,
     device: Device = "cpu",

@@ -112,7 +112,7 @@ class Experiment:
         backbone: which backbone.
         seed: of the run.
         keys: what is kept of each class to look inputs up by; None: nothing.
-        predictor: the inference rule; None: the strategy's own.
+        predictor: how inputs are answered; None: the strategy's own.
     """
 
     strategy: str

@@ -67,7 +67,7 @@ class Change:
         after: percent right.
         samples: how many were asked.
         benchmark: where they are from.
-        predictor: registered name of the inference rule of both.
+        predictor: registered name, of both.
     """
 
     before: float

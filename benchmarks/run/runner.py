@@ -118,7 +118,7 @@ class _Runner:
             class_names=dict(enumerate(self.data.classes)),
             progress=progress,
             keys=self.experiment.keys,
-            inference=self.experiment.predictor,
+            predictor=self.experiment.predictor,
         )
         self.stream = to_avalanche(*self.inputs).train_stream
         self.strategy.recall([self.stream[task] for task in range(len(done))])

@@ -22,7 +22,7 @@ class Classifier(ModelState):
     """From a batch to logits.
 
     Attributes:
-        predictor: the inference rule.
+        predictor: the rule by which it answers.
     """
 
     def __init__(self, backbone: FrozenBackbone, bank: AdapterBank | None = None) -> None:
@@ -43,7 +43,7 @@ class Classifier(ModelState):
             x: B inputs.
             memory: features known from earlier evaluations, and
             samples: the B numbers under which it knows them.
-            predictor: another inference rule than the model's own.
+            predictor: another predictor than the model's own.
 
         Raises:
             ClAdaptersError: no task was learned yet, or the memory is of another model or another batch.

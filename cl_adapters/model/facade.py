@@ -31,7 +31,7 @@ class AdapterModel(Classifier):
     def predict_files(
         self, files: Sequence[str | Path], batch: int = 64, *, predictor: Predictor | None = None
     ) -> list[Answer]:
-        """Classify image files, ``batch`` at a time, by the model's inference rule or another ``predictor``.
+        """Classify image files, ``batch`` at a time, by the model's predictor or another ``predictor``.
 
         Raises:
             DataError: a file that is no readable image, by name.

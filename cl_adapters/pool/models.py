@@ -67,7 +67,7 @@ def from_pool(
         pool: a pool, or its folder.
         ids: the records; default all.
         backbone: where it is at hand; default the pool's.
-        predictor: another inference rule than the one that was saved. A pool without a saved one gets
+        predictor: another predictor than the one that was saved. A pool without a saved one gets
             :class:`NearestKey`.
         index: of this pool, with all of these records; or the folder of a saved one; or, as text without a slash, its
             name in the pool's folder ("default").
@@ -236,7 +236,7 @@ def _columns(known: list[tuple[Record, dict[str, Tensor]]], key: str) -> Tensor:
 
 
 def _predictor(model: Classifier, records: list[Record], card: Mapping[str, Any]) -> Predictor:
-    """The saved inference rule, its own adapter by the slot that it has now."""
+    """The saved predictor, its own adapter by the slot that it has now."""
     if not card:
         if CLASS_KEYS not in model.parts:
             raise PoolError("neither a predictor nor keys were saved with this pool: pass predictor=...")

@@ -358,7 +358,7 @@ class AdapterPool:
     def copy_to(self, other: AdapterPool, ids: Iterable[str] | None = None) -> tuple[Record, ...]:
         """Copy adapters into another pool of the same backbone: all of them, or none where one cannot be.
 
-        Where the other pool then has just the adapters of this one, and no inference rule of its own, it gets that of
+        Where the other pool then has just the adapters of this one, and no predictor of its own, it gets that of
         this one too (with thresholds; see :meth:`AdapterModel.from_pool`): a whole copy predicts alike. A pool that has
         other adapters or a rule keeps predicting as it did.
 
@@ -379,7 +379,7 @@ class AdapterPool:
     def export_to(self, folder: str | Path, id: str) -> Path:
         """Write one adapter as a new folder of its own: record.json and its files.
 
-        The pool's inference rule does not go along, nor does :meth:`import_from` take one: it is that of all adapters
+        The pool's predictor does not go along, nor does :meth:`import_from` take one: it is that of all adapters
         together.
 
         Raises:

@@ -45,7 +45,7 @@ def verify_files(pool: Path, manifest: Manifest, backbone: FrozenBackbone | None
         backbone: where it is at hand, tensors are checked against its sites.
     """
     problems = [f"{entry.id}: its record is broken: {entry.reason}" for entry in manifest.broken]
-    problems += [f"the inference rule: {problem}" for problem in _failures(partial(read_card, pool))]
+    problems += [f"the predictor: {problem}" for problem in _failures(partial(read_card, pool))]
     for record in manifest.records:
         loads = {
             "its tensors": partial(load_adapter, pool, record, backbone),

@@ -85,7 +85,7 @@ def test_an_adapter(pool: AdapterPool) -> None:
     assert before.keys() - after.keys() == set(record.files)
     changed = {name for name in after if after[name] != before.get(name)}
     assert all(name == "manifest.json" or name.startswith("index/") for name in changed)
-    assert after["model.json"] == before["model.json"], "inference rule, thresholds, kind of keys"
+    assert after["model.json"] == before["model.json"], "predictor, thresholds, kind of keys"
     for other in others:
         assert {name: after[name] for name in other.files} == {name: before[name] for name in other.files}
     assert [record_to_plain(other) for other in others] == json.loads(after["manifest.json"])["records"]

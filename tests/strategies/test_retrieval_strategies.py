@@ -123,7 +123,7 @@ def test_a_strategy_answers_by_the_rule_of_choice(
         return tiny_vit(width=WIDTH, heads=2, img_size=16, depth=2)
 
     own = trained("mos", vit(), stream[:2], keys="prototypes").model
-    model = trained("mos", vit(), stream[:2], keys="prototypes", inference=inference).model
+    model = trained("mos", vit(), stream[:2], keys="prototypes", predictor=inference).model
     wanted = predictor_from(inference)
     assert model.predictor == wanted != own.predictor
     assert all(torch.equal(value, own.state_dict()[name]) for name, value in model.state_dict().items())
@@ -137,10 +137,18 @@ def test_rules_that_need_keys_or_do_not_exist(tiny_vit: Callable[..., nn.Module]
     vit = tiny_vit(width=WIDTH, heads=2, img_size=16, depth=2)
     for inference in ("nearest_key", SelfRefine(start="keys")):
         with pytest.raises(ConfigError, match="looks inputs up by keys: pass keys='prototypes'"):
-            trained("mos", vit, [], inference=inference)
-    trained("mos", vit, [], inference=SelfRefine(max_steps=2))
+            trained("mos", vit, [], predictor=inference)
+    trained("mos", vit, [], predictor=SelfRefine(max_steps=2))
     with pytest.raises(UnknownName, match="did you mean 'nearest_key'"):
-        trained("mos", vit, [], inference="nearest_keys")
+        trained("mos", vit, [], predictor="nearest_keys")
+
+
+def test_the_old_keyword_is_accepted_with_a_warning(tiny_vit: Callable[..., nn.Module]) -> None:
+    vit = tiny_vit(width=WIDTH, heads=2, img_size=16, depth=2)
+    with pytest.warns(DeprecationWarning, match=r"inference=\.\.\. is now predictor=\.\.\."):
+        trained("mos", vit, [], inference=SelfRefine(max_steps=2))
+    with pytest.raises(ConfigError, match="pass predictor alone"):
+        trained("mos", vit, [], inference=SelfRefine(), predictor=SelfRefine())
 
 
 def test_a_model_of_a_pool_is_not_trained_further(

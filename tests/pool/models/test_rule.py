@@ -1,4 +1,4 @@
-"""The inference rule beside a pool's records: it finds its own adapter under another name, and damage is noticed."""
+"""The predictor beside a pool's records: it finds its own adapter under another name, and damage is noticed."""
 
 from __future__ import annotations
 
