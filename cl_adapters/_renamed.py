@@ -53,7 +53,7 @@ _MOVED = {
     "index.backends": "index.base index.exact index.faiss=_faiss index.flat index.hnsw index.ivf index.ivfpq",
     "language": "language_answers=model language_passes=model language_source=load language_tokens=tokens",
     "model": "alignment answers=predict heads model_files=files origins=state statistics",
-    "parts": "retrieval=keys",
+    "parts": "parts.mixture=router parts.novelty=descriptors parts.retrieval=keys retrieval=keys",
     "pool": "pool.changes=edit pool.interchange=transfer pool.new_adapter=edit",
     "sites": """
         attention_sites=attention site_families=families site_families_timm=timm site_families_transformers=transformers

@@ -14,7 +14,7 @@ class Stopwatch:
 
     Attributes:
         wall: seconds of real time per part.
-        cpu: seconds of processor time of this process per part.
+        cpu: seconds of CPU time of this process per part.
     """
 
     wall: dict[str, float] = field(default_factory=dict)

@@ -94,7 +94,7 @@ class AdapterStrategy(SupervisedTemplate):
         config: the resolved settings.
         model: the :class:`AdapterModel`.
         timings: seconds of "train", "statistics", "alignment" and "eval".
-        trainable_parameters: numbers trained at once in the newest task.
+        trainable_parameters: at once, the most in the newest task.
         expansions: adapters that the newest call of ``train`` added because the data asked for them.
     """
 
@@ -116,7 +116,7 @@ class AdapterStrategy(SupervisedTemplate):
     _unfinished: bool
     _phase: Phase | None
     _features: Tensor | None
-    _noise: torch.Generator | None
+    _dropout_generator: torch.Generator | None
     _cache: ActivationCache | None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -174,7 +174,7 @@ class AdapterStrategy(SupervisedTemplate):
         self._unfinished = False
         self._phase = None
         self._features = None
-        self._noise = None
+        self._dropout_generator = None
         self._loader_options: dict[str, Any] = {}
         self._visits = 0
         self._cache = None
@@ -375,7 +375,7 @@ class AdapterStrategy(SupervisedTemplate):
             with isolated(self.device), self.timings.part("train"):
                 return super().train(experiences, eval_streams, **loader_options)
         finally:
-            self._phase = self._features = self._logits = self._noise = self._cache = None
+            self._phase = self._features = self._logits = self._dropout_generator = self._cache = None
             self._loader_options = {}
 
     def eval(self, experiences: Any, **loader_options: Any) -> Any:
@@ -414,7 +414,7 @@ class AdapterStrategy(SupervisedTemplate):
             self.model.add_task(labels)
             self._unfinished = True
             self.grow(self.task)
-            self.model.date_slots(self.task)
+            self.model.assign_new_slots(self.task)
             self.model.predictor = self.predictor(self.task, training=True)
         return self.model
 
@@ -423,7 +423,7 @@ class AdapterStrategy(SupervisedTemplate):
         self.optimized_param_id: dict[str, Any] = {}
 
     def _train_exp(self, experience: Any, eval_streams: Any = None, **kwargs: Any) -> None:
-        self._noise = generator(self.seed, "dropout", self.task, device=self.device)
+        self._dropout_generator = generator(self.seed, "dropout", self.task, device=self.device)
         self.trainable_parameters = 0
         self._images = self.dataloader  # a plugin may have put its own
         for phase in self.phases(self.task):
@@ -450,7 +450,7 @@ class AdapterStrategy(SupervisedTemplate):
 
     def _after_training_exp(self, **kwargs: Any) -> None:
         self.consolidate(self.task)
-        self.model.date_slots(self.task)
+        self.model.assign_new_slots(self.task)
         new = [slot for slot, task in enumerate(self.model.task_of_slot) if task == self.task]
         self.model.origins |= {slot: self.origin(slot) for slot in new}
         self._take_keys()
@@ -474,7 +474,7 @@ class AdapterStrategy(SupervisedTemplate):
         if self.is_training:
             self.before_pass()
             start = getattr(self.dataloader, "start", None)
-            self._features = self.model.features(self.mb_x, self.routes(), self._noise, start=start)
+            self._features = self.model.features(self.mb_x, self.routes(), self._dropout_generator, start=start)
             self._logits = self.model.head(self._features)
             return self._logits
         if not self.model.classes:

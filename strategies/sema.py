@@ -23,8 +23,8 @@ from cl_adapters.bank.bank import AdapterBank, Route
 from cl_adapters.errors import ConfigError
 from cl_adapters.model.facade import AdapterModel
 from cl_adapters.model.heads import kaiming_uniform
-from cl_adapters.parts.mixture import Mixture, router_widths
-from cl_adapters.parts.novelty import Novelty, train_descriptors
+from cl_adapters.parts.descriptors import Descriptors, train_descriptors
+from cl_adapters.parts.router import ExpandableRouter, router_widths
 from cl_adapters.predictors.base import Predictor
 from cl_adapters.predictors.mixture import MixtureOfAdapters
 from cl_adapters.strategies._loop.adapter_inputs import AdapterInputs
@@ -110,20 +110,20 @@ class SEMA(AdapterStrategy):
         if absent or not chosen:
             raise ConfigError(f"expandable blocks {absent or '()'} have no adapters; blocks with: {list(bank.blocks)}")
         widths = router_widths(bank, chosen)
-        model.parts["mixture"] = Mixture(widths)
-        model.parts["novelty"] = Novelty(widths, config.descriptor_dim, config.buffer)
+        model.parts["mixture"] = ExpandableRouter(widths)
+        model.parts["novelty"] = Descriptors(widths, config.descriptor_dim, config.buffer)
         return model
 
     @property
-    def mixture(self) -> Mixture:
+    def mixture(self) -> ExpandableRouter:
         """The routers."""
-        found: Mixture = self.model.part("mixture", Mixture)
+        found: ExpandableRouter = self.model.part("mixture", ExpandableRouter)
         return found
 
     @property
-    def novelty(self) -> Novelty:
+    def descriptors(self) -> Descriptors:
         """The descriptors."""
-        found: Novelty = self.model.part("novelty", Novelty)
+        found: Descriptors = self.model.part("novelty", Descriptors)
         return found
 
     def grow(self, task: int) -> None:
@@ -147,7 +147,7 @@ class SEMA(AdapterStrategy):
             row for b in blocks for row in self.mixture.grow(b, slot, self.generator(f"router {b}", self.task))
         ]
         for b in blocks:
-            self.novelty.grow(b, slot, self.generator(f"descriptor {b}", self.task))
+            self.descriptors.grow(b, slot, self.generator(f"descriptor {b}", self.task))
 
     # --- train ---------------------------------------------------------------------------------------------------
 
@@ -186,7 +186,7 @@ class SEMA(AdapterStrategy):
         self.model.bank.freeze(slot)
         self.mixture.freeze()
         self._train_descriptors([(block, slot) for block in blocks])
-        self.novelty.freeze()
+        self.descriptors.freeze()
 
     def _loss(self) -> Loss:
         return partial(current_task_loss, known=self.known)
@@ -203,7 +203,7 @@ class SEMA(AdapterStrategy):
             parts = list(batches)
             batches = [{block: torch.cat([p[block] for p in parts]) for block in self.mixture.blocks}]
         for p in batches:
-            yield {block: self.novelty.score(block, p_BD) for block, p_BD in p.items()}
+            yield {block: self.descriptors.score(block, p_BD) for block, p_BD in p.items()}
 
     def _novel(self, scores: Mapping[int, float], expanded: set[int]) -> int | None:
         """The first block, from the input, that may expand and finds the batch new."""
@@ -225,10 +225,10 @@ class SEMA(AdapterStrategy):
             draw=self.next_order,
             read=config.eval_mb_size,
         )
-        trained = [p for block, slot in pairs for p in self.novelty.descriptor(block, slot).parameters()]
+        trained = [p for block, slot in pairs for p in self.descriptors.descriptor(block, slot).parameters()]
         self.trainable_parameters = max(self.trainable_parameters, sum(p.numel() for p in trained))
         train_descriptors(
-            self.novelty,
+            self.descriptors,
             pairs,
             passes,
             epochs=config.descriptor_epochs,

@@ -46,7 +46,7 @@ def make_model(tiny_vit: Callable[..., nn.Module]) -> Make:
         for task in range(3):
             model.add_task([2 * task, 2 * task + 1])
             model.bank.add_slot(model.bank.fresh(draw))
-            model.date_slots(task)
+            model.assign_new_slots(task)
             model.head.grow(2, draw)
             for label in (2 * task, 2 * task + 1):
                 with torch.no_grad():

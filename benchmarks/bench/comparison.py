@@ -56,14 +56,14 @@ class Row:
         a_bar: percent.
         a_last: percent.
         forgetting: percentage points.
-        trainable_parameters: numbers trained at once, of the largest task.
+        trainable_parameters: trainable parameters of the largest task.
         adapters: in the end.
         adapter_parameters: numbers in all adapters, in the end.
         stored_bytes: of all tasks together.
         passes_per_image: of the backbone, in evaluation.
         learning_seconds: real time of training, statistics and alignment.
         eval_seconds: real time of all evaluations.
-        cpu_seconds: processor time of everything; unlike real time it can be compared between runs side by side.
+        cpu_seconds: CPU time of everything; unlike real time it can be compared between runs side by side.
     """
 
     benchmark: str
@@ -148,12 +148,12 @@ _HEADINGS = (
     "A-bar, %",
     "A_last, %",
     "forgetting",
-    "trained at once",
+    "trainable",
     "adapters",
     "passes",
     "stored",
     "learning, s",
-    "processor, s",
+    "CPU, s",
 )
 _WORDS = 3
 

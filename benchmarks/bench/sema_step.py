@@ -23,8 +23,8 @@ from cl_adapters.adapters.bottleneck import Bottleneck
 from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.bank.bank import AdapterBank, Route, Routes
 from cl_adapters.model.facade import AdapterModel
-from cl_adapters.parts.mixture import Mixture
-from cl_adapters.parts.novelty import Novelty
+from cl_adapters.parts.descriptors import Descriptors
+from cl_adapters.parts.router import ExpandableRouter
 from cl_adapters.predictors.mixture import MixtureOfAdapters
 from cl_adapters.strategies._loop.activation_cache import HiddenStore
 
@@ -42,7 +42,7 @@ def main() -> None:
     torch.manual_seed(0)
     model = _model(options.side)
     assert model.bank is not None
-    mixture = model.part("mixture", Mixture)
+    mixture = model.part("mixture", ExpandableRouter)
     x, y = torch.randn(options.batch, 3, options.side, options.side), torch.arange(options.batch) % CLASSES
     route = Route.single(0)
     uncached = _step(model, model.bank.slot_parameters(0), y, lambda: model.features(x, route))
@@ -81,15 +81,15 @@ def _model(side: int) -> AdapterModel:
     model.add_task(list(range(CLASSES)))
     model.head.grow(CLASSES, torch.Generator().manual_seed(0))
     widths = {site.block: site.width for site in bank.sites if site.block >= 9}
-    model.parts["mixture"], model.parts["novelty"] = Mixture(widths), Novelty(widths, 32, 500)
+    model.parts["mixture"], model.parts["novelty"] = ExpandableRouter(widths), Descriptors(widths, 32, 500)
     for block in widths:
-        model.part("mixture", Mixture).grow(block, 0, torch.Generator().manual_seed(block))
-        model.part("novelty", Novelty).grow(block, 0, torch.Generator().manual_seed(block))
+        model.part("mixture", ExpandableRouter).grow(block, 0, torch.Generator().manual_seed(block))
+        model.part("novelty", Descriptors).grow(block, 0, torch.Generator().manual_seed(block))
     model.predictor = MixtureOfAdapters()
     return model
 
 
-def _expand(model: AdapterModel, mixture: Mixture, block: int) -> list[nn.Parameter]:
+def _expand(model: AdapterModel, mixture: ExpandableRouter, block: int) -> list[nn.Parameter]:
     assert model.bank is not None
     slot = model.bank.add_slot(model.bank.fresh(torch.Generator().manual_seed(block), blocks=[block]))
     return mixture.grow(block, slot, torch.Generator().manual_seed(block))
@@ -138,10 +138,10 @@ def _median(steps: list[Callable[[], None]], repeats: int) -> list[float]:
 
 def _descriptor_calls(model: AdapterModel, x: Tensor) -> int:
     calls: list[int] = []
-    novelty = model.part("novelty", Novelty)
-    for block in novelty.blocks:
-        for slot in novelty.slots(block):
-            novelty.descriptor(block, slot).register_forward_hook(lambda module, args, out: calls.append(1))
+    descriptors = model.part("novelty", Descriptors)
+    for block in descriptors.blocks:
+        for slot in descriptors.slots(block):
+            descriptors.descriptor(block, slot).register_forward_hook(lambda module, args, out: calls.append(1))
     model.predict(x)
     return len(calls)
 

@@ -184,7 +184,7 @@ def time_split(results: Results) -> Figure:
         for position, (part, name) in enumerate(TIME_PARTS, start=1)
     ]
     processor = duration(results.cpu_seconds.total)
-    caption = f"Real time of each task; {duration(total.total)} in all, {processor} of processor time."
+    caption = f"Real time of each task; {duration(total.total)} in all, {processor} of CPU time."
     picture = charts.bars(
         stack,
         axis_title=unit,

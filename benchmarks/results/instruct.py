@@ -56,7 +56,7 @@ class InstructResults:
         likelihood: by the likeliest label string; None where no task has such.
         generation: by the generated answer.
         train_loss: [T], mean loss on the answers' tokens in the last epoch.
-        trainable_parameters: [T], numbers trained at once.
+        trainable_parameters: [T], at once.
         stored_bytes_per_task: [T], what the saved model grew by.
         seconds_train, seconds_eval: [T], wall clock.
         config: of the run.

@@ -47,7 +47,7 @@ class AdapterType(ABC):
         self,
         x_BND: Tensor,
         params: Mapping[str, Tensor],
-        noise: torch.Generator | None = None,
+        dropout_generator: torch.Generator | None = None,
         y_BNO: Tensor | None = None,
     ) -> Tensor:
         """The adapter's output delta, to be added at the site's target.
@@ -56,7 +56,7 @@ class AdapterType(ABC):
             x_BND: [B, N, D], read at the site's source ([B, D, H, W] for types with layout "map").
             params: tensors of :meth:`shapes`; either as they are (one adapter for all samples) or each with one
                 more leading dimension B (one adapter per sample).
-            noise: generator of the dropout masks while training; None (no dropout) otherwise.
+            dropout_generator: generator of the dropout masks while training; None (no dropout) otherwise.
             y_BNO: what stands at the target before delta is added, for types that need it; None: unknown.
 
         Returns:

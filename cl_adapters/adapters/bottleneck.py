@@ -106,7 +106,7 @@ class Bottleneck(AdapterType):
         self,
         x_BND: Tensor,
         params: Mapping[str, Tensor],
-        noise: torch.Generator | None = None,
+        dropout_generator: torch.Generator | None = None,
         y_BNO: Tensor | None = None,
     ) -> Tensor:
         """delta_BNO; one matrix product per projection, also when every sample has its own adapter."""
@@ -114,7 +114,7 @@ class Bottleneck(AdapterType):
             x_BND = self._norm(x_BND, params)
         hidden_BNR = affine(x_BND, params["down"], params["down_bias"])
         hidden_BNR = F.relu(hidden_BNR) if self.activation == "relu" else F.gelu(hidden_BNR)
-        hidden_BNR = dropped(hidden_BNR, self.dropout, noise)
+        hidden_BNR = dropped(hidden_BNR, self.dropout, dropout_generator)
         # scaling the small matrix is cheaper than scaling the output, and s scales b_up as well
         scale = params["scale"] if self.learn_scale else self.scale
         delta_BNO = affine(hidden_BNR, params["up"] * lifted(scale, 2), params["up_bias"] * lifted(scale, 1))
@@ -146,11 +146,11 @@ def affine(x_BNI: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     return torch.baddbmm(bias.unsqueeze(-2), x_BNI, weight.mT)
 
 
-def dropped(x: Tensor, rate: float, noise: torch.Generator | None) -> Tensor:
-    """Inverted dropout with the mask drawn from ``noise``; x as it is where that is None."""
-    if noise is None or not rate:
+def dropped(x: Tensor, rate: float, dropout_generator: torch.Generator | None) -> Tensor:
+    """Inverted dropout with the mask drawn from ``dropout_generator``; x as it is where that is None."""
+    if dropout_generator is None or not rate:
         return x
-    keep = torch.empty_like(x).bernoulli_(1 - rate, generator=noise)
+    keep = torch.empty_like(x).bernoulli_(1 - rate, generator=dropout_generator)
     return x * keep.div_(1 - rate)
 
 

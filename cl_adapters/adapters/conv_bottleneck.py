@@ -83,7 +83,7 @@ class ConvBottleneck(AdapterType):
         self,
         x_BND: Tensor,
         params: Mapping[str, Tensor],
-        noise: torch.Generator | None = None,
+        dropout_generator: torch.Generator | None = None,
         y_BNO: Tensor | None = None,
     ) -> Tensor:
         """delta [B, O, H, W] from x [B, D, H, W]."""
@@ -91,7 +91,7 @@ class ConvBottleneck(AdapterType):
         hidden = act(_pointwise(x_BND, params["down"], params["down_bias"]))
         if self.kernel > 1:
             hidden = act(_convolved(hidden, params["conv"], params["conv_bias"]))
-        hidden = dropped(hidden, self.dropout, noise)
+        hidden = dropped(hidden, self.dropout, dropout_generator)
         scale = params["scale"] if self.learn_scale else self.scale
         return _pointwise(hidden, params["up"] * lifted(scale, 2), params["up_bias"] * lifted(scale, 1))
 

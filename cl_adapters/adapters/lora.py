@@ -93,12 +93,12 @@ class LoRA(AdapterType):
         self,
         x_BND: Tensor,
         params: Mapping[str, Tensor],
-        noise: torch.Generator | None = None,
+        dropout_generator: torch.Generator | None = None,
         y_BNO: Tensor | None = None,
     ) -> Tensor:
         """delta_BNO = s B (A x)."""
         scale = params["scale"] if self.learn_scale else self.scale
-        hidden_BNR = affine(dropped(x_BND, self.dropout, noise), params["A"])
+        hidden_BNR = affine(dropped(x_BND, self.dropout, dropout_generator), params["A"])
         return affine(hidden_BNR, params["B"] * lifted(scale, 2))
 
     def delta_factors(self, params: Mapping[str, Tensor]) -> tuple[Tensor, Tensor]:

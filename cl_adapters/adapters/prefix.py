@@ -91,7 +91,7 @@ class Prefix(AdapterType):
         self,
         x_BND: Tensor,
         params: Mapping[str, Tensor],
-        noise: torch.Generator | None = None,
+        dropout_generator: torch.Generator | None = None,
         y_BNO: Tensor | None = None,
     ) -> Tensor:
         """The difference to the attention without the prefix.
@@ -100,7 +100,7 @@ class Prefix(AdapterType):
             x_BND: [B, N, 3 O], queries, keys and values side by side; or [B, N, O + H], queries that are scaled already
                 and per head logsumexp(S), from an attention with a mask or with positions in its queries and keys.
             params: as from :meth:`shapes`, or each with one more leading dimension B.
-            noise: not used.
+            dropout_generator: not used.
             y_BNO: [B, N, O], output of the heads without the prefix; of queries, keys and values computed where None.
 
         Returns:

@@ -145,13 +145,13 @@ class AdapterBank(nn.Module):
 
     @contextmanager
     def route(
-        self, routes: Routes | None, noise: torch.Generator | None = None, watch: Watch | None = None
+        self, routes: Routes | None, dropout_generator: torch.Generator | None = None, watch: Watch | None = None
     ) -> Iterator[None]:
         """Use these adapters in the forward passes of the ``with`` block.
 
         Args:
             routes: one route for all sites, or one per site name; None for the bare backbone.
-            noise: generator of dropout masks (training).
+            dropout_generator: generator of dropout masks (training).
             watch: is told the input of every site that has a route.
 
         Raises:
@@ -160,12 +160,12 @@ class AdapterBank(nn.Module):
         self._check(routes)
         self._bring([slot for route in each_route(routes) for slot in route.slots])
         active = self._active
-        before = (active.routes, active.noise, active.watch)
-        active.routes, active.noise, active.watch = routes, noise, watch
+        before = (active.routes, active.dropout_generator, active.watch)
+        active.routes, active.dropout_generator, active.watch = routes, dropout_generator, watch
         try:
             yield
         finally:
-            active.routes, active.noise, active.watch = before
+            active.routes, active.dropout_generator, active.watch = before
 
     def _check(self, routes: Routes | None) -> None:
         if isinstance(routes, Mapping):

@@ -39,7 +39,7 @@ class ActiveRoutes:
 
     backbone: nn.Module
     routes: Routes | None = None
-    noise: torch.Generator | None = None
+    dropout_generator: torch.Generator | None = None
     watch: Watch | None = None
 
     @property
@@ -268,4 +268,4 @@ class SiteAdapters(nn.Module):
         return self._stack
 
     def _one(self, x: Tensor, params: Mapping[str, Tensor], y: Tensor) -> Tensor:
-        return self.adapter.apply(x, params, self._active.noise, y)
+        return self.adapter.apply(x, params, self._active.dropout_generator, y)

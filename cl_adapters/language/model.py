@@ -188,7 +188,7 @@ class LanguageModel(nn.Module):
         self.model.class_names[label] = name
         if generator is not None:
             self.bank.add_slot(self.bank.fresh(generator))
-        self.model.date_slots(self.model.num_tasks - 1)
+        self.model.assign_new_slots(self.model.num_tasks - 1)
         return self.model.num_slots - 1
 
     def finish_task(self, prompts: Sequence[str], generator: torch.Generator) -> None:
@@ -240,7 +240,7 @@ class LanguageModel(nn.Module):
         prompts: Sequence[str],
         answers: Sequence[str],
         routes: Routes | None = None,
-        noise: torch.Generator | None = None,
+        dropout_generator: torch.Generator | None = None,
     ) -> Tensor:
         """Mean of -log p over the tokens of the answers and their end tokens; prompts count nothing.
 
@@ -248,7 +248,7 @@ class LanguageModel(nn.Module):
             prompts: B prompts.
             answers: B answers.
             routes: who uses which adapter; None: the bare model.
-            noise: generator of the adapters' dropout masks.
+            dropout_generator: generator of the adapters' dropout masks.
 
         Returns:
             float32 [], differentiable with respect to the adapters.
@@ -260,7 +260,7 @@ class LanguageModel(nn.Module):
             raise DataError("a batch needs at least one prompt")
         check_prompts(routes, len(prompts))
         batch = joined(self.tokens.pairs(prompts, answers, end=True))
-        log_p_BN, counted_BN = self.answer_log_p(batch, routes, noise)
+        log_p_BN, counted_BN = self.answer_log_p(batch, routes, dropout_generator)
         return -log_p_BN.sum() / counted_BN.sum()
 
     def log_likelihood(
@@ -357,14 +357,14 @@ class LanguageModel(nn.Module):
         return -loss_Mn.sum(1)
 
     def answer_log_p(
-        self, batch: Joined, routes: Routes | None, noise: torch.Generator | None = None
+        self, batch: Joined, routes: Routes | None, dropout_generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
         """log p of each token of the answers given all before it.
 
         Args:
             batch: prompts and answers, padded on either side.
             routes: who uses which adapter.
-            noise: generator of the adapters' dropout masks.
+            dropout_generator: generator of the adapters' dropout masks.
 
         Returns:
             float32 [B, n], 0 beside the answers, and which places hold tokens of answers, bool [B, n]. n is the number
@@ -373,7 +373,7 @@ class LanguageModel(nn.Module):
         batch = batch.to(self.device)
         first = batch.first
         keep = batch.tokens_BN.shape[1] - first + 1
-        logits_BnV = self.output(batch.tokens_BN, routes, noise, keep=keep).logits[:, -keep:-1]
+        logits_BnV = self.output(batch.tokens_BN, routes, dropout_generator, keep=keep).logits[:, -keep:-1]
         targets_Bn, counted_Bn = batch.tokens_BN[:, first:], batch.answer_BN[:, first:]
         loss_Bn = F.cross_entropy(
             logits_BnV.float().flatten(0, 1), targets_Bn.clamp_min(0).flatten(), reduction="none"
@@ -490,7 +490,7 @@ class LanguageModel(nn.Module):
         self,
         tokens_BN: Tensor,
         routes: Routes | None,
-        noise: torch.Generator | None = None,
+        dropout_generator: torch.Generator | None = None,
         *,
         keep: int,
         use_cache: bool = False,
@@ -501,7 +501,7 @@ class LanguageModel(nn.Module):
         Args:
             tokens_BN: int64 [B, N], -1 where there is no token.
             routes: who uses which adapter.
-            noise: generator of the adapters' dropout masks.
+            dropout_generator: generator of the adapters' dropout masks.
             keep: columns whose logits are wanted, the last ones; some models give more.
             use_cache: give keys and values back.
             before: what stands before the tokens.
@@ -514,7 +514,7 @@ class LanguageModel(nn.Module):
         if not bool(mask_BM[:, 0].all()) and "position_ids" in known:
             options["position_ids"] = positions(whole_BM)[:, -tokens_BN.shape[1] :]
         options |= {name: keep for name in ("logits_to_keep", "num_logits_to_keep") if name in known}
-        with self.routed(routes, noise):
+        with self.routed(routes, dropout_generator):
             return self.lm(
                 input_ids=tokens_BN.masked_fill(tokens_BN < 0, self.tokens.fill),
                 attention_mask=mask_BM.long(),
@@ -522,7 +522,7 @@ class LanguageModel(nn.Module):
             )
 
     @contextmanager
-    def routed(self, routes: Routes | None, noise: torch.Generator | None) -> Iterator[None]:
+    def routed(self, routes: Routes | None, dropout_generator: torch.Generator | None) -> Iterator[None]:
         """The routed adapters act inside, and know which places of each call of the encoder hold tokens."""
         backbone, bank = self.model.backbone, self.model.bank
         if bank is None and routes is not None:
@@ -539,7 +539,7 @@ class LanguageModel(nn.Module):
             if bank is None:
                 yield
             else:
-                with bank.route(routes, noise):
+                with bank.route(routes, dropout_generator):
                     yield
         finally:
             handle.remove()

@@ -40,7 +40,7 @@ class AdaptedEncoder(nn.Module):
         self,
         x: Inputs,
         routes: Routes | None,
-        noise: torch.Generator | None = None,
+        dropout_generator: torch.Generator | None = None,
         *,
         start: int | None = None,
         stop: int | None = None,
@@ -51,7 +51,7 @@ class AdaptedEncoder(nn.Module):
         Args:
             x: B inputs, or with ``start`` the inputs of that block.
             routes: who uses which adapter.
-            noise: generator of dropout masks (training).
+            dropout_generator: generator of dropout masks (training).
             start: go on from the input of this block; None: from the beginning.
             stop: end at the input of this block (``backbone.depth``, None: the features) and return that.
             watch: is told the input of every site that has a route.
@@ -63,7 +63,7 @@ class AdaptedEncoder(nn.Module):
             if routes is not None:
                 raise ClAdaptersError("this model has no adapters to route to")
             return self._run(x, start, stop)
-        with self.bank.route(routes, noise, watch):
+        with self.bank.route(routes, dropout_generator, watch):
             return self._run(x, start, stop)
 
     def _run(self, x: Inputs, start: int | None, stop: int | None) -> Tensor:

@@ -88,7 +88,7 @@ class ModelState(AdaptedEncoder):
         self.classes.extend(labels)
         self.task_of_column = torch.cat([self.task_of_column, torch.full((len(labels),), task)])
 
-    def date_slots(self, task: int) -> None:
+    def assign_new_slots(self, task: int) -> None:
         """Note that the adapters added since the last call belong to ``task``."""
         self.task_of_slot += [task] * (self.num_slots - len(self.task_of_slot))
 

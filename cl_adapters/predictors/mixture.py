@@ -13,7 +13,7 @@ from cl_adapters.bank.routes import Route
 from cl_adapters.errors import ClAdaptersError
 from cl_adapters.features import LazyFeatures
 from cl_adapters.model.state import ModelState
-from cl_adapters.parts.mixture import Mixture
+from cl_adapters.parts.router import ExpandableRouter
 from cl_adapters.predictors.base import Prediction, Predictor, predictors
 
 
@@ -23,7 +23,7 @@ class MixtureOfAdapters(Predictor):
     """Soft mixture at every expandable block, and the linear head: one pass, and no descriptor is run.
 
     The adapter that is named for an image is the one with the largest share at the last expandable block. Needs the
-    part "mixture" (:class:`cl_adapters.parts.mixture.Mixture`).
+    part "mixture" (:class:`cl_adapters.parts.router.ExpandableRouter`).
     """
 
     summary: ClassVar[str] = "SEMA: one pass through routed mixtures of adapters"
@@ -31,7 +31,7 @@ class MixtureOfAdapters(Predictor):
 
     def predict(self, model: ModelState, features: LazyFeatures) -> Prediction:
         """Linear logits on the features under the mixture."""
-        mixture = model.part("mixture", Mixture)
+        mixture = model.part("mixture", ExpandableRouter)
         if model.bank is None:
             raise ClAdaptersError("this model has no adapters to mix")
         routes = mixture.routes(model.bank)

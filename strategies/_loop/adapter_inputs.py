@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cl_adapters.bank.bank import Routes
 from cl_adapters.model.facade import AdapterModel
-from cl_adapters.parts.novelty import pooled
+from cl_adapters.parts.descriptors import pooled
 from cl_adapters.strategies._loop.activation_cache import ActivationCache
 from cl_adapters.strategies._loop.order import Draw
 

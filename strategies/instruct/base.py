@@ -91,7 +91,7 @@ class InstructMethod(ABC):
         seed: of everything random: initial values, order of the examples, dropout, keys.
 
     Attributes:
-        trainable_parameters: numbers trained at once in the newest task.
+        trainable_parameters: at once, the most in the newest task.
         losses: mean loss on the answers' tokens in each epoch of the newest task.
     """
 
@@ -166,7 +166,7 @@ class InstructMethod(ABC):
         optimizer = _optimizer(parameters, config)
         lengths_N = torch.tensor([len(prompt) + len(answer) for prompt, answer in pairs])
         steps, done = config.epochs * math.ceil(len(pairs) / config.batch), 0
-        noise = generator(self.seed, "instruct dropout", task, device=self.language.device)
+        dropout_generator = generator(self.seed, "instruct dropout", task, device=self.language.device)
         self.losses = []
         for epoch in range(config.epochs):
             total, tokens = 0.0, 0
@@ -175,7 +175,9 @@ class InstructMethod(ABC):
                 for group in optimizer.param_groups:
                     group["lr"] = _rate(config, done / steps)
                 log_p_BN, counted_BN = self.language.answer_log_p(
-                    joined([pairs[row] for row in rows_B.tolist()]), self.training_routes(len(rows_B)), noise
+                    joined([pairs[row] for row in rows_B.tolist()]),
+                    self.training_routes(len(rows_B)),
+                    dropout_generator,
                 )
                 self._step(-log_p_BN.sum() / counted_BN.sum(), optimizer, parameters, task, epoch)
                 total, tokens, done = total - float(log_p_BN.detach().sum()), tokens + int(counted_BN.sum()), done + 1

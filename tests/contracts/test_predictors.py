@@ -21,8 +21,8 @@ from cl_adapters.features import FeatureMemory
 from cl_adapters.model.facade import AdapterModel
 from cl_adapters.parts.class_means import ClassMeans
 from cl_adapters.parts.keys import Keys, KeysConfig
-from cl_adapters.parts.mixture import Mixture
 from cl_adapters.parts.ridge import Ridge, random_projection
+from cl_adapters.parts.router import ExpandableRouter
 from cl_adapters.predictors import Predictor, predictors
 from cl_adapters.predictors.nearest_prototype import NearestPrototype
 from cl_adapters.predictors.self_refine import SelfRefine
@@ -49,7 +49,7 @@ def make_model(tiny_vit: Callable[..., nn.Module], filled: Callable[..., Adapter
             model.head.weight.normal_(generator=generator)
             model.head.bias.normal_(generator=generator)
         model.prototypes.append(torch.randn(len(model.classes), 16, generator=generator))
-        model.parts["mixture"] = routers = Mixture(dict.fromkeys(bank.blocks, 16))
+        model.parts["mixture"] = routers = ExpandableRouter(dict.fromkeys(bank.blocks, 16))
         for block in bank.blocks:
             for slot in range(tasks):
                 routers.grow(block, slot, generator)

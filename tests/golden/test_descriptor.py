@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_adapters.errors import ClAdaptersError, TrainingDiverged
-from cl_adapters.parts.novelty import Novelty, pooled, train_descriptors
+from cl_adapters.parts.descriptors import Descriptors, pooled, train_descriptors
 
 Array = npt.NDArray[np.float64]
 WIDTH, DIM = 6, 2
@@ -29,11 +29,11 @@ def gen(seed: int) -> torch.Generator:
     return torch.Generator().manual_seed(seed)
 
 
-def grown(*pairs: tuple[int, int], buffer: int = 7) -> Novelty:
-    novelty = Novelty({4: WIDTH, 5: WIDTH}, dim=DIM, buffer=buffer)
+def grown(*pairs: tuple[int, int], buffer: int = 7) -> Descriptors:
+    descriptors = Descriptors({4: WIDTH, 5: WIDTH}, dim=DIM, buffer=buffer)
     for block, slot in pairs:
-        novelty.grow(block, slot, gen(10 * block + slot))
-    return novelty
+        descriptors.grow(block, slot, gen(10 * block + slot))
+    return descriptors
 
 
 def batches(epoch: int) -> Iterator[dict[int, Tensor]]:
@@ -44,17 +44,19 @@ def batches(epoch: int) -> Iterator[dict[int, Tensor]]:
 
 
 def train(
-    novelty: Novelty,
+    descriptors: Descriptors,
     pairs: Sequence[tuple[int, int]],
     epochs: int,
     given: Batches = batches,
     report: Callable[[int, float], None] | None = None,
 ) -> None:
-    train_descriptors(novelty, pairs, given, epochs=epochs, lr=LR, momentum=MOMENTUM, weight_decay=DECAY, report=report)
+    train_descriptors(
+        descriptors, pairs, given, epochs=epochs, lr=LR, momentum=MOMENTUM, weight_decay=DECAY, report=report
+    )
 
 
-def weights(novelty: Novelty, block: int, slot: int) -> dict[str, Array]:
-    own = novelty.descriptor(block, slot).named_parameters()
+def weights(descriptors: Descriptors, block: int, slot: int) -> dict[str, Array]:
+    own = descriptors.descriptor(block, slot).named_parameters()
     return {name: value.detach().double().numpy().copy() for name, value in own}
 
 
@@ -91,8 +93,8 @@ def by_hand(w: dict[str, Array], block: int, epochs: int) -> list[float]:
 
 def test_start_values() -> None:
     """Kaiming-uniform with a = sqrt 5: U(+-1/sqrt(inputs)), the inputs of the decoder being d; biases 0."""
-    novelty = Novelty({0: 768}, dim=128, buffer=500)
-    grown = novelty.grow(0, 0, gen(1))
+    descriptors = Descriptors({0: 768}, dim=128, buffer=500)
+    grown = descriptors.grow(0, 0, gen(1))
     assert [tuple(value.shape) for value in grown] == [(128, 768), (128,), (768, 128), (768,)]
     assert sum(value.numel() for value in grown) == 197_504  # of the paper's sizes
     for weight, inputs in ((grown[0], 768), (grown[2], 128)):
@@ -101,45 +103,45 @@ def test_start_values() -> None:
     assert not grown[1].any()
     assert not grown[3].any()
     random_state = torch.get_rng_state()
-    again = Novelty({0: 768}, dim=128, buffer=500).grow(0, 0, gen(1))
+    again = Descriptors({0: 768}, dim=128, buffer=500).grow(0, 0, gen(1))
     assert all(torch.equal(a, b) for a, b in zip(grown, again, strict=True))
     assert torch.equal(torch.get_rng_state(), random_state), "every draw comes from the generator"
-    assert len(novelty.descriptor(0, 0).records) == 0
-    assert novelty.descriptor(0, 0).records.size == 500
+    assert len(descriptors.descriptor(0, 0).records) == 0
+    assert descriptors.descriptor(0, 0).records.size == 500
 
 
 def test_error_is_the_mean_over_the_width() -> None:
-    novelty = grown((4, 0))
-    for parameter in novelty.parameters():
+    descriptors = grown((4, 0))
+    for parameter in descriptors.parameters():
         parameter.data.normal_(generator=gen(2))
     x_BND = torch.randn(3, 5, WIDTH, generator=gen(3))
     p = x_BND.double().numpy().sum(1) / 5
-    expected, _ = error_and_slopes(weights(novelty, 4, 0), p)
-    assert novelty.errors(4, 0, pooled(x_BND)).detach().double().numpy() == pytest.approx(expected, rel=1e-5)
+    expected, _ = error_and_slopes(weights(descriptors, 4, 0), p)
+    assert descriptors.errors(4, 0, pooled(x_BND)).detach().double().numpy() == pytest.approx(expected, rel=1e-5)
 
 
 def test_training_by_hand() -> None:
     """Two descriptors side by side: each as if alone. The buffer of 7 ends with the last 7 images of the last epoch."""
-    novelty = grown((4, 0), (4, 1), (5, 1))
-    bystander = weights(novelty, 4, 0)
-    expected = {pair: weights(novelty, *pair) for pair in ((4, 1), (5, 1))}
+    descriptors = grown((4, 0), (4, 1), (5, 1))
+    bystander = weights(descriptors, 4, 0)
+    expected = {pair: weights(descriptors, *pair) for pair in ((4, 1), (5, 1))}
     told: list[tuple[int, float]] = []
-    train(novelty, list(expected), epochs=3, report=lambda epoch, loss: told.append((epoch, loss)))
+    train(descriptors, list(expected), epochs=3, report=lambda epoch, loss: told.append((epoch, loss)))
     losses = np.zeros(3)
     for (block, slot), w in expected.items():
         seen = by_hand(w, block, epochs=3)
-        found = weights(novelty, block, slot)
+        found = weights(descriptors, block, slot)
         for name in w:
             assert found[name] == pytest.approx(w[name], abs=1e-5), name
         # filled with the first 7 (of 8), then sliding
-        assert novelty.descriptor(block, slot).records.values.numpy() == pytest.approx(seen[-7:], abs=1e-5)
+        assert descriptors.descriptor(block, slot).records.values.numpy() == pytest.approx(seen[-7:], abs=1e-5)
         per_batch = [np.mean(seen[start : start + size]) for epoch in range(3) for start, size in spans(10 * epoch)]
         losses += np.array(per_batch).reshape(3, 3).mean(1)
     assert [epoch for epoch, _ in told] == [0, 1, 2]
     assert [loss for _, loss in told] == pytest.approx(losses, abs=1e-5)
-    same = weights(novelty, 4, 0)
+    same = weights(descriptors, 4, 0)
     assert all(np.array_equal(same[name], bystander[name]) for name in same), "others stay as they are"
-    assert len(novelty.descriptor(4, 0).records) == 0
+    assert len(descriptors.descriptor(4, 0).records) == 0
 
 
 def spans(start: int) -> list[tuple[int, int]]:
@@ -182,29 +184,29 @@ def test_training_sends_no_gradient_into_the_network() -> None:
 
 
 def test_nothing_to_train() -> None:
-    novelty = grown((4, 0))
-    before = weights(novelty, 4, 0)
-    train(novelty, [], epochs=2)
-    train(novelty, [(4, 0)], epochs=0)
-    after = weights(novelty, 4, 0)
+    descriptors = grown((4, 0))
+    before = weights(descriptors, 4, 0)
+    train(descriptors, [], epochs=2)
+    train(descriptors, [(4, 0)], epochs=0)
+    after = weights(descriptors, 4, 0)
     assert all(np.array_equal(after[name], before[name]) for name in before)
 
 
 def test_a_loss_that_is_not_finite_is_said_and_never_recorded() -> None:
-    novelty = grown((4, 0))
+    descriptors = grown((4, 0))
     p_BD = torch.full((2, WIDTH), math.inf)
     with pytest.raises(TrainingDiverged, match=r"descriptors became (nan|inf) in epoch 1; lower .* \(now 0.5\)"):
-        train(novelty, [(4, 0)], epochs=1, given=lambda epoch: [{4: p_BD}])
-    assert len(novelty.descriptor(4, 0).records) == 0
+        train(descriptors, [(4, 0)], epochs=1, given=lambda epoch: [{4: p_BD}])
+    assert len(descriptors.descriptor(4, 0).records) == 0
 
 
 def test_what_does_not_exist_is_named() -> None:
-    novelty = grown((4, 0))
+    descriptors = grown((4, 0))
     with pytest.raises(ClAdaptersError, match="no descriptor of slot 3 at block 4"):
-        novelty.errors(4, 3, torch.zeros(1, WIDTH))
+        descriptors.errors(4, 3, torch.zeros(1, WIDTH))
     with pytest.raises(ClAdaptersError, match="block 6 is not expandable; these are: 4, 5"):
-        novelty.grow(6, 0, gen(0))
+        descriptors.grow(6, 0, gen(0))
     with pytest.raises(ClAdaptersError, match="slot 0 is known at block 4 already"):
-        novelty.grow(4, 0, gen(0))
+        descriptors.grow(4, 0, gen(0))
     with pytest.raises(ClAdaptersError, match="must be 1 or more, got 0"):
-        Novelty({4: WIDTH}, dim=0, buffer=5)
+        Descriptors({4: WIDTH}, dim=0, buffer=5)

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from cl_adapters.errors import ClAdaptersError
-from cl_adapters.parts.novelty import Novelty, Records
+from cl_adapters.parts.descriptors import Descriptors, Records
 
 
 def errors(*values: float) -> Tensor:
@@ -96,23 +96,23 @@ def test_room_for_fewer_than_three_never_gives_a_score() -> None:
         Records(2)
 
 
-def scripted(*records: tuple[float, ...]) -> Novelty:
+def scripted(*records: tuple[float, ...]) -> Descriptors:
     """Descriptors of inputs [B, 2] that answer 0 (so that e = mean p^2), with these records."""
-    novelty = Novelty({7: 2}, dim=1, buffer=5)
+    descriptors = Descriptors({7: 2}, dim=1, buffer=5)
     for slot, values in enumerate(records):
-        for parameter in novelty.grow(7, slot, torch.Generator()):
+        for parameter in descriptors.grow(7, slot, torch.Generator()):
             parameter.data.zero_()
-        novelty.record(7, slot, errors(*values))
-    return novelty
+        descriptors.record(7, slot, errors(*values))
+    return descriptors
 
 
 def test_a_batch_is_as_new_as_the_nearest_descriptor_says() -> None:
     """The smallest of the descriptors' batch means, not the mean of the images' smallest."""
-    novelty = scripted((1, 2, 3), (7, 9, 11))
+    descriptors = scripted((1, 2, 3), (7, 9, 11))
     p_BD = errors(3, 9).sqrt()[:, None].repeat(1, 2)  # errors 3 and 9
-    z_KB = novelty.z(7, p_BD)
+    z_KB = descriptors.z(7, p_BD)
     assert z_KB.numpy() == pytest.approx(torch.tensor([[1.0, 7.0], [3.0, 0.0]]).numpy(), abs=1e-5)
-    assert novelty.score(7, p_BD) == pytest.approx(1.5, abs=1e-5)
+    assert descriptors.score(7, p_BD) == pytest.approx(1.5, abs=1e-5)
     assert not z_KB.requires_grad
     with pytest.raises(ClAdaptersError, match="block 7 has no descriptor yet"):
         scripted().score(7, p_BD)

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor
 
 from cl_adapters.errors import ClAdaptersError
-from cl_adapters.parts.mixture import Mixture
-from cl_adapters.parts.novelty import Novelty
+from cl_adapters.parts.descriptors import Descriptors
+from cl_adapters.parts.router import ExpandableRouter
 
 WIDTH = 6
 
@@ -28,16 +28,16 @@ def x() -> Tensor:
     return torch.randn(5, 4, WIDTH, generator=gen(0))
 
 
-def grown(rows: int) -> Mixture:
+def grown(rows: int) -> ExpandableRouter:
     """Block 2 with that many frozen rows; slots 0, 2, 4, ..."""
-    mixture = Mixture({2: WIDTH, 3: 2 * WIDTH})
+    mixture = ExpandableRouter({2: WIDTH, 3: 2 * WIDTH})
     for row in range(rows):
         mixture.grow(2, 2 * row, gen(10 + row))
     mixture.freeze()
     return mixture
 
 
-def shares(mixture: Mixture, x_BND: Tensor) -> npt.NDArray[np.float64]:
+def shares(mixture: ExpandableRouter, x_BND: Tensor) -> npt.NDArray[np.float64]:
     """softmax(R p + r) in NumPy, image by image."""
     values = {key: value.double().numpy() for key, value in mixture.tensors().items()}
     answers = []
@@ -51,7 +51,7 @@ def shares(mixture: Mixture, x_BND: Tensor) -> npt.NDArray[np.float64]:
     return np.array(answers)
 
 
-def loss_of(mixture: Mixture, x: Tensor) -> Tensor:
+def loss_of(mixture: ExpandableRouter, x: Tensor) -> Tensor:
     """Any loss that depends on every weight."""
     m_BK = mixture.weights(2, x)
     return (m_BK * torch.randn(m_BK.shape, generator=gen(3))).sum()
@@ -108,7 +108,7 @@ def test_gradient_of_the_new_row(x: Tensor) -> None:
 
 def test_one_row_has_weight_one_and_no_gradient(x: Tensor) -> None:
     """Only weight decay moves the row of the first task."""
-    mixture = Mixture({2: WIDTH})
+    mixture = ExpandableRouter({2: WIDTH})
     weight, bias = mixture.grow(2, 0, gen(0))
     start = weight.detach().clone()
     x = x.requires_grad_()
@@ -124,7 +124,7 @@ def test_one_row_has_weight_one_and_no_gradient(x: Tensor) -> None:
 
 def test_start_values_are_those_of_a_linear_layer() -> None:
     """Weight and bias U(-1/sqrt(D), 1/sqrt(D)), all draws from the generator."""
-    mixture = Mixture({0: 1000})
+    mixture = ExpandableRouter({0: 1000})
     weight, bias = mixture.grow(0, 0, gen(4))
     bound = 1000**-0.5
     assert weight.shape == (1000,)
@@ -134,7 +134,7 @@ def test_start_values_are_those_of_a_linear_layer() -> None:
     assert abs(float(weight.detach().mean())) < 0.05 * bound
     biases = torch.cat([mixture.grow(0, slot, gen(slot))[1].detach() for slot in range(1, 200)])
     assert 0.9 * bound < float(biases.abs().max()) <= bound
-    again = Mixture({0: 1000}).grow(0, 0, gen(4))
+    again = ExpandableRouter({0: 1000}).grow(0, 0, gen(4))
     assert torch.equal(again[0], weight)
     assert torch.equal(again[1], bias)
     assert weight.requires_grad
@@ -143,8 +143,8 @@ def test_start_values_are_those_of_a_linear_layer() -> None:
 
 def test_new_entries_are_where_the_part_is() -> None:
     """Precision stands in for the device: what is added later follows the part."""
-    mixture = Mixture({0: WIDTH}).double()
-    descriptors = Novelty({0: WIDTH}, dim=2, buffer=5).double()
+    mixture = ExpandableRouter({0: WIDTH}).double()
+    descriptors = Descriptors({0: WIDTH}, dim=2, buffer=5).double()
     grown = [*mixture.grow(0, 0, gen(0)), *descriptors.grow(0, 0, gen(1))]
     assert {value.dtype for value in grown} == {torch.float64}
     assert [id(value) for value in grown] == [
@@ -155,7 +155,7 @@ def test_new_entries_are_where_the_part_is() -> None:
 
 
 def test_freezing_one_block() -> None:
-    mixture = Mixture({2: WIDTH, 3: WIDTH})
+    mixture = ExpandableRouter({2: WIDTH, 3: WIDTH})
     here, there = mixture.grow(2, 0, gen(0)), mixture.grow(3, 0, gen(1))
     here[0].grad = torch.ones(WIDTH)
     mixture.freeze(2)
@@ -174,4 +174,4 @@ def test_what_does_not_fit_is_named(x: Tensor) -> None:
     with pytest.raises(ClAdaptersError, match="block 3 has no adapter to mix yet"):
         mixture.weights(3, x)
     with pytest.raises(ClAdaptersError, match="expandable blocks with widths of 1 or more are needed"):
-        Mixture({})
+        ExpandableRouter({})

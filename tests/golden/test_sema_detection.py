@@ -100,11 +100,11 @@ def test_what_is_trained(sema: Any, monkeypatch: pytest.MonkeyPatch) -> None:
     head = {id(p) for p in strategy.model.head.parameters()}
     assert trained == adapter | row | head
     live = {id(p) for p in strategy.model.parameters() if p.requires_grad}
-    descriptors = {id(p) for p in strategy.novelty.parameters()}
+    descriptors = {id(p) for p in strategy.descriptors.parameters()}
     assert live - descriptors == trained
     assert list(phases) == []
     assert {id(p) for p in strategy.model.bank.parameters() if p.requires_grad} == set()
-    assert not any(p.requires_grad for p in [*strategy.mixture.parameters(), *strategy.novelty.parameters()])
+    assert not any(p.requires_grad for p in [*strategy.mixture.parameters(), *strategy.descriptors.parameters()])
 
 
 def test_cap_on_adapters_per_block(sema: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -139,7 +139,7 @@ def scored(strategy: Any, monkeypatch: pytest.MonkeyPatch) -> list[int]:
             sizes.append(len(p_BD))
         return 0.0
 
-    monkeypatch.setattr(strategy.novelty, "score", score)
+    monkeypatch.setattr(strategy.descriptors, "score", score)
     assert all(scores == dict.fromkeys(BLOCKS, 0.0) for scores in strategy._scan())
     return sizes
 

@@ -44,7 +44,7 @@ def make_model(tiny_vit: Callable[..., nn.Module]) -> Make:
             model.add_task([10 * task, 10 * task + 1])
             fresh = model.bank.fresh(draw)
             model.bank.add_slot({name: 0.5 * torch.randn(v.shape, generator=draw) for name, v in fresh.items()})
-            model.date_slots(task)
+            model.assign_new_slots(task)
             model.head.grow(2, draw)
             for _ in range(2):
                 keys.add_class(torch.randn(3, WIDTH, generator=draw), draw)

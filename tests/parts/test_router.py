@@ -20,8 +20,8 @@ from cl_adapters.errors import ClAdaptersError
 from cl_adapters.model.facade import AdapterModel
 from cl_adapters.model.heads import normal
 from cl_adapters.parts import Part
-from cl_adapters.parts.mixture import Mixture
-from cl_adapters.parts.novelty import Novelty
+from cl_adapters.parts.descriptors import Descriptors
+from cl_adapters.parts.router import ExpandableRouter
 from cl_adapters.predictors.mixture import MixtureOfAdapters
 
 WIDTH = 16
@@ -50,9 +50,9 @@ def add(bank: AdapterBank, blocks: tuple[int, ...] | None = None) -> int:
     return bank.add_slot({key: 0.3 * torch.randn(value.shape, generator=generator) for key, value in fresh.items()})
 
 
-def routers(bank: AdapterBank, where: dict[int, tuple[int, ...]]) -> Mixture:
+def routers(bank: AdapterBank, where: dict[int, tuple[int, ...]]) -> ExpandableRouter:
     """Routers that prefer some, but not to a hair: rows three times their usual size."""
-    mixture = Mixture(dict.fromkeys(where, WIDTH))
+    mixture = ExpandableRouter(dict.fromkeys(where, WIDTH))
     for block, slots in where.items():
         for slot in slots:
             for parameter in mixture.grow(block, slot, gen(10 * block + slot)):
@@ -71,7 +71,7 @@ def model(backbone: FrozenBackbone) -> AdapterModel:
     model.add_task([5, 3])
     model.head.grow(2, gen(3), normal(1.0))
     model.parts["mixture"] = routers(bank, {1: (0, 2), 2: (0, 1, 3)})
-    model.parts["novelty"] = descriptors = Novelty({1: WIDTH, 2: WIDTH}, dim=3, buffer=5)
+    model.parts["novelty"] = descriptors = Descriptors({1: WIDTH, 2: WIDTH}, dim=3, buffer=5)
     for block, slot, known in ((1, 0, 5), (1, 2, 4), (2, 0, 7), (2, 1, 0), (2, 3, 2)):
         descriptors.grow(block, slot, gen(slot))
         descriptors.record(block, slot, torch.rand(known, generator=gen(block)))
@@ -89,9 +89,9 @@ def inputs_of(model: AdapterModel, x: Tensor) -> dict[str, Tensor]:
     return seen
 
 
-def parts_of(model: AdapterModel) -> tuple[AdapterBank, Mixture]:
+def parts_of(model: AdapterModel) -> tuple[AdapterBank, ExpandableRouter]:
     assert model.bank is not None
-    return model.bank, model.part("mixture", Mixture)
+    return model.bank, model.part("mixture", ExpandableRouter)
 
 
 def test_delta_is_the_weighted_sum_of_the_adapters_outputs(model: AdapterModel, x: Tensor) -> None:
@@ -150,7 +150,7 @@ def test_one_adapter_needs_no_router_unless_its_row_trains(backbone: FrozenBackb
 
 def test_without_adapters_every_site_stays_bare(backbone: FrozenBackbone, x: Tensor) -> None:
     bank = AdapterBank(backbone, ADAPTER)
-    mixture = Mixture({2: WIDTH})
+    mixture = ExpandableRouter({2: WIDTH})
     assert mixture.routes(bank) == {}
     add(bank, (0,))
     routes = mixture.routes(bank)
@@ -222,9 +222,9 @@ def test_prediction_runs_no_descriptor(model: AdapterModel, x: Tensor, monkeypat
     def refuse(*args: object) -> Tensor:
         raise AssertionError("a descriptor was run")
 
-    monkeypatch.setattr("cl_adapters.parts.novelty.Descriptor.forward", refuse)
+    monkeypatch.setattr("cl_adapters.parts.descriptors.Descriptor.forward", refuse)
     with pytest.raises(AssertionError, match="was run"):
-        model.part("novelty", Novelty).score(2, torch.zeros(2, WIDTH))
+        model.part("novelty", Descriptors).score(2, torch.zeros(2, WIDTH))
     assert torch.equal(model.answer(x).logits, before)
     del model.parts["novelty"]
     assert torch.equal(model.answer(x).logits, before)
@@ -237,7 +237,7 @@ def test_prediction_with_a_single_adapter(backbone: FrozenBackbone, x: Tensor) -
     model.add_task([0, 1])
     model.head.grow(2, gen(0))
     model.predictor = MixtureOfAdapters()
-    with pytest.raises(ClAdaptersError, match="no part 'mixture' of type Mixture"):
+    with pytest.raises(ClAdaptersError, match="no part 'mixture' of type ExpandableRouter"):
         model.predict(x)
     model.parts["mixture"] = routers(bank, {2: (0,)})
     assert model.answer(x).adapter.tolist() == [0] * 6
@@ -267,7 +267,7 @@ def test_saved_and_loaded_model_is_the_same_and_grows_alike(model: AdapterModel,
     loaded = AdapterModel.load(model.save(tmp_path / "m"), model.backbone)
     assert loaded.predictor == model.predictor
     assert torch.equal(loaded.predict(x), model.predict(x))
-    old, new = model.part("novelty", Novelty), loaded.part("novelty", Novelty)
+    old, new = model.part("novelty", Descriptors), loaded.part("novelty", Descriptors)
     assert (new.blocks, new.slots(1), new.slots(2)) == ((1, 2), (0, 2), (0, 1, 3))
     assert [len(new.descriptor(2, slot).records) for slot in (0, 1, 3)] == [5, 0, 2]
     p_BD = torch.randn(4, WIDTH, generator=gen(2))
@@ -279,9 +279,9 @@ def test_saved_and_loaded_model_is_the_same_and_grows_alike(model: AdapterModel,
         bank, mixture = parts_of(one)
         slot = add(bank, (1,))
         mixture.grow(1, slot, gen(4))
-        one.part("novelty", Novelty).grow(1, slot, gen(5))
+        one.part("novelty", Descriptors).grow(1, slot, gen(5))
         for value in (torch.tensor([1.0, 2.0]), torch.tensor([3.0])):
-            one.part("novelty", Novelty).record(1, slot, value)
+            one.part("novelty", Descriptors).record(1, slot, value)
     assert torch.equal(loaded.predict(x), model.predict(x))
     assert torch.equal(new.z(1, p_BD), old.z(1, p_BD))
     assert parts_of(loaded)[1].slots(1) == (0, 2, 4)
@@ -291,7 +291,7 @@ def test_copies_are_independent(model: AdapterModel, x: Tensor) -> None:
     before, twin = model.predict(x), copy.deepcopy(model)
     bank, mixture = parts_of(twin)
     mixture.grow(2, add(bank, (2,)), gen(0))
-    twin.part("novelty", Novelty).record(2, 0, torch.ones(5))
+    twin.part("novelty", Descriptors).record(2, 0, torch.ones(5))
     assert torch.equal(model.predict(x), before)
     assert (twin.predict(x) - before).abs().max() > 1e-4
-    assert not torch.equal(model.part("novelty", Novelty).descriptor(2, 0).records.values, torch.ones(5))
+    assert not torch.equal(model.part("novelty", Descriptors).descriptor(2, 0).records.values, torch.ones(5))

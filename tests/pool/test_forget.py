@@ -42,7 +42,7 @@ def pool(tiny_vit: Callable[..., nn.Module], tmp_path: Path) -> AdapterPool:
         model.add_task([3 * task, 3 * task + 1, 3 * task + 2])
         fresh = model.bank.fresh(draw)
         slot = model.bank.add_slot({name: torch.randn(value.shape, generator=draw) for name, value in fresh.items()})
-        model.date_slots(task)
+        model.assign_new_slots(task)
         merge = {"method": "ema", "momentum": 0.1, "head": "aligned"}
         model.origins[slot] = Origin(parents=tuple(range(slot)), merge=merge if slot else None)
         model.head.grow(3, draw)

@@ -116,13 +116,13 @@ def test_evaluation_and_prediction_run_no_descriptor(make: Any) -> None:
     for experience in data.train_stream:
         strategy.train(experience)
     calls: list[nn.Module] = []
-    for block in strategy.novelty.blocks:
-        for slot in strategy.novelty.slots(block):
-            strategy.novelty.descriptor(block, slot).register_forward_hook(lambda m, args, out: calls.append(m))
+    for block in strategy.descriptors.blocks:
+        for slot in strategy.descriptors.slots(block):
+            strategy.descriptors.descriptor(block, slot).register_forward_hook(lambda m, args, out: calls.append(m))
     strategy.eval(data.test_stream)
     strategy.model.predict(torch.randn(3, 3, 16, 16, generator=torch.Generator().manual_seed(0)))
     assert not calls
-    strategy.novelty.score(strategy.novelty.blocks[0], torch.zeros(1, 16))
+    strategy.descriptors.score(strategy.descriptors.blocks[0], torch.zeros(1, 16))
     assert calls, "the hooks would have seen it"
 
 

@@ -41,7 +41,7 @@ def make_model(backbone: FrozenBackbone) -> Make:
             model.class_names[labels[0]] = f"class {labels[0]}"
             fresh = model.bank.fresh(draw)
             slot = model.bank.add_slot({name: 0.5 * torch.randn(v.shape, generator=draw) for name, v in fresh.items()})
-            model.date_slots(task)
+            model.assign_new_slots(task)
             merge = {"method": "ema", "momentum": 0.1, "head": "aligned"}
             model.origins[slot] = Origin(parents=tuple(range(slot)), merge=merge if slot else None)
             model.head.grow(len(labels), draw)

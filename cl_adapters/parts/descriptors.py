@@ -107,7 +107,7 @@ class Descriptor(nn.Module):
 
 
 @parts.register("novelty")
-class Novelty(PerBlock):
+class Descriptors(PerBlock):
     """Descriptors, one per adapter at every expandable block; needed to train, never to predict.
 
     Args:
@@ -190,21 +190,21 @@ class Novelty(PerBlock):
         return super().description() | {"dim": self.dim, "buffer": self.buffer}
 
     @classmethod
-    def restore(cls, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Novelty:
+    def restore(cls, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Descriptors:
         """The descriptors of which these are description and tensors, records included; frozen, as after every task."""
-        novelty = cls(widths_of(description), int(description["dim"]), int(description["buffer"]))
+        descriptors = cls(widths_of(description), int(description["dim"]), int(description["buffer"]))
         for block, slot, own in saved_entries(description, tensors):
-            new = Descriptor(novelty.width(block), novelty.dim, novelty.buffer)
+            new = Descriptor(descriptors.width(block), descriptors.dim, descriptors.buffer)
             new.records.values = own["records.values"]
             for name, parameter in new.named_parameters():
                 parameter.data = own[name]
-            novelty._enter(block, slot, new)
-        novelty.freeze()
-        return novelty
+            descriptors._enter(block, slot, new)
+        descriptors.freeze()
+        return descriptors
 
 
 def train_descriptors(
-    novelty: Novelty,
+    descriptors: Descriptors,
     pairs: Sequence[tuple[int, int]],
     batches: Callable[[int], Iterable[Mapping[int, Tensor]]],
     *,
@@ -220,7 +220,7 @@ def train_descriptors(
     before the step, in all epochs, so that in the end the records hold the last images of the last epoch.
 
     Args:
-        novelty: holds the descriptors.
+        descriptors: holds the descriptors.
         pairs: (block, slot) of those that are trained.
         batches: of an epoch (0-based): per batch the pooled input [B, D] of each block; no gradient flows into it.
         epochs: passes.
@@ -232,7 +232,7 @@ def train_descriptors(
     Raises:
         TrainingDiverged: a loss that is not finite; those errors are not recorded.
     """
-    trained = [novelty.descriptor(*pair) for pair in pairs]
+    trained = [descriptors.descriptor(*pair) for pair in pairs]
     if not trained or epochs < 1:
         return
     parameters = [parameter for descriptor in trained for parameter in descriptor.parameters()]

@@ -18,12 +18,12 @@ from cl_adapters.bank.bank import AdapterBank
 from cl_adapters.bank.routes import Route
 from cl_adapters.errors import ClAdaptersError, ConfigError
 from cl_adapters.parts.base import parts
-from cl_adapters.parts.novelty import pooled
+from cl_adapters.parts.descriptors import pooled
 from cl_adapters.parts.per_block import PerBlock, saved_entries, widths_of
 
 
 @parts.register("mixture")
-class Mixture(PerBlock):
+class ExpandableRouter(PerBlock):
     """Soft routers: per expandable block one row per adapter there.
 
     With K adapters at a block and p the mean over the tokens of the site's input,
@@ -95,7 +95,7 @@ class Mixture(PerBlock):
         return routes
 
     @classmethod
-    def restore(cls, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Mixture:
+    def restore(cls, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ExpandableRouter:
         """The mixture of which these are description and tensors; its rows are frozen, as after every task."""
         mixture = cls(widths_of(description))
         for block, slot, own in saved_entries(description, tensors):
@@ -108,7 +108,7 @@ class Mixture(PerBlock):
 
 
 def router_widths(bank: AdapterBank, blocks: Sequence[int]) -> dict[int, int]:
-    """The one input width of all sites of each of these blocks, for :class:`Mixture`.
+    """The one input width of all sites of each of these blocks, for :class:`ExpandableRouter`.
 
     Args:
         bank: with the sites.
