@@ -10,18 +10,20 @@ activations read from the cache; "uncached" trains adapters in all blocks and th
 
 from __future__ import annotations
 
-import argparse
 import statistics
 import time
 from collections.abc import Callable
+from typing import Annotated
 
 import torch
+import typer
 from timm.models.vision_transformer import VisionTransformer
 from torch import Tensor, nn
 
 from cl_adapters.adapters.bottleneck import Bottleneck
 from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.bank.bank import AdapterBank, Route, Routes
+from cl_adapters.benchmarks.bench._command import command_of
 from cl_adapters.model.facade import AdapterModel
 from cl_adapters.parts.descriptors import Descriptors
 from cl_adapters.parts.router import ExpandableRouter
@@ -31,19 +33,16 @@ from cl_adapters.strategies._loop.activation_cache import HiddenStore
 CLASSES = 10
 
 
-def main() -> None:
+def main(
+    batch: int = 32, side: Annotated[int, typer.Option(help="Of the images, in pixels.")] = 112, repeats: int = 15
+) -> None:
     """Print both medians and their ratio, and how often evaluation asks a descriptor."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--batch", type=int, default=32)
-    parser.add_argument("--side", type=int, default=112, help="of the images, in pixels")
-    parser.add_argument("--repeats", type=int, default=15)
-    options = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
-    model = _model(options.side)
+    model = _model(side)
     assert model.bank is not None
     mixture = model.part("mixture", ExpandableRouter)
-    x, y = torch.randn(options.batch, 3, options.side, options.side), torch.arange(options.batch) % CLASSES
+    x, y = torch.randn(batch, 3, side, side), torch.arange(batch) % CLASSES
     route = Route.single(0)
     uncached = _step(model, model.bank.slot_parameters(0), y, lambda: model.features(x, route))
     everywhere = _median([uncached], 2)[0]  # warm up, then freeze as after the first task
@@ -64,8 +63,8 @@ def main() -> None:
         y,
         lambda: model.features(store.read(first, torch.arange(len(h))), routes, start=start),
     )
-    everywhere, last = _median([_thaw(model, uncached), _chill(model, cached)], options.repeats)
-    per = 1000 / options.batch
+    everywhere, last = _median([_thaw(model, uncached), _chill(model, cached)], repeats)
+    per = 1000 / batch
     print(f"uncached step, adapters in all 12 blocks  {per * everywhere:7.2f} ms/image")
     print(f"cached step, adapters in the last 3       {per * last:7.2f} ms/image")
     print(f"cached / uncached                         {last / everywhere:7.3f}")
@@ -147,4 +146,4 @@ def _descriptor_calls(model: AdapterModel, x: Tensor) -> int:
 
 
 if __name__ == "__main__":
-    main()
+    command_of(main, __doc__)()

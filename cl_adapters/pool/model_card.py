@@ -8,12 +8,12 @@ Without it a default predictor serves.
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
+from cl_adapters._io import parse_json
 from cl_adapters.errors import PoolError
 from cl_adapters.pool.blobs import read_file
 from cl_adapters.pool.record import Record
@@ -52,8 +52,8 @@ def card_bytes(pool: Path) -> bytes | None:
 
 def _parsed(content: bytes, where: Path) -> dict[str, Any]:
     try:
-        plain = json.loads(content)
-    except (ValueError, RecursionError) as error:
+        plain = parse_json(content)
+    except ValueError as error:
         raise PoolError(f"{where} cannot be read as JSON; delete it to use the default predictor") from error
     if not isinstance(plain, dict) or plain.get("schema_version") != SCHEMA:
         raise PoolError(f"{where} is not of schema {SCHEMA}: upgrade cl-adapters, or delete it")

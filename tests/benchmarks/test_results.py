@@ -218,7 +218,7 @@ def test_a_crash_while_writing_keeps_the_old_file(tmp_path: Path, monkeypatch: p
     def crash(*_: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr("cl_adapters.files.os.fsync", crash)
+    monkeypatch.setattr("cl_adapters._io.os.fsync", crash)
     with pytest.raises(StorageError, match="disk full"):
         write(make(seed=4), path)
     assert read(path).seed == 3
