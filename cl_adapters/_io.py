@@ -59,7 +59,7 @@ def parse_json(content: bytes, *, parse_constant: Callable[[str], Any] | None = 
 
     Args:
         content: all of it.
-        parse_constant: what NaN and infinity become where they are let through.
+        parse_constant: what NaN and infinity become where they are accepted.
         hooks: others of ``json.loads``.
 
     Raises:

@@ -375,7 +375,7 @@ class AdapterStrategy(SupervisedTemplate):
             with isolated(self.device), self.timings.part("train"):
                 return super().train(experiences, eval_streams, **loader_options)
         finally:
-            self._phase = self._features = self._logits = self._dropout_generator = self._cache = None
+            self._phase = self._features = self._logits = self._output = self._dropout_generator = self._cache = None
             self._loader_options = {}
 
     def eval(self, experiences: Any, **loader_options: Any) -> Any:

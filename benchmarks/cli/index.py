@@ -48,7 +48,7 @@ def build_command(
         float | None, typer.Option(help="Calibrate 'none of these' to refuse at most this share of known inputs.")
     ] = None,
     false_accept: Annotated[
-        float | None, typer.Option(help="Or to let through at most this share of unknown ones; an estimate.")
+        float | None, typer.Option(help="Or to accept at most this share of unknown ones; an estimate.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Of k-means, samples and training.", min=0)] = 0,
     name: Name = "default",

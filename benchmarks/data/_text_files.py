@@ -35,7 +35,7 @@ class Row:
 
 
 def read_rows(path: Path, text_column: str, label_column: str, split_column: str | None = None) -> list[Row]:
-    """Read a table of labelled texts; its format is told by the file's suffix.
+    """Read a table of labelled texts; the file's suffix says its format.
 
     Args:
         path: a ``.csv``, ``.tsv``, ``.jsonl`` (``.ndjson``) or ``.parquet`` file, in UTF-8 where it is text.

@@ -128,9 +128,9 @@ class Results:
             raise ValueError(
                 f"labels {sorted(labels - set(range(classes)))} have no name: there are {classes} class_names"
             )
-        strangers = sorted({entry.task for entry in self.expansions or ()} - set(range(tasks)))
-        if strangers:
-            raise ValueError(f"expansions name the tasks {strangers}, but only 0..{tasks - 1} are finished")
+        unknown = sorted({entry.task for entry in self.expansions or ()} - set(range(tasks)))
+        if unknown:
+            raise ValueError(f"expansions name the tasks {unknown}, but only 0..{tasks - 1} are finished")
         if self.schema_version != SCHEMA_VERSION:
             raise ValueError(f"schema_version is {self.schema_version!r}, this release writes {SCHEMA_VERSION}")
 

@@ -18,7 +18,16 @@ from cl_adapters.backbones.load import absolute_name
 from cl_adapters.benchmarks.data._instructions import read_tasks, tasks_fingerprint
 from cl_adapters.benchmarks.results.instruct import FILE_NAME, InstructResults, judged, write
 from cl_adapters.benchmarks.results.parts import BackboneInfo
-from cl_adapters.benchmarks.run.session import SCHEMA, Listener, Progress, Row, changed_inputs, describe, go_on, start
+from cl_adapters.benchmarks.run.session import (
+    SCHEMA,
+    Listener,
+    Progress,
+    Row,
+    changed_inputs,
+    continue_run,
+    describe,
+    start,
+)
 from cl_adapters.config import build, put_nested, to_plain
 from cl_adapters.errors import ConfigError, StorageError
 from cl_adapters.language.model import LanguageModel
@@ -112,7 +121,7 @@ def resume(out: Path, *, device: str = "cpu", listener: Listener[InstructResults
     runner = _Runner(build(InstructExperiment, recorded["instruct"], "run"), device)
     for key, then, now in changed_inputs(recorded, runner.description):
         raise ConfigError(f"this run cannot be resumed, its inputs changed: {key} was {then[:16]}, now {now[:16]}")
-    return go_on(runner, out, listener, recorded)
+    return continue_run(runner, out, listener, recorded)
 
 
 class _Runner:

@@ -27,8 +27,8 @@ from cl_adapters.benchmarks.run.session import (
     Progress,
     Row,
     changed_inputs,
+    continue_run,
     describe,
-    go_on,
     latest_model,
     start,
 )
@@ -70,7 +70,7 @@ def resume(out: Path, *, device: str = "cpu", listener: Listener[Results] | None
     if differing:
         pairs = "; ".join(f"{key}: recorded {then}, now {now}" for key, then, now in differing)
         raise ConfigError(f"this run cannot be resumed, its inputs changed: {pairs}")
-    return go_on(runner, out, listener, recorded)
+    return continue_run(runner, out, listener, recorded)
 
 
 class _Runner:

@@ -37,7 +37,7 @@ R_contra = TypeVar("R_contra", contravariant=True)
 
 
 class Listener(Protocol[R_contra]):
-    """Who is told how a run goes."""
+    """Callbacks of a run."""
 
     def task_started(self, task: int, tasks: int, names: list[str]) -> None:
         """A task begins."""
@@ -53,7 +53,7 @@ class TaskRunner(Protocol[R]):
     """What one kind of experiment does; when, and where it is kept, is the session's.
 
     Attributes:
-        tasks: for each task the names that a listener is told: of its classes, or its own.
+        tasks: for each task the names that callbacks are given: of its classes, or its own.
         description: the content of ``config.json``.
     """
 
@@ -90,13 +90,13 @@ def start(runner: TaskRunner[R], out: Path, listener: Listener[R] | None) -> R:
     return _run(runner, out, listener, restored=True)
 
 
-def go_on(runner: TaskRunner[R], out: Path, listener: Listener[R] | None, recorded: dict[str, Any]) -> R:
+def continue_run(runner: TaskRunner[R], out: Path, listener: Listener[R] | None, recorded: dict[str, Any]) -> R:
     """Run the tasks of ``out`` that are not complete.
 
     Args:
         runner: made of the experiment in ``recorded``, on the same inputs (:func:`changed_inputs`).
         out: folder of the run.
-        listener: who is told.
+        listener: its callbacks.
         recorded: its ``config.json``, of which the results tell.
 
     Raises:

@@ -51,7 +51,7 @@ def call(encoder: nn.Module, x: Tensor, mask_BN: Tensor | None = None) -> Any:
 def pad_token_of(encoder: nn.Module) -> int:
     """The id that stands at empty places: the one in the configuration where the model has a row for it, else 0.
 
-    Some folders say -1, and some tokenizers were given a token for empty places that the model was never told of.
+    Some folders say -1, and some tokenizers were given a token for empty places that the model does not know.
     """
     stated, vocabulary = getattr(encoder.config, "pad_token_id", None), vocabulary_of(encoder)
     if not isinstance(stated, int) or stated < 0 or (vocabulary is not None and stated >= vocabulary):

@@ -152,7 +152,7 @@ class AdapterBank(nn.Module):
         Args:
             routes: one route for all sites, or one per site name; None for the bare backbone.
             dropout_generator: generator of dropout masks (training).
-            watch: is told the input of every site that has a route.
+            watch: called with the input of every site that has a route.
 
         Raises:
             ClAdaptersError: a slot or site that does not exist.

@@ -54,7 +54,7 @@ class AdaptedEncoder(nn.Module):
             dropout_generator: generator of dropout masks (training).
             start: go on from the input of this block; None: from the beginning.
             stop: end at the input of this block (``backbone.depth``, None: the features) and return that.
-            watch: is told the input of every site that has a route.
+            watch: called with the input of every site that has a route.
 
         Raises:
             ClAdaptersError: routes without a bank.

@@ -6,7 +6,7 @@ A site has an input tap and an output tap because papers differ in both: MOS and
     h = x + Attn(norm1 x);   out = h + FFN(norm2 h) + delta(h)
 
 LAE reads after ``norm1`` and adds to the attention branch, LoRA sits on the key and value projections, a prefix
-inside the attention. Which sites a backbone has is told by :mod:`cl_adapters.sites.families`.
+inside the attention. Which sites a backbone has stands in :mod:`cl_adapters.sites.families`.
 """
 
 from __future__ import annotations
