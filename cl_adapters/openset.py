@@ -8,6 +8,7 @@ the nearest the input is of no known class. :func:`threshold_for` says what can 
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -32,7 +33,7 @@ def calibrate(
 ) -> Abstention:
     """Set the model's threshold from the features that were held back in training; it is saved with model and pool.
 
-    See :func:`threshold_for`; each task's held-back features act as strangers to the keys of the other tasks.
+    See :func:`threshold_for`; each task's held-back features act as unknown inputs to the keys of the other tasks.
 
     Args:
         model: with keys, some of them held back (``KeysConfig.held_out``).
@@ -57,7 +58,7 @@ def calibrate(
         keys = _own_keys(model)
         return keys.similarity(keys.held_out_HD).amax(1)
 
-    found, calibration = threshold_for(false_reject, false_accept, known, lambda: stranger_scores(model))
+    found, calibration = threshold_for(false_reject, false_accept, known, lambda: unknown_scores(model))
     confidence = None if confidences_N is None else lower_threshold(confidences_N, calibration["false_reject"])
     model.parts["abstention"] = made = Abstention(found, confidence, calibration)
     return made
@@ -67,7 +68,7 @@ def threshold_for(
     false_reject: float | None,
     false_accept: float | None,
     known: Callable[[], Tensor],
-    strangers: Callable[[], Tensor],
+    unknown: Callable[[], Tensor],
 ) -> tuple[float, dict[str, Any]]:
     """The threshold on a score below which an input is refused, for one target rate.
 
@@ -75,15 +76,15 @@ def threshold_for(
     drawn like the held-back ones the chance is at most the target, whatever their law (the rank of a new score among H
     others is uniform; Vovk et al. 2005, conformal prediction).
 
-    ``false_accept`` bounds the share of inputs of unknown classes that are let through. There are none to measure it
-    with, so held-back features act as strangers to what was learned apart from them. It is an estimate: it holds as far
-    as strangers are to the known classes what those learned apart are to each other.
+    ``false_accept`` bounds the share of inputs of unknown classes that are accepted. There are none to measure it with,
+    so held-back features act as unknown to what was learned apart from them. It is an estimate: it holds as far as
+    unknown classes are to the known ones what those learned apart are to each other.
 
     Args:
         false_reject: target rate in (0, 1); or
         false_accept: this one.
         known: gives the scores float32 [H] of the features that were held back in training, asked for a false_reject;
-        strangers: those in the role of strangers, asked for a false_accept.
+        unknown: those in the role of unknown inputs, asked for a false_accept.
 
     Returns:
         The threshold, and how it was found, as plain JSON.
@@ -99,9 +100,9 @@ def threshold_for(
         calibration = {"false_reject": false_reject, "exact": True, "held_out": len(known_H)}
         return lower_threshold(known_H, false_reject), calibration
     assert false_accept is not None
-    strangers_H = strangers()
-    calibration = {"false_accept": false_accept, "exact": False, "held_out": len(strangers_H)}
-    return upper_threshold(strangers_H, false_accept), calibration
+    unknown_H = unknown()
+    calibration = {"false_accept": false_accept, "exact": False, "held_out": len(unknown_H)}
+    return upper_threshold(unknown_H, false_accept), calibration
 
 
 def lower_threshold(scores_N: Tensor, rate: float) -> float:
@@ -147,7 +148,7 @@ def _rank(n: int, rate: float) -> int:
     return rank
 
 
-def stranger_scores(model: Classifier) -> Tensor:
+def unknown_scores(model: Classifier) -> Tensor:
     """For each held-back feature the cosine to the nearest key of all other tasks, float32 [H].
 
     Raises:
@@ -155,7 +156,7 @@ def stranger_scores(model: Classifier) -> Tensor:
     """
     keys = _own_keys(model)
     if model.num_tasks < 2 or len(model.task_of_column.unique()) < 2:
-        raise DataError("false_accept needs at least two tasks: each is a stranger to the others")
+        raise DataError("false_accept needs at least two tasks: each is unknown to the others")
     near_HM = keys.similarity(keys.held_out_HD)
     task_C = model.task_of_column.to(near_HM.device)
     own_HM = task_C[keys.held_out_column_H][:, None] == task_C[keys.column_M]
@@ -170,8 +171,8 @@ class OpenSet:
         accuracy: share of known images whose class is right, refused ones answered by the bare backbone included.
         routing: share of known images answered by the adapter of their class; None where nothing is routed.
         coverage: share of known images that are not refused; 1 without a threshold.
-        false_accept: share of strangers that are not refused; None without strangers.
-        auroc: of the score of the nearest key, known against strangers; 0.5 is chance. None without strangers.
+        false_accept: share of unknown images that are not refused; None without any.
+        auroc: of the score of the nearest key, known against unknown; 0.5 is chance. None without unknown ones.
         passes: mean backbone passes per known image.
     """
 
@@ -186,17 +187,19 @@ class OpenSet:
 def open_set(
     model: Classifier,
     known: Iterable[tuple[Inputs, Tensor]],
-    strangers: Iterable[Inputs] = (),
+    unknown: Iterable[Inputs] = (),
     *,
     predictor: Predictor | None = None,
+    strangers: Iterable[Inputs] | None = None,
 ) -> OpenSet:
     """Measure a model.
 
     Args:
-        model: with keys where there are strangers.
+        model: with keys where there are unknown inputs.
         known: batches of inputs and class labels (int64 [B]) that the model knows.
-        strangers: batches of inputs of other classes.
+        unknown: batches of inputs of other classes.
         predictor: another predictor than the model's own.
+        strangers: the old name of ``unknown``.
 
     Raises:
         ClAdaptersError: no known input.
@@ -204,11 +207,16 @@ def open_set(
     """
     from sklearn.metrics import roc_auc_score
 
+    if strangers is not None:
+        warnings.warn(
+            "strangers=... is now unknown=...; the old name goes in version 0.3", DeprecationWarning, stacklevel=2
+        )
+        unknown = strangers
     right, routed, kept, passes, near = [], [], [], [], [torch.empty(0)]
     for x, y in known:
         columns_B = model.columns_of(y)
         if (columns_B < 0).any():
-            raise DataError(f"the model does not know class {int(y[columns_B < 0][0])}; give such images as strangers")
+            raise DataError(f"the model does not know class {int(y[columns_B < 0][0])}; give such images as unknown")
         answer = model.answer(x, predictor=predictor)
         right.append(answer.logits.argmax(1).cpu() == columns_B)
         routed.append(answer.adapter == model.slot_of_column[columns_B])
@@ -218,7 +226,7 @@ def open_set(
     if not right:
         raise ClAdaptersError("nothing to measure: give at least one batch of known classes")
     far, accepted = [torch.empty(0)], []
-    for x in strangers:
+    for x in unknown:
         answer = model.answer(x, predictor=predictor)
         accepted.append(_kept(answer.abstained, len(answer.logits)))
         far.append(_near(model, x))

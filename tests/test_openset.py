@@ -11,15 +11,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cl_adapters.adapters.bottleneck import Bottleneck
 from cl_adapters.backbones.frozen import FrozenBackbone
-from cl_adapters.bank.bank import AdapterBank
 from cl_adapters.errors import ConfigError, DataError
 from cl_adapters.model.facade import AdapterModel
-from cl_adapters.openset import calibrate, lower_threshold, open_set, stranger_scores, upper_threshold
+from cl_adapters.openset import calibrate, lower_threshold, open_set, unknown_scores, upper_threshold
 from cl_adapters.parts.abstention import Abstention
-from cl_adapters.parts.keys import Keys, KeysConfig
+from cl_adapters.parts.keys import Keys
 from cl_adapters.predictors.nearest_key import NearestKey
+from tests.models import random_model
 
 WIDTH = 16
 Make = Callable[..., AdapterModel]
@@ -39,20 +38,10 @@ def make_model(tiny_vit: Callable[..., nn.Module]) -> Make:
 
     def make(held_out: float = 0.5) -> AdapterModel:
         backbone = FrozenBackbone.wrap(tiny_vit(width=WIDTH, heads=2, img_size=16, depth=2))
-        model = AdapterModel(backbone, AdapterBank(backbone, Bottleneck(bottleneck=4)))
-        assert model.bank is not None
-        draw = torch.Generator().manual_seed(0)
-        model.parts["class_keys"] = keys = Keys(KeysConfig(kind="features", held_out=held_out), WIDTH)
-        for task in range(3):
-            model.add_task([2 * task, 2 * task + 1])
-            model.bank.add_slot(model.bank.fresh(draw))
-            model.assign_new_slots(task)
-            model.head.grow(2, draw)
-            for label in (2 * task, 2 * task + 1):
-                with torch.no_grad():
-                    keys.add_class(model.backbone(patterns([label], 40, 100 + label)[0]), draw)
-        with torch.no_grad():
-            model.head.weight.normal_(generator=draw)
+        tasks = [[0, 1], [2, 3], [4, 5]]
+        model = random_model(
+            backbone, tasks, held_out=held_out, features=lambda label: backbone(patterns([label], 40, 100 + label)[0])
+        )
         model.predictor = NearestKey()
         return model
 
@@ -103,7 +92,7 @@ def test_false_rejects_of_new_images(make_model: Make) -> None:
     assert 0.03 < float(refused.float().mean()) < 0.2
 
 
-def test_strangers_are_the_other_tasks(make_model: Make) -> None:
+def test_the_unknown_are_the_other_tasks(make_model: Make) -> None:
     model = make_model()
     keys = model.part("class_keys", Keys)
     near = keys.similarity(keys.held_out_HD)
@@ -115,10 +104,10 @@ def test_strangers_are_the_other_tasks(make_model: Make) -> None:
         )
         for row, own in zip(near, keys.held_out_column_H.tolist(), strict=True)
     ]
-    assert np.allclose(stranger_scores(model).numpy(), wanted)
+    assert np.allclose(unknown_scores(model).numpy(), wanted)
     part = calibrate(model, false_accept=0.25)
     assert part.similarity is not None
-    assert (stranger_scores(model) >= part.similarity).sum() == 29, "0.25 * 121 is 30, so at most 29 reach it"
+    assert (unknown_scores(model) >= part.similarity).sum() == 29, "0.25 * 121 is 30, so at most 29 reach it"
     assert part.calibration == {"false_accept": 0.25, "exact": False, "held_out": 120}
 
 
@@ -176,13 +165,13 @@ def test_saved_with_the_model(make_model: Make, tmp_path: Path) -> None:
 def test_measures(make_model: Make) -> None:
     model = make_model()
     known, y = patterns(list(range(6)), 10, 3)
-    strangers, _ = patterns([8, 9, 10, 11], 10, 4)
-    free = open_set(model, [(known[:30], y[:30]), (known[30:], y[30:])], [strangers])
+    unknown, _ = patterns([8, 9, 10, 11], 10, 4)
+    free = open_set(model, [(known[:30], y[:30]), (known[30:], y[30:])], [unknown])
     assert free.coverage == 1.0
     assert free.false_accept == 1.0
     calibrate(model, false_reject=0.1)
-    found = open_set(model, [(known, y)], [strangers[:15], strangers[15:]])
-    answer, other = model.answer(known), model.answer(strangers)
+    found = open_set(model, [(known, y)], [unknown[:15], unknown[15:]])
+    answer, other = model.answer(known), model.answer(unknown)
     assert answer.abstained is not None
     assert other.abstained is not None
     assert found.coverage == pytest.approx(float((~answer.abstained).float().mean()))
@@ -192,12 +181,14 @@ def test_measures(make_model: Make) -> None:
     assert found.passes == 2.0
     keys = model.part("class_keys", Keys)
     with torch.no_grad():
-        high, low = (keys.similarity(model.backbone(x)).amax(1) for x in (known, strangers))
+        high, low = (keys.similarity(model.backbone(x)).amax(1) for x in (known, unknown))
     pairs = (high[:, None] > low).float() + 0.5 * (high[:, None] == low).float()
     assert found.auroc == pytest.approx(float(pairs.mean())), "the share of pairs in the right order"
     assert free.auroc == found.auroc
+    with pytest.warns(DeprecationWarning, match="now unknown="):
+        assert open_set(model, [(known, y)], strangers=[unknown]) == found
     with pytest.raises(DataError, match="does not know class 9"):
-        open_set(model, [(strangers, torch.full((40,), 9))])
+        open_set(model, [(unknown, torch.full((40,), 9))])
 
 
 def test_targets_that_cannot_be_kept(make_model: Make) -> None:

@@ -14,8 +14,8 @@ from cl_adapters.openset import threshold_for
 def calibrate(index: AdapterIndex, false_reject: float | None = None, *, false_accept: float | None = None) -> float:
     """Set ``index.threshold`` from the features that were held back in training.
 
-    See :func:`cl_adapters.openset.threshold_for`; each adapter's held-back features act as strangers to the adapters
-    that share no class with it (:func:`stranger_scores`). The threshold is for searches of the whole index; a filter by
+    See :func:`cl_adapters.openset.threshold_for`; each adapter's held-back features act as unknown inputs to
+    the adapters that share no class with it (:func:`unknown_scores`). The threshold is for searches of the whole index; a filter by
     tags or records leaves fewer keys, so that more is refused.
 
     Args:
@@ -36,11 +36,11 @@ def calibrate(index: AdapterIndex, false_reject: float | None = None, *, false_a
         held = [f_HD for f_HD in held if len(f_HD)]
         return index.search_features(torch.cat(held), 1).scores[:, 0] if held else torch.empty(0)
 
-    index.threshold, _ = threshold_for(false_reject, false_accept, known, lambda: stranger_scores(index))
+    index.threshold, _ = threshold_for(false_reject, false_accept, known, lambda: unknown_scores(index))
     return index.threshold
 
 
-def stranger_scores(index: AdapterIndex) -> Tensor:
+def unknown_scores(index: AdapterIndex) -> Tensor:
     """For each held-back feature the best score among the adapters that share no class with its own, float32 [H].
 
     Features of adapters that share a class with every other one are left out.
@@ -49,16 +49,16 @@ def stranger_scores(index: AdapterIndex) -> Tensor:
         DataError: there are no two adapters with keys and without a common class.
     """
     records, scores = _records(index), [torch.empty(0)]
-    strangers = False
+    apart = False
     for record in records:
         others = [other.id for other in records if not set(other.labels) & set(record.labels)]
         held_HD = _held_out(index, record)
         if others and len(held_HD):
             found_H = index.search_features(held_HD, 1, records=others).scores[:, 0]
             scores.append(found_H[found_H > -torch.inf])
-        strangers = strangers or bool(others)
-    if not strangers:
-        raise DataError("false_accept needs two adapters without a common class: each is a stranger to the other")
+        apart = apart or bool(others)
+    if not apart:
+        raise DataError("false_accept needs two adapters without a common class: each is unknown to the other")
     return torch.cat(scores)
 
 

@@ -3,7 +3,7 @@
 The record.json of a folder is a manifest with one record, so that older ones are migrated in the same way; "parents"
 beside it has the SHA-256 of each parent. In another pool an adapter of the same id may be another one: a parent keeps
 its id only where it is the same adapter there, and is otherwise called by id and content, such as
-"task-000.0123456789ab". So no merge takes strangers for one lineage.
+"task-000.0123456789ab". So no merge takes unrelated adapters for one lineage.
 """
 
 from __future__ import annotations

@@ -4,62 +4,53 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import itertools
+import runpy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor, nn
 
-from cl_adapters.adapters.bottleneck import Bottleneck
 from cl_adapters.backbones.frozen import FrozenBackbone
-from cl_adapters.bank.bank import AdapterBank, Route
+from cl_adapters.bank.bank import Route
 from cl_adapters.config import build, to_plain
 from cl_adapters.errors import ClAdaptersError, ConfigError
 from cl_adapters.features import FeatureMemory
 from cl_adapters.model.facade import AdapterModel
-from cl_adapters.parts.class_means import ClassMeans
-from cl_adapters.parts.keys import Keys, KeysConfig
-from cl_adapters.parts.ridge import Ridge, random_projection
-from cl_adapters.parts.router import ExpandableRouter
+from cl_adapters.parts import Part
 from cl_adapters.predictors import Predictor, predictors
 from cl_adapters.predictors.nearest_prototype import NearestPrototype
 from cl_adapters.predictors.self_refine import SelfRefine
+from tests.models import random_model
 
 MakeModel = Callable[..., AdapterModel]
 
 
+EXAMPLES: dict[str, Callable[[AdapterModel, torch.Generator], Part]] = {
+    path.stem: runpy.run_path(str(path))["example"]
+    for path in sorted(Path(__file__).with_name("part_examples").glob("*.py"))
+}
+"""By the registered name of the part: what predictors read besides keys and heads."""
+
+
 @pytest.fixture
-def make_model(tiny_vit: Callable[..., nn.Module], filled: Callable[..., AdapterBank]) -> MakeModel:
-    """Factory of models with T random adapters and adversarial heads: what an image is told depends on its adapter."""
+def make_model(tiny_vit: Callable[..., nn.Module]) -> MakeModel:
+    """Factory of models with T random adapters and adversarial heads: the answer to an image depends on its adapter.
+
+    It has every part of ``part_examples``, by its registered name.
+    """
 
     def make(tasks: int = 4, seed: int = 0, classes: tuple[int, ...] = (2, 1, 3)) -> AdapterModel:
         backbone = FrozenBackbone.wrap(tiny_vit(width=16, heads=2, img_size=16, depth=2))
-        bank = filled(backbone, Bottleneck(bottleneck=4, scale=1.0), slots=tasks, size=0.5)
-        model = AdapterModel(backbone, bank)
-        generator = torch.Generator().manual_seed(seed)
-        label = 50
-        for task in range(tasks):
-            new = classes[task % len(classes)]
-            model.add_task(list(range(label, label - new, -1)))
-            label -= new
-            model.head.grow(new, generator)
-        with torch.no_grad():
-            model.head.weight.normal_(generator=generator)
-            model.head.bias.normal_(generator=generator)
-        model.prototypes.append(torch.randn(len(model.classes), 16, generator=generator))
-        model.parts["mixture"] = routers = ExpandableRouter(dict.fromkeys(bank.blocks, 16))
-        for block in bank.blocks:
-            for slot in range(tasks):
-                routers.grow(block, slot, generator)
-        model.parts["ridge"] = ridge = Ridge(random_projection(16, 24, generator))
-        ridge.weights_CM = 0.1 * torch.randn(len(model.classes), 24, generator=generator)
-        model.parts["class_means"] = means = ClassMeans(2 * 16)
-        means.head.append(torch.randn(len(model.classes), 2 * 16, generator=torch.Generator().manual_seed(seed)))
-        model.parts["class_keys"] = keys = Keys(KeysConfig(kind="features", held_out=0), 16)
-        for _ in model.classes:
-            keys.add_class(torch.randn(3, 16, generator=generator), generator)
+        labels = itertools.count(50, -1)
+        sizes = [classes[task % len(classes)] for task in range(tasks)]
+        model = random_model(backbone, [list(itertools.islice(labels, size)) for size in sizes], seed=seed)
+        for name, example in EXAMPLES.items():
+            model.parts[name] = example(model, torch.Generator().manual_seed(seed))
         return model
 
     return make

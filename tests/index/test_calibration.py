@@ -1,4 +1,4 @@
-"""Thresholds of an index: from held-back features of known classes, or of strangers; and what they refuse."""
+"""Thresholds of an index: from held-back features of known classes, or of unknown ones; and what they refuse."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from torch import Tensor
 
 from cl_adapters import AdapterIndex
 from cl_adapters.errors import ConfigError, DataError
-from cl_adapters.index.calibration import calibrate, stranger_scores
+from cl_adapters.index.calibration import calibrate, unknown_scores
 from tests.index.conftest import QUERIES, MemoryPool, features, knowledge_of
 
 
@@ -36,17 +36,17 @@ def cosines(held: MemoryPool, label: int, others: list[int]) -> Tensor:
     return torch.stack([F.cosine_similarity(f[None], means).amax() for f in features(label, 10, seed=5)])
 
 
-def test_strangers_are_the_adapters_without_a_common_class(held: MemoryPool) -> None:
+def test_the_unknown_are_the_adapters_without_a_common_class(held: MemoryPool) -> None:
     index = AdapterIndex.build(held)
     wanted = [cosines(held, label, [other for other in range(10) if other // 2 != label // 2]) for label in range(10)]
-    scores = stranger_scores(index)
+    scores = unknown_scores(index)
     assert torch.allclose(scores, torch.cat(wanted), atol=1e-5)
     threshold = calibrate(index, false_accept=0.2)
     assert threshold == index.threshold
     assert int((scores >= threshold).sum()) == 19, "0.2 * 101 is 20, so at most 19 reach it"
-    held.put("again", with_held_out([0, 11]), [0, 11])  # knows class 0 too, so task-000 is no stranger to it
+    held.put("again", with_held_out([0, 11]), [0, 11])  # knows class 0 too, so task-000 is not unknown to it
     index.refresh()
-    found = stranger_scores(index)
+    found = unknown_scores(index)
     assert torch.allclose(found[:10], cosines(held, 0, list(range(2, 10))), atol=1e-5)
     assert torch.allclose(found[-10:], cosines(held, 11, list(range(2, 10))), atol=1e-5)
     assert torch.allclose(found[20:30], cosines(held, 2, [0, 1, *range(4, 10), 11]), atol=1e-5)
@@ -58,8 +58,8 @@ def test_the_two_rates_pull_the_threshold_apart(held: MemoryPool) -> None:
     strict, loose = calibrate(index, 0.5), calibrate(index, 0.05)
     assert int((known < strict).sum()) == 49
     assert int((known < loose).sum()) == 4
-    strangers = stranger_scores(index)
-    assert calibrate(index, false_accept=0.01) > strangers.max() >= calibrate(index, false_accept=0.05)
+    unknown = unknown_scores(index)
+    assert calibrate(index, false_accept=0.01) > unknown.max() >= calibrate(index, false_accept=0.05)
 
 
 def test_filters_leave_fewer_keys_so_more_is_refused(held: MemoryPool) -> None:
@@ -72,7 +72,7 @@ def test_filters_leave_fewer_keys_so_more_is_refused(held: MemoryPool) -> None:
         ok = torch.tensor([row[0].score >= threshold for row in hits])
         own = torch.tensor([label in labels for label in range(10) for _ in range(3)])
         assert torch.equal(ok[own], whole[own])
-        assert not ok[~own].any(), "their class is left out, so they are strangers"
+        assert not ok[~own].any(), "their class is left out, so they are unknown"
 
 
 def test_targets_that_cannot_be_kept(held: MemoryPool) -> None:

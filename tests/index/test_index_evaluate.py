@@ -100,7 +100,7 @@ def test_figures(pool: AdapterPool, digits: Any) -> None:
     assert "12 test samples of 4 known classes of digits, 18 of classes never seen; predictor nearest_key" in text
 
 
-def test_other_strangers_and_predictors(pool: AdapterPool, digits: Any) -> None:
+def test_other_unseen_classes_and_predictors(pool: AdapterPool, digits: Any) -> None:
     more = evaluate(pool, "--unseen", "glyphs", "--predictor", "knn_vote", "--set", "k=3", "--json")
     assert more["unseen"] > 100
     assert more["predictor"] == "knn_vote"

@@ -1,4 +1,4 @@
-"""Low-rank adapters are merged by what they add to a weight matrix, and what the rank costs is told."""
+"""Low-rank adapters are merged by what they add to a weight matrix, and what the rank costs is reported."""
 
 from __future__ import annotations
 

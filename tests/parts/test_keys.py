@@ -10,9 +10,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from cl_adapters.adapters.bottleneck import Bottleneck
 from cl_adapters.backbones.frozen import FrozenBackbone
-from cl_adapters.bank.bank import BARE, AdapterBank, Route
+from cl_adapters.bank.bank import BARE, Route
 from cl_adapters.config import build
 from cl_adapters.errors import ClAdaptersError, ConfigError, DataError, IncompatibleBackbone
 from cl_adapters.features import FeatureMemory
@@ -24,6 +23,7 @@ from cl_adapters.predictors.nearest_key import NearestKey
 from cl_adapters.predictors.nearest_prototype import NearestPrototype
 from cl_adapters.predictors.self_refine import SelfRefine
 from cl_adapters.predictors.soft_top_k import SoftTopK
+from tests.models import random_model
 
 WIDTH = 16
 RETRIEVAL = (NearestKey(), KNNVote(k=3), SoftTopK(k=2), SelfRefine(start="keys"))
@@ -36,22 +36,7 @@ def make_model(tiny_vit: Callable[..., nn.Module]) -> Make:
 
     def make(tasks: int = 3, blocks: tuple[int, ...] | None = None, depth: int = 4) -> AdapterModel:
         backbone = FrozenBackbone.wrap(tiny_vit(width=WIDTH, heads=2, img_size=16, depth=depth))
-        model = AdapterModel(backbone, AdapterBank(backbone, Bottleneck(bottleneck=4, scale=1.0), blocks=blocks))
-        draw = torch.Generator().manual_seed(0)
-        assert model.bank is not None
-        model.parts["class_keys"] = keys = Keys(KeysConfig(kind="features", held_out=0), WIDTH)
-        for task in range(tasks):
-            model.add_task([10 * task, 10 * task + 1])
-            fresh = model.bank.fresh(draw)
-            model.bank.add_slot({name: 0.5 * torch.randn(v.shape, generator=draw) for name, v in fresh.items()})
-            model.assign_new_slots(task)
-            model.head.grow(2, draw)
-            for _ in range(2):
-                keys.add_class(torch.randn(3, WIDTH, generator=draw), draw)
-        with torch.no_grad():
-            model.head.weight.normal_(generator=draw)
-        model.prototypes.append(torch.randn(2 * tasks, WIDTH, generator=draw))
-        return model
+        return random_model(backbone, [[10 * task, 10 * task + 1] for task in range(tasks)], blocks=blocks)
 
     return make
 

@@ -11,21 +11,18 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from cl_adapters.adapters.bottleneck import Bottleneck
 from cl_adapters.backbones.frozen import FrozenBackbone
-from cl_adapters.bank.bank import AdapterBank
 from cl_adapters.errors import StorageError, UnknownName
 from cl_adapters.index.calibration import calibrate
 from cl_adapters.index.index import AdapterIndex
 from cl_adapters.model.facade import AdapterModel
-from cl_adapters.model.state import Origin
-from cl_adapters.parts.keys import Keys, KeysConfig
 from cl_adapters.pool import AdapterPool
 from cl_adapters.pool.forget import forget
 from cl_adapters.pool.merging import merge_records
 from cl_adapters.pool.record import record_to_plain
 from cl_adapters.predictors.nearest_key import NearestKey
 from cl_adapters.predictors.self_refine import SelfRefine
+from tests.models import random_model
 
 WIDTH = 16
 
@@ -34,21 +31,8 @@ WIDTH = 16
 def pool(tiny_vit: Callable[..., nn.Module], tmp_path: Path) -> AdapterPool:
     """Three tasks of three classes; each adapter was made of those before, the first of none; an index beside them."""
     backbone = FrozenBackbone.wrap(tiny_vit(width=WIDTH, heads=2, img_size=16, depth=2))
-    model = AdapterModel(backbone, AdapterBank(backbone, Bottleneck(bottleneck=2)))
-    draw = torch.Generator().manual_seed(0)
-    assert model.bank is not None
-    model.parts["class_keys"] = keys = Keys(KeysConfig(kind="features", held_out=0.5), WIDTH)
-    for task in range(3):
-        model.add_task([3 * task, 3 * task + 1, 3 * task + 2])
-        fresh = model.bank.fresh(draw)
-        slot = model.bank.add_slot({name: torch.randn(value.shape, generator=draw) for name, value in fresh.items()})
-        model.assign_new_slots(task)
-        merge = {"method": "ema", "momentum": 0.1, "head": "aligned"}
-        model.origins[slot] = Origin(parents=tuple(range(slot)), merge=merge if slot else None)
-        model.head.grow(3, draw)
-        for _ in range(3):
-            keys.add_class(torch.randn(6, WIDTH, generator=draw), draw)
-    model.prototypes.append(torch.randn(9, WIDTH, generator=draw))
+    labels = [[3 * task, 3 * task + 1, 3 * task + 2] for task in range(3)]
+    model = random_model(backbone, labels, held_out=0.5, keys_per_class=6, merged=True)
     model.predictor = SelfRefine()
     made = model.save_pool(tmp_path / "pool")
     AdapterIndex.build(made, keys="features", backend="exact").save()

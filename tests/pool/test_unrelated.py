@@ -33,7 +33,7 @@ def pools(tmp_path: Path, backbone: FrozenBackbone, tensors: Tensors) -> list[Ad
     return made
 
 
-def test_an_imported_stranger_is_of_another_lineage(pools: list[AdapterPool], tmp_path: Path) -> None:
+def test_an_imported_adapter_is_of_another_lineage(pools: list[AdapterPool], tmp_path: Path) -> None:
     here, there = pools
     came = here.import_from(there.export_to(tmp_path / "folder", "task-001"), id="came")
     assert came.parents == (f"task-000.{there.get('task-000').adapter_sha[:12]}",)  # type: ignore[index]
@@ -42,7 +42,7 @@ def test_an_imported_stranger_is_of_another_lineage(pools: list[AdapterPool], tm
         merge_records(here, ["task-001", "came"])
 
 
-def test_a_copied_stranger_too(pools: list[AdapterPool]) -> None:
+def test_a_copied_adapter_too(pools: list[AdapterPool]) -> None:
     here, there = pools
     there.rename("task-001", "came")
     (came,) = there.copy_to(here, ["came"])
