@@ -22,7 +22,7 @@ _MOVED = {
     "benchmarks.bench": """
         benchmarks.bench_index=index benchmarks.bench_out_of_scope=out_of_scope benchmarks.bench_photographs=photographs
         benchmarks.bench_pool=pool benchmarks.bench_public_mos=public_mos benchmarks.bench_public_sema=public_sema
-        benchmarks.bench_retrieval=retrieval benchmarks.bench_same_numbers=same_numbers
+        benchmarks.bench_retrieval=retrieval
         benchmarks.bench_sema_step=sema_step benchmarks.bench_texts=texts benchmarks.comparison benchmarks.public_code
         benchmarks.table benchmarks.variants
     """,

@@ -1,7 +1,7 @@
 """Every strategy's numbers to the last bit, to see that a change of the code has not changed them.
 
-    python -m cl_adapters.benchmarks.bench.same_numbers --out before.json
-    python -m cl_adapters.benchmarks.bench.same_numbers --out after.json --against before.json
+    python tests/golden/same_numbers.py --out before.json
+    python tests/golden/same_numbers.py --out after.json --against before.json
 
 Runs every registered strategy on ``digits`` and the longer runs of ``MORE``, seed 0, each with its preset, on one
 thread. Numbers repeat on the same processor with the same packages only, so both files are made on one machine.
