@@ -14,9 +14,9 @@ from cl_adapters.openset import threshold_for
 def calibrate(index: AdapterIndex, false_reject: float | None = None, *, false_accept: float | None = None) -> float:
     """Set ``index.threshold`` from the features that were held back in training.
 
-    See :func:`cl_adapters.openset.threshold_for`; each adapter's held-back features act as unknown inputs to
-    the adapters that share no class with it (:func:`unknown_scores`). The threshold is for searches of the whole index; a filter by
-    tags or records leaves fewer keys, so that more is refused.
+    See :func:`cl_adapters.openset.threshold_for`; each adapter's held-back features act as unknown inputs to the
+    adapters that share no class with it (:func:`unknown_scores`). The threshold is for searches of the whole index; a
+    filter by tags or records leaves fewer keys, so that more is refused.
 
     Args:
         index: its pool has "held_out" features in the knowledge of its records.

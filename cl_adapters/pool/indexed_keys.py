@@ -45,10 +45,11 @@ class IndexedKeys(nn.Module, KeyLookup):
         self.index = index
         self.records = tuple(records)
         self.register_buffer("means_CD", means_CD)
-        owned = [(label, place) for place, record in enumerate(self.records) for label in record.labels]
-        labels_C = torch.tensor([label for label, _ in owned], dtype=torch.long)
-        self._labels_C, self._order_C = labels_C.sort()
-        self._record_of_column = [place for _, place in owned]
+        # one row per class, by label: the label, the class's column, the record that has its keys
+        owners = [(label, record.id) for record in self.records for label in record.labels]
+        rows = sorted((label, column, id) for column, (label, id) in enumerate(owners))
+        labels, columns, self._record_C = zip(*rows, strict=True)
+        self._label_C, self._column_C = torch.tensor(labels), torch.tensor(columns)
         self._ids = frozenset(record.id for record in self.records)
         self._seen: tuple[tuple[str | None, ...], Tensor] | None = None
 
@@ -102,13 +103,11 @@ class IndexedKeys(nn.Module, KeyLookup):
         """Class columns of what was found, int64 [B, K]; -1 where fewer were, or where it is not the model's."""
         if self._seen is None or self._seen[0] is not found.ids:
             place_of = {id: place for place, id in enumerate(found.ids) if id is not None}
-            places = [place_of.get(self.records[place].id, -2) for place in self._record_of_column]
-            self._seen = found.ids, torch.tensor(places, dtype=torch.long)
-        _, place_of_column = self._seen
-        at_BK = torch.searchsorted(self._labels_C, found.labels).clamp_max(len(self._labels_C) - 1)
-        column_BK = self._order_C[at_BK]
-        own_BK = (self._labels_C[at_BK] == found.labels) & (place_of_column[column_BK] == found.records)
-        return column_BK.where(own_BK, column_BK.new_tensor(-1))
+            self._seen = found.ids, torch.tensor([place_of.get(id, -2) for id in self._record_C])
+        _, place_C = self._seen
+        at_BK = torch.searchsorted(self._label_C, found.labels).clamp_max(len(self._label_C) - 1)
+        own_BK = (self._label_C[at_BK] == found.labels) & (place_C[at_BK] == found.records)
+        return self._column_C[at_BK].where(own_BK, -1)
 
 
 def index_for(pool: AdapterPool, index: AdapterIndex | str | Path, records: Sequence[Record]) -> AdapterIndex:
