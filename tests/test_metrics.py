@@ -33,15 +33,6 @@ def test_forgetting_takes_the_best_row_where_backward_transfer_takes_the_first()
     assert metrics.backward_transfer(matrix) == 12.5
 
 
-def test_forward_transfer() -> None:
-    # R[0,1] - b_1 = 30 - 25 = 5; R[1,2] - b_2 = 20 - 5 = 15; mean 10
-    matrix = [[90.0, 30.0, 1.0], [80.0, 60.0, 20.0], [85.0, 40.0, 70.0]]
-    assert metrics.forward_transfer(matrix, [99.0, 25.0, 5.0]) == 10.0
-    assert np.isnan(metrics.forward_transfer(MATRIX, [0.0, 0.0, 0.0]))
-    with pytest.raises(DataError, match="one accuracy for each of 3 tasks"):
-        metrics.forward_transfer(MATRIX, [0.0])
-
-
 def test_unseen_cells_do_not_enter_the_curve() -> None:
     zero_shot = [[90.0, 30.0, 1.0], [80.0, 60.0, 20.0], [85.0, 40.0, 70.0]]
     assert metrics.average_curve(zero_shot, COUNTS).tolist() == [90.0, 65.0, 62.5]
@@ -53,7 +44,6 @@ def test_one_task() -> None:
     assert metrics.forgetting_per_task([[42.0]]).shape == (0,)
     assert np.isnan(metrics.forgetting([[42.0]]))
     assert np.isnan(metrics.backward_transfer([[42.0]]))
-    assert np.isnan(metrics.forward_transfer([[42.0]], [10.0]))
 
 
 def test_rows_that_were_not_evaluated_give_nan_not_a_flattering_mean() -> None:
@@ -63,13 +53,6 @@ def test_rows_that_were_not_evaluated_give_nan_not_a_flattering_mean() -> None:
     assert np.isnan(metrics.average_accuracy(curve))
     assert metrics.last_accuracy(curve) == 60.0
     assert np.isnan(metrics.forgetting(only_last))
-
-
-def test_row_from_answers() -> None:
-    labels = [3, 3, 0, 5, 5, 5, 5]
-    predictions = [3, 0, 0, 5, 5, 5, 1]
-    row = metrics.accuracy_row(labels, predictions, tasks=[[3, 0], [5, 1], [7]], num_tasks=4)
-    np.testing.assert_allclose(row, [100 * 2 / 3, 75.0, NAN, NAN])
 
 
 @pytest.mark.parametrize(
@@ -85,10 +68,3 @@ def test_row_from_answers() -> None:
 def test_bad_input_is_named(matrix: list[list[float]], counts: list[int], message: str) -> None:
     with pytest.raises(DataError, match=message):
         metrics.average_curve(matrix, counts)
-
-
-def test_row_rejects_unequal_lengths() -> None:
-    with pytest.raises(DataError, match="equal length"):
-        metrics.accuracy_row([1, 2], [1], [[1, 2]], 1)
-    with pytest.raises(DataError, match="do not fit"):
-        metrics.accuracy_row([1], [1], [[1], [2]], 1)
