@@ -38,7 +38,8 @@ def call(encoder: nn.Module, x: Tensor, mask_BN: Tensor | None = None) -> Any:
         An object with ``last_hidden_state`` [B, N, D].
     """
     config: Any = encoder.config
-    takes = _takes(type(encoder))
+    kind: Any = type(encoder)  # for mypy, which takes no class for a key
+    takes = _takes(kind)
     options: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
     if mask_BN is not None:
         # some models tell empty places by the id: RoBERTa, which counts positions without them
