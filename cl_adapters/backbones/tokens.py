@@ -42,7 +42,7 @@ def is_tokens(x: Mapping[str, Tensor]) -> bool:
 
 
 def from_mapping(x: Mapping[str, Tensor]) -> Tensor:
-    """What a tokenizer of transformers gives (ids int64 [B, N], perhaps a mask [B, N]) as tokens_BN, -1 at the mask's 0."""
+    """What a tokenizer of transformers gives (ids int64 [B, N], perhaps a mask) as tokens_BN: -1 where that is 0."""
     mask = x.get("attention_mask")
     ids_BN = x["input_ids"].long()
     return ids_BN if mask is None else ids_BN.masked_fill(mask == 0, NO_TOKEN)

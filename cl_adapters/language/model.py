@@ -295,8 +295,8 @@ class LanguageModel(nn.Module):
     def _shared_scores(self, pairs: Sequence[Pair], rows_M: Tensor, routes: Routes | None, batch: int) -> Tensor | None:
         """log p of answers, from keys and values of their prompts: what is computed of a prompt is computed once.
 
-        Pair m is an answer to prompt ``rows_M[m]`` (int64) of the B that ``routes`` are of. Neither routers nor adapters
-        inside the attention may be in use.
+        Pair m is an answer to prompt ``rows_M[m]`` (int64) of the B that ``routes`` are of. Neither routers nor
+        adapters inside the attention may be in use.
 
         Returns:
             float32 [M] on the CPU; None where that cannot be: the model keeps no keys and values that can be chosen
