@@ -24,11 +24,7 @@ if TYPE_CHECKING:
 
 
 def write_bytes(path: Path, content: bytes) -> None:
-    """Write a file atomically: a reader sees the old bytes or the new ones.
-
-    Args:
-        path: the file; missing parent folders are made.
-        content: all of it.
+    """Write a file (and missing parent folders) atomically: a reader sees the old bytes or the new ones.
 
     Raises:
         StorageError: the place cannot be written.
@@ -55,12 +51,7 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
 
 
 def parse_json(content: bytes, *, parse_constant: Callable[[str], Any] | None = None, **hooks: Any) -> Any:
-    """Understand strict JSON: UTF-8, and no NaN or infinity.
-
-    Args:
-        content: all of it.
-        parse_constant: what NaN and infinity become where they are accepted.
-        hooks: others of ``json.loads``.
+    """Understand strict JSON: UTF-8, and no NaN or infinity but where ``parse_constant`` says what they become.
 
     Raises:
         ValueError: it is none, or nested too deeply.
@@ -72,13 +63,7 @@ def parse_json(content: bytes, *, parse_constant: Callable[[str], Any] | None = 
 
 
 def check_schema(content: Any, newest: int, where: object, error: type[StorageError] = StorageError) -> dict[str, Any]:
-    """A JSON object with a ``schema_version`` that this release knows.
-
-    Args:
-        content: from :func:`parse_json`.
-        newest: schema that the caller understands, with all before it.
-        where: the file, for messages.
-        error: what is raised.
+    """The content of a file, if it is a JSON object with a ``schema_version`` of at most ``newest``.
 
     Raises:
         StorageError: no object, without a version, or written by a newer release.
@@ -93,11 +78,7 @@ def check_schema(content: Any, newest: int, where: object, error: type[StorageEr
 
 
 def read_json(path: Path, *, schema_version: int) -> dict[str, Any]:
-    """Read a strict JSON object (no NaN) with a ``schema_version`` that this release knows.
-
-    Args:
-        path: the file.
-        schema_version: the newest schema that the caller understands.
+    """Read a strict JSON object (no NaN) from a file of at most the schema ``schema_version``.
 
     Raises:
         StorageError: missing, not strict JSON, without a version, or written by a newer release.
@@ -115,9 +96,7 @@ def read_json(path: Path, *, schema_version: int) -> dict[str, Any]:
 def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     """Yield a scratch folder that becomes ``path`` when the block ends well, and vanishes when it fails.
 
-    Args:
-        path: final place. If it exists, ``overwrite`` swaps it; the old content goes only after the new is in place.
-        overwrite: allow that.
+    With ``overwrite`` an existing one is swapped; the old content goes only after the new is in place.
 
     Raises:
         StorageError: ``path`` exists, or its parent cannot be written.

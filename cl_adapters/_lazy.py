@@ -9,12 +9,7 @@ from typing import Any
 
 
 def lazy_names(package: str, modules: Mapping[str, str]) -> tuple[Callable[[str], Any], Callable[[], list[str]]]:
-    """Return the ``__getattr__`` and ``__dir__`` of a package whose public names are found on first use.
-
-    Args:
-        package: import name of the package.
-        modules: public name to the sub-module (relative to the package) that defines it.
-    """
+    """The ``__getattr__`` and ``__dir__`` of a package; ``modules``: public name to the sub-module that defines it."""
 
     def module_getattr(name: str) -> Any:
         if name not in modules:

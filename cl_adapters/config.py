@@ -43,12 +43,7 @@ def build(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
 
 
 def build_named(registry: Registry[type[C]], value: str | Mapping[str, Any], where: str) -> C:
-    """Build a plug-in from its name, or from a mapping with "type" and its options.
-
-    Args:
-        registry: of its kind.
-        value: as users write it.
-        where: prefix of the options in messages.
+    """Build a plug-in of a registry from its name, or from a mapping with "type" and its options.
 
     Raises:
         UnknownName: no plug-in of that name.
@@ -75,13 +70,9 @@ def to_plain(config: Any) -> dict[str, Any]:
 
 
 def put_nested(target: dict[str, Any], path: Sequence[str], value: Any, *, named: bool = False) -> None:
-    """Set one option of nested plain values, making the mappings on the way.
+    """Set one option of nested plain values in place, making the mappings on the way.
 
-    Args:
-        target: changed in place.
-        path: the parts of a dotted key: "adapter", "rank".
-        value: plain.
-        named: whether a value on the way that is no mapping is a plug-in's name, which then becomes its "type".
+    With ``named``, a value on the way that is no mapping is a plug-in's name, which then becomes its "type".
 
     Raises:
         ConfigError: there is such a value, and it is not taken for a name.

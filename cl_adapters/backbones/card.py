@@ -47,11 +47,7 @@ class BackboneCard:
         )
 
     def check(self, other: BackboneCard | FrozenBackbone, what: str = "backbone") -> None:
-        """Check that something belongs to the same backbone.
-
-        Args:
-            other: a backbone, or another card.
-            what: it is, for the message: "backbone", "pool ... with backbone".
+        """Check that a backbone, or that of another card, is the same one; ``what`` it is stands in the message.
 
         Raises:
             IncompatibleBackbone: names both fingerprints.
@@ -65,13 +61,7 @@ class BackboneCard:
 
 
 def fingerprint_of(encoder: nn.Module, preprocessing: Any, pooling: str) -> str:
-    """SHA-256 over every weight and buffer, the preprocessing and the pooling.
-
-    Args:
-        encoder: whose weights.
-        preprocessing: a dataclass of plain values, or None.
-        pooling: its name.
-    """
+    """SHA-256 over every weight and buffer, the preprocessing and the pooling."""
     import torch
 
     digest = hashlib.sha256()

@@ -66,12 +66,9 @@ def text_inputs(backbone: FrozenBackbone, texts: Sequence[str]) -> Tensor:
 
 
 def encode(backbone: FrozenBackbone, inputs: Sequence[str] | Sequence[Path], batch: int | None = None) -> Tensor:
-    """Features of texts or image files, without gradients; under the bare backbone where no adapter is routed to.
+    """Features of texts (str) or image files (Path), ``batch`` at a time, without gradients.
 
-    Args:
-        backbone: of such inputs.
-        inputs: B texts (str), or B image files (Path).
-        batch: how many are computed at a time; None: all.
+    They are those under the bare backbone where no adapter is routed to.
 
     Returns:
         float32 [B, D] on the backbone's device.

@@ -18,7 +18,7 @@ from cl_adapters.backbones.partial import ForwardPass, begin_pass, find_tuple_si
 from cl_adapters.backbones.preprocessing import Preprocessing
 from cl_adapters.backbones.text import TextPreprocessing
 from cl_adapters.errors import ClAdaptersError, IncompatibleBackbone
-from cl_adapters.sites.families import find_family, find_sites
+from cl_adapters.sites.families import find_family
 from cl_adapters.sites.sites import Site
 
 __all__ = ["FrozenBackbone", "Pooling"]
@@ -187,7 +187,7 @@ class FrozenBackbone(nn.Module):
             IncompatibleBackbone: none is known for this structure.
         """
         if self._sites is None:
-            return find_sites(self.encoder, kind)
+            return find_family(self.encoder).sites(self.encoder, kind)
         found = tuple(site for site in self._sites if site.kind == kind)
         if not found:
             raise IncompatibleBackbone(f"backbone {self.name!r} was given no site of kind {kind!r}")

@@ -38,12 +38,14 @@ def call(encoder: nn.Module, x: Tensor, mask_BN: Tensor | None = None) -> Any:
         An object with ``last_hidden_state`` [B, N, D].
     """
     config: Any = encoder.config
-    options: dict[str, Any] = {"use_cache": False} if "use_cache" in _takes(encoder) else {}
+    kind: Any = type(encoder)  # for mypy, which takes no class for a key
+    takes = _takes(kind)
+    options: dict[str, Any] = {"use_cache": False} if "use_cache" in takes else {}
     if mask_BN is not None:
         # some models tell empty places by the id: RoBERTa, which counts positions without them
         ids_BN = x.masked_fill(~mask_BN, pad_token_of(encoder))
         return encoder(input_ids=ids_BN, attention_mask=mask_BN.long(), **options)
-    if "interpolate_pos_encoding" in _takes(encoder) and image_side(config) not in (None, *x.shape[-1:]):
+    if "interpolate_pos_encoding" in takes and image_side(config) not in (None, *x.shape[-1:]):
         options["interpolate_pos_encoding"] = True
     return encoder(**{str(encoder.main_input_name): x.to(dtype_of(encoder))}, **options)
 
@@ -223,14 +225,9 @@ def require_transformers(encoder: nn.Module) -> None:
         )
 
 
-def _takes(encoder: nn.Module) -> frozenset[str]:
-    """Names of what its forward takes."""
-    kind: Any = type(encoder)
-    return _parameters(kind)
-
-
 @functools.cache
-def _parameters(kind: Any) -> frozenset[str]:
+def _takes(kind: Any) -> frozenset[str]:
+    """Names of what the forward of a class takes."""
     return frozenset(inspect.signature(kind.forward).parameters)
 
 

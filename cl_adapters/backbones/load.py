@@ -95,12 +95,7 @@ def absolute_name(name: str) -> str:
 
 
 def moved_source(source: Mapping[str, Any], place: Path) -> dict[str, Any]:
-    """The arguments of ``FrozenBackbone.load`` for a backbone whose files lie elsewhere now.
-
-    Args:
-        source: as recorded.
-        place: the weights file; of a transformers model the folder.
-    """
+    """The arguments of ``FrozenBackbone.load`` for a backbone whose weights file, or folder, is now ``place``."""
     if str(source["name"]).startswith("hf:"):
         return {**source, "name": f"hf:{place.expanduser().absolute()}"}
     return {**source, "weights": str(place)}

@@ -71,12 +71,6 @@ class ForwardPass:
 def begin_pass(encoder: nn.Module, x: Inputs, preprocessing: Any, name: str) -> ForwardPass:
     """The pass over an input; see ``FrozenBackbone.forward``.
 
-    Args:
-        encoder: of any kind.
-        x: its input.
-        preprocessing: of images, of texts, or None.
-        name: of the backbone, for messages.
-
     Raises:
         ClAdaptersError: the input is not the encoder's.
     """
@@ -96,16 +90,7 @@ def begin_pass(encoder: nn.Module, x: Inputs, preprocessing: Any, name: str) -> 
 def resume_pass(
     encoder: nn.Module, blocks: Sequence[nn.Module], h: Tensor, block: int, tuple_size: int, preprocessing: Any
 ) -> ForwardPass:
-    """The pass of an encoder of transformers from the input of a block on.
-
-    Args:
-        encoder: of transformers.
-        blocks: all of its blocks.
-        h: as from :meth:`ForwardPass.until`.
-        block: index of the block.
-        tuple_size: from :func:`find_tuple_size`.
-        preprocessing: of the backbone.
-    """
+    """The pass of an encoder of transformers from the input of a block on, as from :meth:`ForwardPass.until`."""
     width, mask_BN = None, None
     if modality_of(encoder) == "text":
         width = h.shape[1]
@@ -194,14 +179,7 @@ def run_from(blocks: Sequence[nn.Module], block: int, h: Tensor, tuple_size: int
     """What ``run`` returns when a block is given ``h``, and the blocks before it are left out.
 
     So the encoder itself makes what it hands its blocks beside the activations (masks, rotations, biases of positions)
-    and what follows the last block, whatever it is called with.
-
-    Args:
-        blocks: all of the encoder's.
-        block: index of the first that is computed.
-        h: its input.
-        tuple_size: what a block returns, from :func:`tuple_size_of`.
-        run: a forward pass with an input of the same shape.
+    and what follows the last block, whatever it is called with. ``run`` is a pass with an input of the same shape.
     """
     thread = threading.get_ident()
 

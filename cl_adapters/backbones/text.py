@@ -58,11 +58,7 @@ class TextPreprocessing:
         return tokenizer
 
     def encode(self, texts: Sequence[str], length: int | None = None) -> Tensor:
-        """Token ids, with the special tokens that the model wants.
-
-        Args:
-            texts: B texts.
-            length: N; default that of the longest text.
+        """Token ids, with the special tokens that the model wants, in ``length`` columns; default: of the longest.
 
         Returns:
             int64 [B, N], -1 where there is no token.

@@ -20,11 +20,7 @@ _KEYS = {"input_ids", "attention_mask", "token_type_ids"}
 
 
 def from_rows(rows: Sequence[Sequence[int]], width: int | None = None) -> Tensor:
-    """Token ids of texts of any length as tokens_BN, int64 [B, N], filled on the right.
-
-    Args:
-        rows: ids of each text.
-        width: N; default the length of the longest.
+    """Token ids as tokens_BN, int64 [B, N], filled on the right; ``width``: N, default the length of the longest text.
 
     Raises:
         DataError: a row is longer than ``width``.
@@ -46,14 +42,7 @@ def is_tokens(x: Mapping[str, Tensor]) -> bool:
 
 
 def from_mapping(x: Mapping[str, Tensor]) -> Tensor:
-    """What a tokenizer of transformers gives, as tokens_BN.
-
-    Args:
-        x: "input_ids" int64 [B, N], and "attention_mask" [B, N] where some places are empty.
-
-    Returns:
-        int64 [B, N], -1 where the mask is 0.
-    """
+    """What a tokenizer of transformers gives (ids int64 [B, N], perhaps a mask) as tokens_BN: -1 where that is 0."""
     mask = x.get("attention_mask")
     ids_BN = x["input_ids"].long()
     return ids_BN if mask is None else ids_BN.masked_fill(mask == 0, NO_TOKEN)

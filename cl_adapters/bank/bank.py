@@ -85,8 +85,7 @@ class AdapterBank(nn.Module):
     def add_slot(self, tensors: Mapping[str, Tensor]) -> int:
         """Append one adapter and return its slot number.
 
-        Args:
-            tensors: as from :meth:`export` or :meth:`fresh`, at all sites or at some; copied.
+        Its tensors, as from :meth:`export` or :meth:`fresh`, are copied; they may be for some of the sites only.
 
         Raises:
             ClAdaptersError: names or shapes that are not this bank's.

@@ -59,12 +59,7 @@ Routes: TypeAlias = Route | Mapping[str, Route]
 
 
 def taken(routes: Routes | None, rows_M: Tensor) -> Routes | None:
-    """The routes of these rows.
-
-    Args:
-        routes: of B rows, or the same for all.
-        rows_M: int64 [M], in [0, B); may repeat.
-    """
+    """The routes of these rows, int64 [M] in [0, B); they may repeat."""
     if isinstance(routes, Mapping):
         return {site: _taken(route, rows_M) for site, route in routes.items()}
     return None if routes is None else _taken(routes, rows_M)

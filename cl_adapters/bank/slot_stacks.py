@@ -39,12 +39,7 @@ class SlotStack:
 
     @classmethod
     def of(cls, slots: Mapping[int, nn.Module], keep: bool) -> SlotStack:
-        """Stack these slots.
-
-        Args:
-            slots: number to module.
-            keep: note what is needed to tell later whether they have changed.
-        """
+        """Stack these slots; ``keep``: note what is needed to tell later whether they have changed."""
         params = [dict(module.named_parameters()) for module in slots.values()]
         made = cls(tuple(slots), {name: torch.stack([own[name] for own in params]) for name in params[0]})
         flat: list[Tensor] = [value for own in params for value in own.values()]

@@ -89,7 +89,7 @@ class Codec(ABC):
             "options": to_plain(self),
             "original_bytes": compressed_bytes(full),
             "bytes": compressed_bytes(packed),
-            "error": _relative({key: decoded[key] - full[key] for key in full}, full),
+            "error": relative_error(decoded, full),
         }
         return packed, note
 
@@ -143,6 +143,13 @@ def compressed_bytes(tensors: Mapping[str, Tensor]) -> int:
     return len(save({key: value.detach().cpu().contiguous() for key, value in tensors.items()}))
 
 
+def relative_error(now: Mapping[str, Tensor], full: Mapping[str, Tensor]) -> float:
+    """Frobenius norm of the change of all tensors together, over theirs before it."""
+    lost = sum(float((now[key] - full[key]).double().square().sum()) for key in full)
+    size = sum(float(value.double().square().sum()) for value in full.values())
+    return math.sqrt(lost / size) if size else 0.0
+
+
 def fingerprint(tensors: Mapping[str, Tensor]) -> str:
     """SHA-256 over names, shapes and float32 values."""
     digest = hashlib.sha256()
@@ -170,11 +177,6 @@ def _fitting(base: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> dict[
             f"the base does not fit the adapter: {wrong!r} is {expected.get(wrong)} here and {shapes.get(wrong)} there"
         )
     return {key: _checked(key, base[key]) for key in tensors}
-
-
-def _relative(change: Mapping[str, Tensor], tensors: Mapping[str, Tensor]) -> float:
-    lost, size = (sum(float(v.double().square().sum()) for v in one.values()) for one in (change, tensors))
-    return math.sqrt(lost / size) if size else 0.0
 
 
 # --- the header --------------------------------------------------------------------------------------------------

@@ -75,11 +75,7 @@ class Neighbours:
     ids: tuple[str | None, ...]
 
     def named(self, names: Mapping[tuple[str, int], str | None]) -> list[list[Hit]]:
-        """As lists of hits, without the places where fewer than k were found.
-
-        Args:
-            names: class names by record id and label.
-        """
+        """As lists of hits, the empty places left out; ``names``: of the classes, by record id and label."""
         answers: list[list[Hit]] = []
         for scores, places, labels in zip(
             self.scores.tolist(), self.records.tolist(), self.labels.tolist(), strict=True

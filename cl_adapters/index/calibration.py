@@ -12,7 +12,7 @@ from cl_adapters.openset import threshold_for
 
 
 def calibrate(index: AdapterIndex, false_reject: float | None = None, *, false_accept: float | None = None) -> float:
-    """Set ``index.threshold`` from the features that were held back in training.
+    """Set ``index.threshold`` from the features that were held back in training, and return it.
 
     See :func:`cl_adapters.openset.threshold_for`; each adapter's held-back features act as unknown inputs to the
     adapters that share no class with it (:func:`unknown_scores`). The threshold is for searches of the whole index; a
@@ -22,9 +22,6 @@ def calibrate(index: AdapterIndex, false_reject: float | None = None, *, false_a
         index: its pool has "held_out" features in the knowledge of its records.
         false_reject: target rate in (0, 1); give this one, or
         false_accept: this one.
-
-    Returns:
-        The threshold.
 
     Raises:
         ConfigError: not exactly one target, or one outside (0, 1).

@@ -173,15 +173,11 @@ def wanted(pool: KeySource, config: IndexConfig) -> list[KeyRecord]:
 
 
 def choose(keys: int, width: int) -> str:
-    """Name of the back-end that an index of so many keys takes when none is named.
+    """Name of the back-end that an index of so many keys (M) of that width (D) takes when none is named.
 
     A full scan while it answers one query in under a millisecond; then inverted lists, which are built ten times faster
     than a graph, can lose keys, and are opened from disk without reading them. Without faiss: "exact", with a warning
     where that is slow.
-
-    Args:
-        keys: M.
-        width: D.
     """
     small = keys * width <= SCANNED
     if importlib.util.find_spec("faiss") is None:

@@ -71,15 +71,7 @@ def save_index(contents: Contents, folder: Path, overwrite: bool, threshold: flo
 
 
 def open_index(folder: Path, *, mmap: bool, verify: bool) -> tuple[Contents, float | None]:
-    """Read an index.
-
-    Args:
-        folder: what :func:`save_index` wrote.
-        mmap: leave vectors on disk where the back-end can.
-        verify: compare large files with their SHA-256 too.
-
-    Returns:
-        Its contents and its threshold.
+    """Read the contents of an index and its threshold; the options are those of :meth:`AdapterIndex.open`.
 
     Raises:
         StorageError: missing, altered or contradictory files.

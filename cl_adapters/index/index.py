@@ -148,9 +148,6 @@ class AdapterIndex:
     def add(self, records: Iterable[str]) -> None:
         """Add records of the pool. The space stays as it is, the whitening too; ``rebuild`` fits it anew.
 
-        Args:
-            records: ids.
-
         Raises:
             UnknownName: a record that the pool does not have.
             DataError: a record that the index has already, or features of another width.
@@ -170,10 +167,7 @@ class AdapterIndex:
                 self._contents = Contents.of_records(self.pool, [*kept, *new], self.config)
 
     def remove(self, records: Iterable[str]) -> None:
-        """Take records out.
-
-        Args:
-            records: ids; they need not be in the pool any more.
+        """Take records out; they need not be in the pool any more.
 
         Raises:
             UnknownName: a record that the index does not have.
@@ -193,11 +187,7 @@ class AdapterIndex:
         return changes
 
     def rebuild(self, pool: KeySource | None = None) -> None:
-        """Make everything anew from the pool.
-
-        Args:
-            pool: another one than before.
-        """
+        """Make everything anew from the pool, or from another one."""
         pool = self.pool if pool is None else pool
         contents = Contents.of_records(pool, wanted(pool, self.config), self.config)
         with self._lock.writing():
@@ -294,14 +284,7 @@ class AdapterIndex:
 
 
 def _bare_features(pool: KeySource, x: Any) -> Any:
-    """Features under the bare backbone of a pool.
-
-    Args:
-        pool: loads its backbone only where it is needed.
-        x: features float [B, D], which are given back; inputs of the backbone; or a list of texts.
-
-    Returns:
-        Float [B, D].
+    """Float [B, D] under the bare backbone of a pool; what is float [B, D] already is given back.
 
     Raises:
         DataError: texts for a backbone that takes none.

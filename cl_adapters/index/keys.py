@@ -109,10 +109,6 @@ class KeyRule:
 def class_features(record: KeyRecord, knowledge: Mapping[str, Tensor]) -> Iterator[tuple[int, Floats]]:
     """The features of each class of a record.
 
-    Args:
-        record: its classes.
-        knowledge: of the record.
-
     Yields:
         Label, and features float32 [n, D] under the bare backbone, n at least 1. Classes without features are left out.
 
@@ -133,13 +129,7 @@ def class_features(record: KeyRecord, knowledge: Mapping[str, Tensor]) -> Iterat
 
 
 def make_keys(record: KeyRecord, knowledge: Mapping[str, Tensor], rule: KeyRule, scaled: bool) -> tuple[Floats, Ids]:
-    """Keys of one record, before projection.
-
-    Args:
-        record: its classes.
-        knowledge: of the record.
-        rule: which keys.
-        scaled: cluster directions instead of positions, for the cosine.
+    """Keys of one record, before projection; ``scaled``: cluster directions instead of positions, for the cosine.
 
     Returns:
         float32 [M, D] and labels int64 [M]; [0, 0] and [0] where the knowledge has no features.

@@ -28,11 +28,7 @@ class KeyTable:
         self.label_of_key: Ids = np.empty(0, np.int64)
 
     def extend(self, rows: Iterable[tuple[str, str, Ids]]) -> Ids:
-        """Enter records with their digests and their keys' labels.
-
-        Returns:
-            Numbers of the keys, int64, one after the other.
-        """
+        """Enter records with their digests and their keys' labels; returns the keys' numbers, one after the other."""
         owners, labels, first, records = [], [], len(self.record_of_key), list(self.records)
         for id, digest, labels_M in rows:
             owners.append(np.full(len(labels_M), len(records), np.int64))

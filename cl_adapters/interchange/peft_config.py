@@ -71,12 +71,7 @@ def read_config(source: Any) -> tuple[dict[str, Any], str]:
 
 
 def beyond_lora(config: Mapping[str, Any], known: set[str]) -> str | None:
-    """Why a configuration is more than plain LoRA, with the way out; None: it is not.
-
-    Args:
-        config: from :func:`read_config`.
-        known: fields that the caller understands.
-    """
+    """Why a configuration uses more than plain LoRA with these fields, with the way out; None: it does not."""
     if config.get("peft_type") != "LORA":
         return (
             f"is of peft_type {config.get('peft_type')!r}; only LORA can be read. Where that is a change of weights, "

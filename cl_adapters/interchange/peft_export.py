@@ -70,9 +70,6 @@ def export_peft(
             that model. Default by ``task_type``, as transformers calls the encoder.
         overwrite: replace an existing folder.
 
-    Returns:
-        The folder.
-
     Raises:
         ConfigError: the type is no low-rank change of linear layers; a task type that means a model with a head, where
             it is not known what that calls the encoder.

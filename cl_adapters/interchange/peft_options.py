@@ -46,9 +46,6 @@ def lora_from_peft(config: Any, backbone: FrozenBackbone) -> LoRAOptions:
         config: a ``peft.LoraConfig``, a mapping like its file, that file (adapter_config.json), or a folder with it.
         backbone: the one that it is for; it says which layers the names mean.
 
-    Returns:
-        adapter and blocks.
-
     Raises:
         ConfigError: more than plain LoRA, names of no layer, or numbers out of range.
         IncompatibleBackbone: layers that are no sites of the backbone, or other ones from block to block.

@@ -63,13 +63,7 @@ def generation_options(
 ) -> Any:
     """The library's own configuration of generation, with nothing of a folder's sampling habits.
 
-    Args:
-        lm: whose library is meant.
-        max_new_tokens: tokens at most.
-        num_beams: 1 is greedy.
-        end: ids of the tokens that end an answer.
-        fill: id at empty places.
-        use_cache: keep keys and values of the tokens so far.
+    ``end``: ids of the tokens that end an answer; ``fill``: the id at empty places.
     """
     made = type(lm.generation_config)(
         max_new_tokens=max_new_tokens,

@@ -58,6 +58,8 @@ class Before:
 class LanguageModel(nn.Module):
     """A causal language model with adapters; only they are ever trained. Answering changes no state.
 
+    ``routes`` say who uses which adapter; None: the bare model.
+
     Args:
         lm: of transformers, whose encoder is that of ``model.backbone``.
         model: the encoder with a bank of adapters, or without one; its classes are the tasks.
@@ -175,8 +177,7 @@ class LanguageModel(nn.Module):
     def add_task(self, name: str, generator: torch.Generator | None = None) -> int:
         """Begin a task: a class of that name, and with a ``generator`` a fresh adapter that can be trained.
 
-        Returns:
-            The newest adapter's slot, -1 where there is none yet.
+        Returns the newest adapter's slot, -1 where there is none yet.
 
         Raises:
             DataError: a task of that name is there already.
@@ -192,11 +193,7 @@ class LanguageModel(nn.Module):
         return self.model.num_slots - 1
 
     def finish_task(self, prompts: Sequence[str], generator: torch.Generator) -> None:
-        """Freeze all adapters, and take the keys of the newest task from its prompts.
-
-        Args:
-            prompts: of training.
-            generator: of what becomes a key.
+        """Freeze all adapters, and take the keys of the newest task from the prompts it was trained on.
 
         Raises:
             DataError: no prompt.
@@ -243,12 +240,6 @@ class LanguageModel(nn.Module):
         dropout_generator: torch.Generator | None = None,
     ) -> Tensor:
         """Mean of -log p over the tokens of the answers and their end tokens; prompts count nothing.
-
-        Args:
-            prompts: B prompts.
-            answers: B answers.
-            routes: who uses which adapter; None: the bare model.
-            dropout_generator: generator of the adapters' dropout masks.
 
         Returns:
             float32 [], differentiable with respect to the adapters.
@@ -304,13 +295,8 @@ class LanguageModel(nn.Module):
     def _shared_scores(self, pairs: Sequence[Pair], rows_M: Tensor, routes: Routes | None, batch: int) -> Tensor | None:
         """log p of answers, from keys and values of their prompts: what is computed of a prompt is computed once.
 
-        Neither routers nor adapters inside the attention may be in use.
-
-        Args:
-            pairs: M prompts with answers.
-            rows_M: int64 [M], which of the B prompts each has.
-            routes: of the B prompts.
-            batch: rows computed at a time.
+        Pair m is an answer to prompt ``rows_M[m]`` (int64) of the B that ``routes`` are of. Neither routers nor
+        adapters inside the attention may be in use.
 
         Returns:
             float32 [M] on the CPU; None where that cannot be: the model keeps no keys and values that can be chosen
@@ -360,11 +346,6 @@ class LanguageModel(nn.Module):
         self, batch: Joined, routes: Routes | None, dropout_generator: torch.Generator | None = None
     ) -> tuple[Tensor, Tensor]:
         """log p of each token of the answers given all before it.
-
-        Args:
-            batch: prompts and answers, padded on either side.
-            routes: who uses which adapter.
-            dropout_generator: generator of the adapters' dropout masks.
 
         Returns:
             float32 [B, n], 0 beside the answers, and which places hold tokens of answers, bool [B, n]. n is the number

@@ -75,10 +75,6 @@ class PromptTokens:
     def prompts(self, texts: Sequence[str], room: int = 0) -> list[Ids]:
         """Ids of prompts, at most ``max_length - room`` each.
 
-        Args:
-            texts: B prompts.
-            room: places left free behind each.
-
         Raises:
             DataError: no room for a prompt, a prompt without any token, something that is no text, or a token that the
                 model does not know.
@@ -88,10 +84,7 @@ class PromptTokens:
     def pairs(self, prompts: Sequence[str], answers: Sequence[str], *, end: bool) -> list[Pair]:
         """Ids of prompts and of their answers, together at most ``max_length``.
 
-        Args:
-            prompts: B prompts.
-            answers: B answers.
-            end: with the tokenizer's end token behind every answer, where it has one.
+        With ``end``, every answer has the tokenizer's end token behind it, where there is one.
 
         Raises:
             DataError: different numbers of both, an answer without any token or too long, or a prompt as in
@@ -172,11 +165,7 @@ def positions(tokens_BN: Tensor) -> Tensor:
 
 
 def choice_lists(choices: Sequence[Sequence[str]] | Sequence[str], prompts: int) -> list[list[str]]:
-    """The answers that each of so many prompts may have.
-
-    Args:
-        choices: one list for all prompts, or a list for each.
-        prompts: B.
+    """The answers that each of so many prompts may have, from one list for all or a list for each.
 
     Raises:
         DataError: a prompt without choices, or not one list per prompt.

@@ -1,4 +1,7 @@
-"""What a merge method is: ``(tensors, **params) -> tensor`` without side effects; its signature is its schema."""
+"""What a merge method is: ``(tensors, **params) -> tensor`` without side effects; its signature is its schema.
+
+The tensors are of one shape, and so is the new one.
+"""
 
 from __future__ import annotations
 

@@ -25,9 +25,6 @@ def dare(
         scale: lambda; None: 1 / T.
         seed: of the masks; the same seed drops the same numbers.
 
-    Returns:
-        A new tensor of that shape.
-
     Raises:
         ConfigError: drop out of range.
     """

@@ -20,9 +20,6 @@ def ema(tensors: list[Tensor], momentum: float = 0.1, steps: int = 1) -> Tensor:
         momentum: m, the share of the anchor in one step; in [0, 1].
         steps: n.
 
-    Returns:
-        A new tensor of that shape.
-
     Raises:
         ConfigError: not two tensors, or momentum or steps out of range.
     """

@@ -19,9 +19,6 @@ def magnitude(tensors: list[Tensor], base: Tensor | None = None, density: float 
         base: what they were trained from; None: 0, the tensors are changes already.
         density: kept share of each change, in (0, 1].
 
-    Returns:
-        A new tensor of that shape.
-
     Raises:
         ConfigError: density out of range.
     """

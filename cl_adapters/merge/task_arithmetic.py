@@ -16,8 +16,5 @@ def task_arithmetic(tensors: list[Tensor], base: Tensor | None = None, scale: fl
         tensors: w_t, of one shape.
         base: what they were trained from; None: 0, the tensors are changes already.
         scale: lambda; 0.4 is the value for use without validation data (Yadav et al. 2023), negative unlearns.
-
-    Returns:
-        A new tensor of that shape.
     """
     return on_base(scale * deltas(tensors, base).sum(0), base)

@@ -21,9 +21,6 @@ def ties(tensors: list[Tensor], base: Tensor | None = None, density: float = 0.2
         density: share of each change that survives the trimming, in (0, 1].
         scale: lambda.
 
-    Returns:
-        A new tensor of that shape.
-
     Raises:
         ConfigError: density out of range.
     """

@@ -25,9 +25,6 @@ def weighted(tensors: list[Tensor], metrics: Sequence[float] | None = None, temp
         temperature: a = softmax(metrics / temperature); None: a = metrics / sum(metrics), for metrics that are at
             least 0.
 
-    Returns:
-        A new tensor of that shape.
-
     Raises:
         ConfigError: metrics or temperature that give no weights.
     """

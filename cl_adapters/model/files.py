@@ -57,11 +57,7 @@ def load_model(cls: type[M], path: Path, backbone: FrozenBackbone | None = None)
 
 
 def moved_backbone(path: Path, place: Path) -> FrozenBackbone:
-    """The backbone of a saved model, loaded from where its own files lie now.
-
-    Args:
-        path: folder of the model.
-        place: the weights file; of a transformers model the folder.
+    """The backbone of a saved model, whose own weights file (of transformers: folder) is now ``place``.
 
     Raises:
         StorageError: no saved model there.

@@ -33,11 +33,7 @@ def linear_by_group(f_BD: Tensor, weight_CD: Tensor, bias_C: Tensor | None, grou
     The last bits of a matrix product depend on its shape. With a product of its own, what a group gives does not
     depend on which other groups there are.
 
-    Args:
-        f_BD: features.
-        weight_CD: W.
-        bias_C: b.
-        groups: rows of each group, C in all; empty: one product.
+    ``groups``: rows of each, C in all; empty: one product.
     """
     if not groups:
         return F.linear(f_BD, weight_CD, bias_C)

@@ -127,15 +127,9 @@ class Descriptors(PerBlock):
         self.buffer = Records(buffer).size
 
     def grow(self, block: int, slot: int, generator: torch.Generator) -> list[nn.Parameter]:
-        """Add the descriptor of a new adapter.
+        """Add the descriptor of a new adapter at a block; its start values are drawn on the CPU.
 
-        Args:
-            block: where.
-            slot: of the adapter.
-            generator: of the start values, on the CPU.
-
-        Returns:
-            Its four parameters, ready to be trained.
+        Returns its four parameters, ready to be trained.
 
         Raises:
             ClAdaptersError: the block is not expandable, or has a descriptor of that slot.
@@ -155,15 +149,6 @@ class Descriptors(PerBlock):
         found = self.entries(block)[str(slot)]
         assert isinstance(found, Descriptor)
         return found
-
-    def errors(self, block: int, slot: int, p_BD: Tensor) -> Tensor:
-        """Reconstruction error of each image, float [B], of pooled inputs [B, D]."""
-        e_B: Tensor = self.descriptor(block, slot)(p_BD)
-        return e_B
-
-    def record(self, block: int, slot: int, e_B: Tensor) -> None:
-        """Remember the errors [B] of images that this descriptor is trained on."""
-        self.descriptor(block, slot).records.add(e_B)
 
     @torch.no_grad()
     def z(self, block: int, p_BD: Tensor) -> Tensor:

@@ -117,13 +117,7 @@ class KeyLookup(ABC):
 
 
 def best_of_owners(scores_BK: Tensor, owner_BK: Tensor, owners: int) -> Tensor:
-    """The largest score [B, T] of each owner; minus infinity for those without one.
-
-    Args:
-        scores_BK: scores.
-        owner_BK: int64, whose they are, in [0, ``owners``).
-        owners: T.
-    """
+    """The largest score [B, T] of each owner (int64 in [0, T)); minus infinity for those without one."""
     none_BT = scores_BK.new_full((len(scores_BK), owners), -torch.inf)
     return none_BT.scatter_reduce(1, owner_BK.expand_as(scores_BK), scores_BK, "amax")
 
@@ -319,10 +313,7 @@ def check_neighbours(k: int, temperature: float) -> None:
 def answered(model: ModelState, f_BD: Tensor, bare_BD: Tensor) -> Tensor:
     """Logits [B, C] of the linear head on the adapted features; without such a head, scores of the classes' keys.
 
-    Args:
-        model: some strategies (SimpleCIL, RanPAC) train no linear head of all classes.
-        f_BD: features under the chosen adapters.
-        bare_BD: features under the bare backbone.
+    Some strategies (SimpleCIL, RanPAC) train no linear head of all classes; those scores are under the bare backbone.
     """
     classes = len(model.classes)
     if model.head.num_classes == classes:

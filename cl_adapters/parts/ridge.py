@@ -84,12 +84,7 @@ class Ridge(Part):
 
     @torch.no_grad()
     def add(self, f_ND: Tensor, columns_N: Tensor) -> None:
-        """Add samples to the sums.
-
-        Args:
-            f_ND: features float32 [N, D].
-            columns_N: class columns int64 [N].
-        """
+        """Add samples to the sums: features float32 [N, D] of class columns int64 [N]."""
         gram_MM = self.gram.new_zeros(self.width, self.width)
         for f_BD, columns_B in zip(f_ND.split(ROWS), columns_N.split(ROWS), strict=True):
             h_BM = self.expand(f_BD)

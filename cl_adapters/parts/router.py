@@ -41,15 +41,9 @@ class ExpandableRouter(PerBlock):
     """
 
     def grow(self, block: int, slot: int, generator: torch.Generator) -> list[nn.Parameter]:
-        """Append the router row of one more adapter at a block.
+        """Append the router row of one more adapter at a block: weight [D] and bias [1], ready to be trained.
 
-        Args:
-            block: where.
-            slot: of the new adapter.
-            generator: of the start values, on the CPU; both are U(-1/sqrt(D), 1/sqrt(D)), as those of torch's Linear.
-
-        Returns:
-            weight [D] and bias [1], ready to be trained.
+        The start values are U(-1/sqrt(D), 1/sqrt(D)), as those of torch's Linear, drawn on the CPU.
 
         Raises:
             ClAdaptersError: the block is not expandable, or has a row of that slot.
@@ -109,10 +103,6 @@ class ExpandableRouter(PerBlock):
 
 def router_widths(bank: AdapterBank, blocks: Sequence[int]) -> dict[int, int]:
     """The one input width of all sites of each of these blocks, for :class:`ExpandableRouter`.
-
-    Args:
-        bank: with the sites.
-        blocks: the expandable ones.
 
     Raises:
         ConfigError: sites of one block read different widths.

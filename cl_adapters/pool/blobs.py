@@ -2,7 +2,7 @@
 
 A tensor file is looked at in this order: it is a regular file of the pool's own; the header of a safetensors file
 fits into it and declares exactly the bytes that are there; the SHA-256 is that of its name. Only then are its bytes
-made into tensors. (Layout: 8 bytes length n of the header, little-endian; n bytes of JSON; the tensors' bytes.)
+made into tensors.
 """
 
 from __future__ import annotations
@@ -39,13 +39,7 @@ def read_file(pool: Path, name: str) -> bytes:
 
 
 def read_blob(pool: Path, name: str, sha: str, check: Check | None = None) -> bytes:
-    """Read a tensor file.
-
-    Args:
-        pool: the folder that it has to be in.
-        name: path below it, such as "adapters/<sha256>.safetensors".
-        sha: the expected SHA-256, 64 hexadecimal digits.
-        check: looks at the declared tensors, before the rest of the file is read.
+    """Read a tensor file; ``check`` looks at the declared tensors before the rest of the file is read.
 
     Raises:
         PoolError: missing, a link, not safetensors, truncated or altered.
@@ -74,10 +68,7 @@ def write_blob(pool: Path, place: Callable[[str], str], content: bytes) -> str:
 
     :func:`sync_folders` has to follow before anything names the file.
 
-    Args:
-        pool: the pool.
-        place: path below the pool for a SHA-256.
-        content: a safetensors file.
+    ``place``: path below the pool for a SHA-256.
 
     Raises:
         PoolError: the folder is a link.
@@ -132,15 +123,7 @@ def from_bytes(content: bytes, where: str) -> dict[str, Tensor]:
 
 
 def orphans(pool: Path, named: frozenset[str]) -> tuple[str, ...]:
-    """Files of the pool that no record names: left by a writer that was killed.
-
-    Args:
-        pool: the pool.
-        named: paths below it that the manifest names.
-
-    Returns:
-        Paths below the pool, sorted.
-    """
+    """Files of the pool that no record names, sorted: left by a writer that was killed. Paths are below the pool."""
     found = [path.name for name in ("manifest", "model") for path in pool.glob(f".{name}.json.*")]
     for folder in FOLDERS:
         if not (pool / folder).is_symlink() and (pool / folder).is_dir():

@@ -31,6 +31,10 @@ KNOWLEDGE: dict[str, tuple[str, tuple[str, ...]]] = {
     "held_out_class": ("I64", ("H",)),
 }
 """Names, types and shapes of what a knowledge file may hold: a closed list, so that forgetting a class is whole."""
+PER_CLASS = ("head.weight", "head.bias", "prototypes")
+"""Those with one row per class."""
+PER_KEY = (("keys", "key_class"), ("held_out", "held_out_class"))
+"""Those with any number of rows per class, and the class of each."""
 TOGETHER = (("keys", "key_class"), ("head.weight", "head.bias"), ("held_out", "held_out_class"))
 
 
@@ -73,12 +77,6 @@ def blocks_of(header: Header, backbone: FrozenBackbone, adapter: AdapterType) ->
 def check_adapter(header: Header, backbone: FrozenBackbone, adapter: AdapterType, where: str) -> None:
     """Check that tensors are those of an adapter type at all of the backbone's sites, or at some.
 
-    Args:
-        header: what there is.
-        backbone: with the sites.
-        adapter: type and options.
-        where: for messages.
-
     Raises:
         PoolError: other names, shapes or types of numbers.
     """
@@ -109,12 +107,6 @@ def check_floats(header: Header, where: str) -> None:
 
 def check_knowledge(header: Header, num_classes: int, card: BackboneCard, where: str) -> None:
     """Check names, types and shapes of a record's prototypes and other rows.
-
-    Args:
-        header: what there is.
-        num_classes: C of the record.
-        card: with D.
-        where: for messages.
 
     Raises:
         PoolError: they are not those of :data:`KNOWLEDGE`.
@@ -166,11 +158,7 @@ def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
 def adapter_check(record: Record, header: Header, backbone: FrozenBackbone | None, *, decoded: bool = False) -> None:
     """Check what the file of an adapter declares, as far as that is known without and with a backbone.
 
-    Args:
-        record: of the adapter.
-        header: what there is.
-        backbone: where it is at hand.
-        decoded: these are the tensors after decompression; of a compressed file only those can be checked.
+    ``decoded``: these are the tensors after decompression; of a compressed file only those can be checked.
 
     Raises:
         PoolError: it is not what its record says.

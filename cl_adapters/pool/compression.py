@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cl_adapters._io import new_folder, write_json
-from cl_adapters.codecs import codec_from, codecs
+from cl_adapters.codecs.base import codec_from, codecs, relative_error
 from cl_adapters.errors import PoolError
 from cl_adapters.pool.copies import copy_pool
 from cl_adapters.pool.model_card import CARD, anchor_of, read_card
@@ -19,8 +18,6 @@ from cl_adapters.pool.record import adapter_file
 if TYPE_CHECKING:
     from collections.abc import Mapping
     from typing import Any
-
-    from torch import Tensor
 
     from cl_adapters.codecs import Codec
     from cl_adapters.pool.record import Record
@@ -55,9 +52,6 @@ def compress_records(
         codec: by name, or {"type": name, ...} with options.
         ids: default all adapters with tensors. One that is compressed already goes through both codecs.
 
-    Returns:
-        What became of each.
-
     Raises:
         UnknownName: no such adapter or codec.
         ConfigError: options that are not the codec's.
@@ -74,7 +68,7 @@ def compress_records(
     for record in records:
         full, before = pool.tensors(record.id), _stored(pool, record.adapter_sha)
         new = pool.replace(replace(record, compression=codecs.name_of(chosen)), full, codec=chosen)
-        error = _relative(pool.tensors(record.id), full)
+        error = relative_error(pool.tensors(record.id), full)
         after = _stored(pool, new.adapter_sha)
         done.append(Compressed(id=record.id, codec=codecs.name_of(chosen), before=before, after=after, error=error))
     _follow(pool, anchor)
@@ -89,12 +83,6 @@ def compressed_copy(
 ) -> None:
     """Write a new pool of these adapters in fewer bits, whole or not at all; ``pool`` stays.
 
-    Args:
-        pool: is only read.
-        to: new folder.
-        codec: as in :func:`compress_records`.
-        ids: default all adapters.
-
     Raises:
         As :func:`compress_records`; StorageError: the folder is there already.
     """
@@ -104,12 +92,6 @@ def compressed_copy(
 
 def _stored(pool: AdapterPool, sha: str | None) -> int:
     return 0 if sha is None else (pool.path / adapter_file(sha)).stat().st_size
-
-
-def _relative(now: Mapping[str, Tensor], full: Mapping[str, Tensor]) -> float:
-    lost = sum(float((now[key] - full[key]).double().square().sum()) for key in full)
-    size = sum(float(value.double().square().sum()) for value in full.values())
-    return math.sqrt(lost / size) if size else 0.0
 
 
 def _follow(pool: AdapterPool, anchor: Record | None) -> None:

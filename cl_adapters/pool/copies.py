@@ -15,11 +15,6 @@ from cl_adapters.pool.pool import AdapterPool
 def copy_pool(pool: AdapterPool, folder: Path, ids: Sequence[str] | None = None) -> AdapterPool:
     """A new pool of the same backbone with these adapters, and the same predictor.
 
-    Args:
-        pool: is only read.
-        folder: new, or empty.
-        ids: default all adapters.
-
     Raises:
         UnknownName: no such adapter.
         PoolError: the folder has a pool already.

@@ -20,11 +20,7 @@ Change = Callable[[Manifest], Manifest]
 
 @contextmanager
 def locked(pool: Path, timeout: float) -> Iterator[None]:
-    """Be the pool's only writer for the ``with`` block.
-
-    Args:
-        pool: the pool.
-        timeout: seconds to wait for another writer.
+    """Be the pool's only writer for the ``with`` block; ``timeout``: seconds to wait for another one.
 
     Raises:
         PoolError: the other writer took longer, or the pool cannot be written.
@@ -51,9 +47,7 @@ def locked(pool: Path, timeout: float) -> Iterator[None]:
 class Disk:
     """The manifest of one pool, parsed again only when it has changed.
 
-    Args:
-        path: the pool's folder.
-        timeout: seconds that a change waits for another writer.
+    A change waits ``timeout`` seconds for another writer.
     """
 
     def __init__(self, path: Path, timeout: float) -> None:

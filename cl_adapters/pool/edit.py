@@ -80,12 +80,7 @@ class Addition:
 
 
 def addition(new: NewAdapter, backbone: Callable[[], FrozenBackbone], card: BackboneCard) -> Addition:
-    """Check a new adapter and make it a record with files.
-
-    Args:
-        new: what was given.
-        backbone: gives the pool's, asked only where there are tensors.
-        card: of the pool's backbone.
+    """Check a new adapter and make it a record with files; the backbone is loaded only where there are tensors.
 
     Raises:
         PoolError: tensors that are not the type's at the backbone's sites, bad values.
@@ -138,9 +133,7 @@ def pack(
 def add(disk: Disk, additions: Iterable[Addition]) -> tuple[Record, ...]:
     """Add records with their files: all of them in one new manifest, or none.
 
-    Args:
-        disk: the pool.
-        additions: read one by one, each stored before the next is made; the pool has no other writer meanwhile.
+    They are read one by one, each stored before the next is made; the pool has no other writer meanwhile.
 
     Raises:
         PoolError: an id is taken.
@@ -214,7 +207,7 @@ def rename(disk: Disk, old: str, new: str) -> Record:
 
     def edit(manifest: Manifest) -> Manifest:
         manifest.get(old)
-        manifest.check_free(new)
+        check_free(new, manifest.by_id)
 
         def renamed(record: Record) -> Record:
             if record.id != old and old not in record.parents:

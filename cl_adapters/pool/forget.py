@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING
 from cl_adapters.errors import ClAdaptersError, StorageError, UnknownName
 from cl_adapters.index.index import AdapterIndex
 from cl_adapters.index.keys import KeySource
+from cl_adapters.pool.checks import PER_CLASS, PER_KEY
 from cl_adapters.pool.model_card import anchor_of, read_card
 from cl_adapters.pool.pool import AdapterPool
 from cl_adapters.pool.record import Record
@@ -20,9 +21,6 @@ if TYPE_CHECKING:
     from torch import Tensor
 
     from cl_adapters.backbones.frozen import FrozenBackbone
-
-ROWS_OF_CLASSES = ("head.weight", "head.bias", "prototypes")
-ROWS_WITH_CLASSES = (("keys", "key_class"), ("held_out", "held_out_class"))
 
 
 @dataclass(frozen=True)
@@ -93,10 +91,10 @@ def _without(pool: AdapterPool, record: Record, label: int) -> None:
     gone = record.labels.index(label)
     kept = [place for place in range(len(record.classes)) if place != gone]
     knowledge = pool.knowledge(record.id)
-    for key in ROWS_OF_CLASSES:
+    for key in PER_CLASS:
         if key in knowledge:
             knowledge[key] = knowledge[key][kept]
-    for rows, places in ROWS_WITH_CLASSES:
+    for rows, places in PER_KEY:
         if rows in knowledge:
             place_M = knowledge[places]
             knowledge[rows] = knowledge[rows][place_M != gone]

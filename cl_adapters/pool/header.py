@@ -46,12 +46,7 @@ Header = dict[str, Declared]
 
 
 def parse_header(head: bytes, size: int, where: object) -> Header:
-    """The tensors that a safetensors file declares.
-
-    Args:
-        head: its beginning, at least all of the header.
-        size: bytes of the whole file.
-        where: the file, for messages.
+    """The tensors that a safetensors file of ``size`` bytes declares; ``head``: at least all of its header.
 
     Raises:
         PoolError: not safetensors, or the declared sizes are not those of the file.
@@ -82,12 +77,7 @@ def parse_header(head: bytes, size: int, where: object) -> Header:
 
 
 def header_length(head: bytes, size: int, where: object) -> int:
-    """Bytes of the header's JSON.
-
-    Args:
-        head: the first 8 bytes of the file, or more.
-        size: bytes of the whole file.
-        where: the file, for messages.
+    """Bytes of the header's JSON in a file of ``size`` bytes; ``head``: the first 8 of them, or more.
 
     Raises:
         PoolError: more than the file has.

@@ -137,22 +137,14 @@ class Manifest:
             raise PoolError(f"adapter {shown(id)} cannot be used: its record is broken: {entry.reason}")
         return entry
 
-    def check_free(self, id: str) -> None:
-        """Check that an id can be given to a new record.
-
-        Raises:
-            PoolError: it is taken.
-        """
-        check_free(id, self.by_id)
-
     def plus(self, records: Iterable[Record]) -> Manifest:
         """This manifest with more records."""
         return Manifest(self.backbone, (*self.entries, *records))
 
-    def mapped(self, change: Callable[[Record], Record | None]) -> Manifest:
-        """This manifest with every usable record replaced by what ``change`` returns; None leaves it out."""
-        kept = (change(entry) if isinstance(entry, Record) else entry for entry in self.entries)
-        return Manifest(self.backbone, tuple(entry for entry in kept if entry is not None))
+    def mapped(self, change: Callable[[Record], Record]) -> Manifest:
+        """This manifest with every usable record replaced by what ``change`` returns."""
+        entries = (change(entry) if isinstance(entry, Record) else entry for entry in self.entries)
+        return Manifest(self.backbone, tuple(entries))
 
 
 def check_free(id: str, taken: Container[str]) -> None:
@@ -192,11 +184,7 @@ def load_manifest(pool: Path) -> bytes:
 
 
 def parse_manifest(content: bytes, where: Path) -> Manifest:
-    """Understand a manifest.
-
-    Args:
-        content: JSON of this or an older schema.
-        where: the file, for messages.
+    """Understand the JSON of a manifest, of this or an older schema; ``where``: the file, for messages.
 
     Raises:
         PoolError: not strict JSON, of a newer schema, or without a backbone or a list of records.

@@ -11,12 +11,9 @@ from torch import Tensor
 
 from cl_adapters.errors import ConfigError, PoolError
 from cl_adapters.merge.adapters import MergeReport, merge_adapters
-from cl_adapters.pool.checks import TOGETHER, adapter_of
+from cl_adapters.pool.checks import PER_CLASS, PER_KEY, TOGETHER, adapter_of
 from cl_adapters.pool.pool import AdapterPool
 from cl_adapters.pool.record import PoolClass, Record
-
-PER_CLASS = ("head.weight", "head.bias", "prototypes")
-PER_KEY = (("keys", "key_class"), ("held_out", "held_out_class"))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -32,11 +32,6 @@ def read_card(pool: Path) -> dict[str, Any]:
     return {} if content is None else _parsed(content, pool / CARD)
 
 
-def has_card(pool: Path) -> bool:
-    """Whether something stands in its place."""
-    return (pool / CARD).exists() or (pool / CARD).is_symlink()
-
-
 def card_bytes(pool: Path) -> bytes | None:
     """The bytes of a card that :func:`read_card` understands; None where there is none.
 

@@ -84,13 +84,7 @@ class AdapterPool:
     def create(
         cls, path: str | Path, backbone: FrozenBackbone, *, limit: int = 64, timeout: float = 30.0
     ) -> AdapterPool:
-        """Make an empty pool.
-
-        Args:
-            path: a folder that does not exist, or is empty.
-            backbone: the one that all its adapters belong to.
-            limit: as for the class.
-            timeout: as for the class.
+        """Make an empty pool in a folder that does not exist, or is empty; options as for the class.
 
         Raises:
             PoolError: something is there already, or the place cannot be written.
@@ -179,13 +173,7 @@ class AdapterPool:
     def list(
         self, tags: Sequence[str] = (), classes: Sequence[int] = (), type: str | None = None
     ) -> tuple[Record, ...]:
-        """Records by filter.
-
-        Args:
-            tags: those with all of these.
-            classes: those that know at least one of these labels.
-            type: those of that adapter type, such as "bottleneck".
-        """
+        """Records with all of these tags, at least one of these class labels, and this adapter type ("bottleneck")."""
         return tuple(
             record
             for record in self.records
@@ -231,7 +219,7 @@ class AdapterPool:
         metrics: Mapping[str, float] | None = None,
         task: int | None = None,
     ) -> Record:
-        """Add one adapter.
+        """Add one adapter; returns its record.
 
         Args:
             tensors: as from ``AdapterBank.export``; float32, or half precision (stored as float32).
@@ -246,9 +234,6 @@ class AdapterPool:
             benchmark: where the training data came from.
             metrics: measured now.
             task: number of its task.
-
-        Returns:
-            Its record.
 
         Raises:
             PoolError: tensors that are not the type's at the backbone's sites, an id that is taken, bad values.
@@ -272,11 +257,7 @@ class AdapterPool:
     def add_all(self, adapters: Iterable[NewAdapter]) -> tuple[Record, ...]:
         """Add several adapters with one new manifest: all of them, or none where one cannot be.
 
-        Args:
-            adapters: taken one by one, and stored before the next is asked for; nobody else can write meanwhile.
-
-        Returns:
-            Their records.
+        They are taken one by one, each stored before the next is asked for; nobody else can write meanwhile.
 
         Raises:
             PoolError: as for :meth:`add`.
@@ -291,7 +272,7 @@ class AdapterPool:
         *,
         codec: Codec | None = None,
     ) -> Record:
-        """Change one adapter in one step: its record, its tensors, its knowledge, or all of them.
+        """Change one adapter in one step: its record, its tensors, its knowledge, or all; returns the new record.
 
         Args:
             record: the new record, made from the present one with ``dataclasses.replace``; its id says which.
@@ -299,9 +280,6 @@ class AdapterPool:
             tensors: new tensors, not compressed (``record.compression`` says how they are stored); default as they are.
             knowledge: new rows; needed when the number of classes edit.
             codec: for the new tensors, where its options are not the defaults; the record then names it.
-
-        Returns:
-            The record as it stands now.
 
         Raises:
             UnknownName: no such adapter.
@@ -403,10 +381,7 @@ class AdapterPool:
         return transfer.import_folder(self._disk, Path(folder), id, self._loadable)
 
     def gc(self) -> tuple[str, ...]:
-        """Delete the files that no record names.
-
-        Returns:
-            What was deleted: paths below the pool.
+        """Delete the files that no record names; returns their paths below the pool.
 
         Raises:
             PoolError: a record is broken: its files cannot be told from orphans. Repair or remove it first.

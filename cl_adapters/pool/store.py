@@ -68,13 +68,7 @@ def named_codec(compression: str | Codec | None) -> tuple[Codec | None, str | No
 def pack_adapter(
     tensors: Mapping[str, Tensor], adapter: AdapterType, backbone: FrozenBackbone, codec: Codec | None
 ) -> PackedAdapter:
-    """Check an adapter's tensors and make them into a file.
-
-    Args:
-        tensors: float32 or half precision, keyed "blocks.3.ffn/down".
-        adapter: their type.
-        backbone: with the sites.
-        codec: of the stored tensors; None: float32.
+    """Check an adapter's tensors (float32 or half precision) and make them into a file; ``codec`` None: float32.
 
     Raises:
         PoolError: not the type's tensors, or not finite.
@@ -103,10 +97,7 @@ def pack_knowledge(knowledge: Mapping[str, Tensor], num_classes: int, card: Back
 def load_adapter(pool: Path, record: Record, backbone: FrozenBackbone | None) -> dict[str, Tensor]:
     """Read an adapter: float32, decompressed; no tensors where the bare backbone answers.
 
-    Args:
-        pool: folder with the files.
-        record: of the adapter.
-        backbone: where it is at hand, the tensors are checked against its sites.
+    With a backbone the tensors are checked against its sites.
 
     Raises:
         PoolError: the file is missing, altered, or not what the record says.

@@ -9,6 +9,7 @@ its id only where it is the same adapter there, and is otherwise called by id an
 from __future__ import annotations
 
 import dataclasses
+import os
 import re
 from collections.abc import Callable, Iterable, Mapping
 from functools import partial
@@ -21,8 +22,8 @@ from cl_adapters.pool.blobs import from_bytes, read_blob, read_file, sha_of
 from cl_adapters.pool.checks import adapter_check, check_finite, check_knowledge, check_positions
 from cl_adapters.pool.disk import Disk
 from cl_adapters.pool.edit import Addition, add, files, write
-from cl_adapters.pool.manifest import Manifest, manifest_to_plain, parse_manifest, plain_manifest
-from cl_adapters.pool.model_card import CARD, card_bytes, has_card
+from cl_adapters.pool.manifest import Manifest, check_free, manifest_to_plain, parse_manifest, plain_manifest
+from cl_adapters.pool.model_card import CARD, card_bytes
 from cl_adapters.pool.record import SHA, Record, adapter_file, check_id, knowledge_file, shown
 from cl_adapters.pool.store import decode_checked
 
@@ -48,11 +49,11 @@ def copy(source: Disk, target: Disk, ids: tuple[str, ...]) -> tuple[Record, ...]
             same = present.by_id.get(record.id)
             if isinstance(same, Record) and dataclasses.replace(same, parents=record.parents) == record:
                 continue
-            present.check_free(record.id)
+            check_free(record.id, present.by_id)
             added.append(_with_parents(record, _content_of(manifest.records), there, keep_unknown=True))
         write(target.path, (files(*_contents(source.path, record)) for record in added))
         # Before the manifest: all adapters are never there without their rule.
-        if card is not None and set(present.by_id) <= set(manifest.by_id) and not has_card(target.path):
+        if card is not None and set(present.by_id) <= set(manifest.by_id) and not os.path.lexists(target.path / CARD):
             write_bytes(target.path / CARD, card)
         return present.plus(added)
 

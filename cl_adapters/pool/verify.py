@@ -39,10 +39,7 @@ class Verification:
 def verify_files(pool: Path, manifest: Manifest, backbone: FrozenBackbone | None) -> Verification:
     """Check every record and file of a pool against one state of its manifest.
 
-    Args:
-        pool: the pool.
-        manifest: that state.
-        backbone: where it is at hand, tensors are checked against its sites.
+    With a backbone tensors are checked against its sites.
     """
     problems = [f"{entry.id}: its record is broken: {entry.reason}" for entry in manifest.broken]
     problems += [f"the predictor: {problem}" for problem in _failures(partial(read_card, pool))]

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from cl_adapters.errors import IncompatibleBackbone
-from cl_adapters.sites.sites import Family, Site
+from cl_adapters.sites.sites import Family
 from cl_adapters.sites.timm import TIMM_FAMILIES
 from cl_adapters.sites.transformers import TEXT_DECODERS, TEXT_ENCODERS
 from cl_adapters.sites.vision import VISION_TRANSFORMERS
@@ -27,12 +27,3 @@ def find_family(encoder: nn.Module) -> Family:
         f"no known adapter sites in {type(encoder).__name__}. Known structures: {known}. For another structure pass "
         "the sites yourself: FrozenBackbone.wrap(module, sites=[Site(...)], ...)"
     )
-
-
-def find_sites(encoder: nn.Module, kind: str) -> tuple[Site, ...]:
-    """All sites of ``kind`` in ``encoder``, from the first block to the last.
-
-    Raises:
-        IncompatibleBackbone: no family of the table matches, or the family has no such sites.
-    """
-    return find_family(encoder).sites(encoder, kind)

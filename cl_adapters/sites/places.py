@@ -155,9 +155,6 @@ def post_norm(
         attn_end: module whose output the attention adds to the stream.
         ffn: module whose input is that of the feed-forward network.
         ffn_end: module whose output it adds to the stream.
-
-    Returns:
-        All places of the row.
     """
     places = branches(
         input_width_of(layers["up"].source.module),
@@ -180,9 +177,6 @@ def pre_norm(
         width: measures D.
         layers: sites on linear layers.
         rows: as ``Site.rows``, of the feed-forward network.
-
-    Returns:
-        All places of the row.
     """
     places = branches(
         width,

@@ -102,6 +102,13 @@ def _same_size(block: nn.Module) -> bool:
     return isinstance(block.get_submodule("shortcut"), nn.Identity)
 
 
+def _vit(name: str, *, attn: Tap, ffn: Tap, block: Tap, refuses: tuple[str, ...] = ()) -> Family:
+    """A plain ViT with these inputs of its branches and blocks."""
+    places = branches(_NORM2, attn=(attn, _ATTN_END), ffn=(ffn, _FFN_END), block=block, whole=_whole)
+    places |= _fused_attention() | _prefix_attention() | linear(output="attn.proj", fits=_whole) | _MLP
+    return Family(name, "blocks", _VIT_PARTS, places, refuses, resume=_resume_timm, resumes=_resumes_timm)
+
+
 TIMM_FAMILIES: tuple[Family, ...] = (
     # Swin, V1: x + drop_path1(attn(norm1 x)); + drop_path2(mlp(norm2 x)); tokens lie on a grid [B, H, W, D], but in a
     # row in the feed-forward network
@@ -123,44 +130,15 @@ TIMM_FAMILIES: tuple[Family, ...] = (
         layout="grid",
     ),
     # ViT, DeiT, DINOv2, CLIP / SigLIP image towers, BEiT, EVA: x + drop_path2(ls2(mlp(norm2 x)))
-    Family(
-        name="timm ViT, pre-norm",
-        blocks="blocks",
-        parts=_VIT_PARTS,
-        places=branches(
-            _NORM2,
-            attn=(Tap("norm1", "out"), _ATTN_END),
-            ffn=(Tap("norm2", "in"), _FFN_END),
-            block=Tap("norm1", "in"),
-            whole=_whole,
-        )
-        | _fused_attention()
-        | _prefix_attention()
-        | linear(output="attn.proj", fits=_whole)
-        | _MLP,
+    _vit(
+        "timm ViT, pre-norm",
+        attn=Tap("norm1", "out"),
+        ffn=Tap("norm2", "in"),
+        block=Tap("norm1", "in"),
         refuses=("ResPostBlock", "ResPostRelPosBlock", "EvaBlockPostNorm"),
-        resume=_resume_timm,
-        resumes=_resumes_timm,
     ),
     # residual post-norm: x + drop_path2(norm2(mlp x))
-    Family(
-        name="timm ViT, residual post-norm",
-        blocks="blocks",
-        parts=_VIT_PARTS,
-        places=branches(
-            _NORM2,
-            attn=(Tap("attn", "in"), _ATTN_END),
-            ffn=(Tap("mlp", "in"), _FFN_END),
-            block=Tap("attn", "in"),
-            whole=_whole,
-        )
-        | _fused_attention()
-        | _prefix_attention()
-        | linear(output="attn.proj", fits=_whole)
-        | _MLP,
-        resume=_resume_timm,
-        resumes=_resumes_timm,
-    ),
+    _vit("timm ViT, residual post-norm", attn=Tap("attn", "in"), ffn=Tap("mlp", "in"), block=Tap("attn", "in")),
     # ConvNeXt: shortcut(x) + drop_path(gamma * mlp(norm(conv_dw x))); the "ffn" is what follows the convolution
     Family(
         name="timm ConvNeXt",

@@ -117,7 +117,7 @@ def test_error_is_the_mean_over_the_width() -> None:
     x_BND = torch.randn(3, 5, WIDTH, generator=gen(3))
     p = x_BND.double().numpy().sum(1) / 5
     expected, _ = error_and_slopes(weights(descriptors, 4, 0), p)
-    assert descriptors.errors(4, 0, pooled(x_BND)).detach().double().numpy() == pytest.approx(expected, rel=1e-5)
+    assert descriptors.descriptor(4, 0)(pooled(x_BND)).detach().double().numpy() == pytest.approx(expected, rel=1e-5)
 
 
 def test_training_by_hand() -> None:
@@ -203,7 +203,7 @@ def test_a_loss_that_is_not_finite_is_said_and_never_recorded() -> None:
 def test_what_does_not_exist_is_named() -> None:
     descriptors = grown((4, 0))
     with pytest.raises(ClAdaptersError, match="no descriptor of slot 3 at block 4"):
-        descriptors.errors(4, 3, torch.zeros(1, WIDTH))
+        descriptors.descriptor(4, 3)(torch.zeros(1, WIDTH))
     with pytest.raises(ClAdaptersError, match="block 6 is not expandable; these are: 4, 5"):
         descriptors.grow(6, 0, gen(0))
     with pytest.raises(ClAdaptersError, match="slot 0 is known at block 4 already"):

@@ -102,7 +102,7 @@ def scripted(*records: tuple[float, ...]) -> Descriptors:
     for slot, values in enumerate(records):
         for parameter in descriptors.grow(7, slot, torch.Generator()):
             parameter.data.zero_()
-        descriptors.record(7, slot, errors(*values))
+        descriptors.descriptor(7, slot).records.add(errors(*values))
     return descriptors
 
 

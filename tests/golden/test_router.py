@@ -150,7 +150,7 @@ def test_new_entries_are_where_the_part_is() -> None:
     assert [id(value) for value in grown] == [
         id(value) for part in (mixture, descriptors) for value in part.parameters()
     ]
-    descriptors.record(0, 0, torch.rand(4, generator=gen(2)))
+    descriptors.descriptor(0, 0).records.add(torch.rand(4, generator=gen(2)))
     assert descriptors.z(0, torch.ones(3, WIDTH, dtype=torch.float64)).dtype == torch.float64
 
 

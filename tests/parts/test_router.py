@@ -74,7 +74,7 @@ def model(backbone: FrozenBackbone) -> AdapterModel:
     model.parts["novelty"] = descriptors = Descriptors({1: WIDTH, 2: WIDTH}, dim=3, buffer=5)
     for block, slot, known in ((1, 0, 5), (1, 2, 4), (2, 0, 7), (2, 1, 0), (2, 3, 2)):
         descriptors.grow(block, slot, gen(slot))
-        descriptors.record(block, slot, torch.rand(known, generator=gen(block)))
+        descriptors.descriptor(block, slot).records.add(torch.rand(known, generator=gen(block)))
     descriptors.freeze()
     model.predictor = MixtureOfAdapters()
     return model.eval()
@@ -281,7 +281,7 @@ def test_saved_and_loaded_model_is_the_same_and_grows_alike(model: AdapterModel,
         mixture.grow(1, slot, gen(4))
         one.part("novelty", Descriptors).grow(1, slot, gen(5))
         for value in (torch.tensor([1.0, 2.0]), torch.tensor([3.0])):
-            one.part("novelty", Descriptors).record(1, slot, value)
+            one.part("novelty", Descriptors).descriptor(1, slot).records.add(value)
     assert torch.equal(loaded.predict(x), model.predict(x))
     assert torch.equal(new.z(1, p_BD), old.z(1, p_BD))
     assert parts_of(loaded)[1].slots(1) == (0, 2, 4)
@@ -291,7 +291,7 @@ def test_copies_are_independent(model: AdapterModel, x: Tensor) -> None:
     before, twin = model.predict(x), copy.deepcopy(model)
     bank, mixture = parts_of(twin)
     mixture.grow(2, add(bank, (2,)), gen(0))
-    twin.part("novelty", Descriptors).record(2, 0, torch.ones(5))
+    twin.part("novelty", Descriptors).descriptor(2, 0).records.add(torch.ones(5))
     assert torch.equal(model.predict(x), before)
     assert (twin.predict(x) - before).abs().max() > 1e-4
     assert not torch.equal(model.part("novelty", Descriptors).descriptor(2, 0).records.values, torch.ones(5))

@@ -44,12 +44,6 @@ class IndexBackend(ABC):
     Searching is safe from several threads at once; ``add`` and ``remove`` must run alone
     (:class:`~cl_adapters.index.index.AdapterIndex` sees to it).
 
-    Args:
-        width: D.
-        metric: "ip" (score = inner product) or "l2" (score = minus the squared distance); higher is better.
-        options: an instance of ``Options``; default its defaults.
-        seed: of training and of every other draw.
-
     Attributes:
         ids_M: int64 [M], ids of the stored vectors in the order in which they came.
         threads: CPU threads of a search; None: as many as torch uses.
@@ -81,7 +75,7 @@ class IndexBackend(ABC):
         Args:
             vectors_MD: float32 [M, D], finite; M may be 0.
             ids_M: int64 [M], distinct, not negative.
-            metric: "ip" or "l2".
+            metric: "ip" (score = inner product) or "l2" (score = minus the squared distance); higher is better.
             options: an instance of ``Options``; default its defaults.
             seed: of everything that is drawn; the same arguments give the same index.
 
