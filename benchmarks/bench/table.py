@@ -132,16 +132,7 @@ def known_strategies() -> list[str]:
 
 
 def run_all(todo: Sequence[Job], settings: Sequence[str] = (), at_a_time: int = 1) -> bool:
-    """Run what is missing, then print the table as Markdown.
-
-    Args:
-        todo: the runs.
-        settings: KEY=VALUE for all of them.
-        at_a_time: processes.
-
-    Returns:
-        Whether all runs are there.
-    """
+    """Run what is missing, then print the table as Markdown; false where a run failed."""
     with ThreadPoolExecutor(at_a_time) as pool:
         failures = [line for line in pool.map(lambda job: _run(job, settings), todo) if line]
     for line in failures:
