@@ -10,8 +10,9 @@ import typer
 from rich.table import Table
 
 from cl_adapters.benchmarks.cli._console import console, print_json, say
-from cl_adapters.benchmarks.cli.index import Name, Stale, opened_index, opened_pool
+from cl_adapters.benchmarks.cli.index import Name, Stale, opened_index
 from cl_adapters.benchmarks.cli.options import BenchmarkSeed, Json, Limit, Pool, Weights, parse_settings
+from cl_adapters.benchmarks.cli.pool import opened
 from cl_adapters.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -61,7 +62,7 @@ def evaluate_command(
     from cl_adapters.openset import open_set
     from cl_adapters.predictors.base import predictors
 
-    store = opened_pool(pool, weights)
+    store = opened(pool, weights)
     index = opened_index(store, name, stale)
     if settings and predictor is None:
         raise ConfigError("--set is for the options of --predictor NAME")
@@ -110,25 +111,24 @@ def _model(store: AdapterPool, index: AdapterIndex, predictor: Predictor | None)
     from cl_adapters.model.facade import AdapterModel
     from cl_adapters.predictors.nearest_key import NearestKey
 
-    ids = index.records
-    if predictor is not None:
-        return AdapterModel.from_pool(store, ids, predictor=predictor, index=index)
     try:
-        return AdapterModel.from_pool(store, ids, index=index)
+        return AdapterModel.from_pool(store, index.records, predictor=predictor, index=index)
     except PoolError:
-        return AdapterModel.from_pool(store, ids, predictor=NearestKey(), index=index)
+        if predictor is not None:
+            raise
+        return AdapterModel.from_pool(store, index.records, predictor=NearestKey(), index=index)
 
 
 def _asked(
     store: AdapterPool, index: AdapterIndex, benchmark: str | None, unseen: Sequence[str], seed: int, limit: int | None
 ) -> tuple[BenchmarkItems, list[BenchmarkItems]]:
     """Samples of the known classes, and of others."""
-    from cl_adapters.benchmarks.run.pool_accuracy import items_for, items_of
+    from cl_adapters.benchmarks.run.pool_accuracy import Samples, items_for, items_of
     from cl_adapters.benchmarks.spec import parse_benchmark
 
     records = [store.get(id) for id in index.records]
     try:
-        known = items_for(records, benchmark, seed, limit)
+        known = items_for(records, Samples(benchmark=benchmark, seed=seed, limit=limit))
     except ConfigError as error:
         raise error if benchmark is not None else ConfigError(f"{error}; give --benchmark") from error
     labels = {label for record in records for label in record.labels}
