@@ -8,6 +8,7 @@ import json
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,14 +124,6 @@ def _separated(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]
         csv.field_size_limit(before)
 
 
-def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    yield from _separated(path, ",")
-
-
-def _tsv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    yield from _separated(path, "\t")
-
-
 def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with path.open(encoding="utf-8-sig") as file:
         for line, content in enumerate(file, 1):
@@ -165,8 +158,8 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
 
 
 READERS = {
-    ".csv": _csv,
-    ".tsv": _tsv,
+    ".csv": partial(_separated, delimiter=","),
+    ".tsv": partial(_separated, delimiter="\t"),
     ".jsonl": _jsonl,
     ".ndjson": _jsonl,
     ".parquet": _parquet,

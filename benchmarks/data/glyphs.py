@@ -87,10 +87,7 @@ class Glyphs(BenchmarkConfig):
             raise ConfigError(f"glyphs: {self.classes} classes asked for, but only {available} characters exist")
 
     def load(self, seed: int) -> BenchmarkData:
-        """Render the images.
-
-        Args:
-            seed: of the images and of the class order, where ``image_seed`` and ``order_seed`` are None.
+        """Render the images; ``seed`` is used where ``image_seed`` and ``order_seed`` are None.
 
         Raises:
             ConfigError: more tasks than classes, or a negative seed.

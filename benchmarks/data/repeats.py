@@ -124,7 +124,6 @@ class Repeats(BenchmarkConfig):
         augmentation: training-time augmentation. Flips are off: many a mirrored character is another one.
     """
 
-    argument: ClassVar[str | None] = None
     summary: ClassVar[str] = "rendered characters, new ones in every task, under a few textures that come back"
 
     tasks: int = 12
@@ -153,10 +152,7 @@ class Repeats(BenchmarkConfig):
         return LOOKS[task % self.looks]
 
     def load(self, seed: int) -> BenchmarkData:
-        """Render the images.
-
-        Args:
-            seed: of the images and of the class order, where ``image_seed`` and ``order_seed`` are None.
+        """Render the images; ``seed`` is used where ``image_seed`` and ``order_seed`` are None.
 
         Raises:
             ConfigError: more classes than there are characters, or a negative seed.

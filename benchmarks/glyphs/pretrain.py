@@ -86,14 +86,7 @@ class Recipe:
 
 
 class CosineClassifier(nn.Module):
-    """Scaled cosine similarity to one learned direction per class.
-
-    Args:
-        width: length of a feature.
-        num_classes: number of directions.
-        scale: factor of the similarities.
-        generator: of the initial directions.
-    """
+    """Scaled cosine similarity to one learned direction per class."""
 
     def __init__(self, width: int, num_classes: int, scale: float, generator: torch.Generator) -> None:
         super().__init__()

@@ -68,18 +68,7 @@ def presets() -> list[Preset]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
-    """Which backbone; see :meth:`FrozenBackbone.load`.
-
-    Attributes:
-        name: embedded name, "timm:" and a model name, or "hf:" and a folder or name of a transformers model.
-        weights: local .safetensors file.
-        img_size: input side.
-        crop_pct: centre-crop fraction.
-        pooling: of a transformers model: "encoder", "cls", "mean" or "last".
-        max_length: tokens kept of a text.
-        dtype: of the frozen weights of a transformers model: "float32", "bfloat16", "float16" or "auto".
-        quantization: of the frozen weights of a transformers model: "int8" or "nf4".
-    """
+    """Which backbone: the arguments of :meth:`FrozenBackbone.load`."""
 
     name: str = DEFAULT_BACKBONE
     weights: str | None = None
