@@ -269,11 +269,7 @@ class AdapterStrategy(SupervisedTemplate):
     ) -> Phase:
         """All epochs of the task on adapter parameters and the linear head.
 
-        Args:
-            adapter: what is trained besides the head.
-            loss: of a batch.
-            start: the first block in which anything is trained; default the first with adapters.
-            schedule: of the learning rates.
+        ``start`` is the first block in which anything is trained; default the first with adapters.
         """
         config = self._training_config()
         live = ParamGroup(params=adapter, lr=config.lr, weight_decay=config.weight_decay)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
@@ -13,7 +13,7 @@ from cl_adapters.benchmarks.cli._console import console, print_json, say
 from cl_adapters.benchmarks.cli.index import Name, Stale, opened_index
 from cl_adapters.benchmarks.cli.options import BenchmarkSeed, Json, Limit, Pool, Weights, parse_settings
 from cl_adapters.benchmarks.cli.pool import opened
-from cl_adapters.errors import ConfigError
+from cl_adapters.errors import ConfigError, PoolError
 
 if TYPE_CHECKING:
     from cl_adapters.benchmarks.run.pool_accuracy import BenchmarkItems
@@ -60,13 +60,14 @@ def evaluate_command(
     """
     from cl_adapters.benchmarks.run.pool_accuracy import batches
     from cl_adapters.openset import open_set
-    from cl_adapters.predictors.base import predictors
+    from cl_adapters.predictors.base import predictor_from, predictors
 
     store = opened(pool, weights)
     index = opened_index(store, name, stale)
     if settings and predictor is None:
         raise ConfigError("--set is for the options of --predictor NAME")
-    model = _model(store, index, _predictor(predictor, parse_settings(settings or ())))
+    options = parse_settings(settings or ())
+    model = _model(store, index, None if predictor is None else predictor_from({"type": predictor} | options))
     known, strangers = _asked(store, index, benchmark, unseen or (), seed, limit)
     inputs = (x for items in strangers for x, _ in batches(model, items))
     found = open_set(model, batches(model, known), inputs)
@@ -99,15 +100,8 @@ def _show(found: OpenSet) -> None:
     console.print(table)
 
 
-def _predictor(name: str | None, options: dict[str, Any]) -> Predictor | None:
-    from cl_adapters.predictors.base import predictor_from
-
-    return None if name is None else predictor_from({"type": name} | options)
-
-
 def _model(store: AdapterPool, index: AdapterIndex, predictor: Predictor | None) -> AdapterModel:
     """Of the index's records; by the nearest key where the pool's own rule cannot run on them."""
-    from cl_adapters.errors import PoolError
     from cl_adapters.model.facade import AdapterModel
     from cl_adapters.predictors.nearest_key import NearestKey
 

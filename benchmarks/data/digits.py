@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from cl_adapters.benchmarks.base import (
+    CHARACTERS,
     Augmentation,
     BenchmarkConfig,
     BenchmarkData,
@@ -41,9 +42,7 @@ class Digits(BenchmarkConfig):
 
     tasks: int = 5
     order_seed: int | None = None
-    augmentation: Augmentation = field(
-        default_factory=lambda: Augmentation(kind="affine", scale=(0.9, 1.1), flip=False)
-    )
+    augmentation: Augmentation = CHARACTERS
 
     def load(self, seed: int) -> BenchmarkData:
         """Return the digits; ``seed`` only sets the class order, never the split.

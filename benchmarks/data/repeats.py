@@ -8,13 +8,14 @@ grow in the first D tasks and then stop.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from cl_adapters.benchmarks.base import (
+    CHARACTERS,
     Augmentation,
     BenchmarkConfig,
     BenchmarkData,
@@ -134,9 +135,7 @@ class Repeats(BenchmarkConfig):
     size: int = 32
     order_seed: int | None = None
     image_seed: int | None = None
-    augmentation: Augmentation = field(
-        default_factory=lambda: Augmentation(kind="affine", scale=(0.9, 1.1), flip=False)
-    )
+    augmentation: Augmentation = CHARACTERS
 
     def __post_init__(self) -> None:
         for name in ("classes_per_task", "train_per_class", "test_per_class"):
