@@ -87,11 +87,7 @@ class Job:
     out: Path
 
     def command(self, settings: Sequence[str]) -> list[str]:
-        """The words after `cl-adapters`: begin the run, or go on with it where its folder exists.
-
-        Args:
-            settings: KEY=VALUE for all runs; the job's own win.
-        """
+        """The words after `cl-adapters`: begin the run, or go on with it where its folder exists; own settings win."""
         if self.out.exists():
             return ["resume", str(self.out), "--threads", "1"]
         own = dict(self.strategy.settings)

@@ -24,11 +24,7 @@ def strategy_variant(strategy: str, options: Options, others: Sequence[Options])
     """Return the adapter type, if it is not the strategy's default, and by which options it differs from others.
 
     Options of the adapter are compared with those of the same type only: a LoRA has a rank because it is one.
-
-    Args:
-        strategy: registered name; a name that is not known here has no default.
-        options: of the run, without those of its benchmark.
-        others: those of all runs of the strategy on this benchmark, this one included.
+    ``options`` are those of the run without those of its benchmark, ``others`` those of all runs of the strategy on it.
     """
     kind = dict(options).get(_TYPE)
     alike = [other for other in others if dict(other).get(_TYPE) == kind]

@@ -21,9 +21,7 @@ AGREE_WITHIN = 1e-6
 def figures(accuracy_matrix: Rows, counts: Sequence[int]) -> dict[str, Any]:
     """What follows from an accuracy matrix, by name, ready for JSON (:mod:`cl_adapters.metrics`).
 
-    Args:
-        accuracy_matrix: [T, T] in percent; None or NaN where nothing was measured.
-        counts: [T] test samples.
+    The matrix is [T, T] in percent, None or NaN where nothing was measured; ``counts`` are [T] test samples.
     """
     matrix = np.array(accuracy_matrix, dtype=np.float64)
     curve = metrics.average_curve(matrix, counts)

@@ -28,13 +28,7 @@ DEFAULT_BACKBONE = "vit_glyph_tiny"
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """Settings of a strategy on a benchmark or data set: the file ``configs/STRATEGY-NAME.yaml``.
-
-    Attributes:
-        strategy: registered name.
-        name: a benchmark, or a data set that the benchmark "folder" reads.
-        path: of the file.
-    """
+    """Settings of a strategy on a benchmark, or a data set that "folder" reads: ``configs/STRATEGY-NAME.yaml``."""
 
     strategy: str
     name: str
@@ -94,12 +88,7 @@ class Experiment:
     """Everything that decides a run's numbers.
 
     Attributes:
-        strategy: registered name, with
-        strategy_config: its settings.
-        benchmark: registered name, with
-        benchmark_config: its parameters.
-        backbone: which backbone.
-        seed: of the run.
+        strategy, benchmark: registered names; ``strategy_config`` and ``benchmark_config`` are their settings.
         keys: what is kept of each class to look inputs up by; None: nothing.
         predictor: how inputs are answered; None: the strategy's own.
     """

@@ -47,12 +47,7 @@ class Samples:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkItems:
-    """Test samples of some classes.
-
-    Attributes:
-        data: the benchmark.
-        indices: positions among its test samples, by class.
-    """
+    """Test samples of some classes of a benchmark: their positions among all of it, by class."""
 
     data: BenchmarkData
     indices: tuple[int, ...]
@@ -115,15 +110,8 @@ def compress_measured(
 ) -> tuple[tuple[Compressed, ...], Change | str | None]:
     """Store adapters in fewer bits, with the accuracy before and after, which a copy shows first.
 
-    Asked is the model of all records, where no class belongs to two of them; else that of the compressed ones.
-
-    Args:
-        pool: changed in place, if there is no ``to``.
-        codec: how.
-        ids: of the adapters; None: all.
-        samples: as in :func:`merge_measured`.
-        to: new folder of a pool of these adapters.
-        dry_run: write nothing.
+    Asked is the model of all records, where no class belongs to two of them; else that of the compressed ones. The pool
+    is changed in place, unless ``to`` is the new folder of a pool of these adapters.
 
     Returns:
         What becomes of each, and the accuracy as in :func:`merge_measured`.
