@@ -19,7 +19,7 @@ import typer
 
 from cl_adapters.benchmarks.results.results import Results, read
 from cl_adapters.benchmarks.run.experiment import Experiment, resolve
-from cl_adapters.benchmarks.run.runner import Listener, run
+from cl_adapters.benchmarks.run.runner import run
 from cl_adapters.benchmarks.streams.datasets import ImageDataset
 
 PUBLIC_FORWARD_MS = 10.0
@@ -53,7 +53,7 @@ class Enough(Exception):
     """Ends a run after the tasks that are compared."""
 
 
-class Forward(Listener[Results]):
+class Forward:
     """Measures the frozen forward pass between tasks and says how the run goes."""
 
     def __init__(self, experiment: Experiment, tasks: int) -> None:
@@ -73,6 +73,12 @@ class Forward(Listener[Results]):
                 start = time.process_time()
                 self.backbone(self.x)
                 self.ms.append(1000 * (time.process_time() - start) / len(self.x))
+
+    def task_started(self, task: int, tasks: int, names: list[str]) -> None:
+        """Nothing."""
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        """Nothing."""
 
     def task_finished(self, results: Results) -> None:
         """One line, and a measurement."""
