@@ -48,6 +48,10 @@ class Augmentation:
             raise ValueError(f"augmentation kind must be 'crop', 'affine' or 'none', not {self.kind!r}")
 
 
+CHARACTERS = Augmentation(kind="affine", scale=(0.9, 1.1), flip=False)
+"""For images of characters: many a mirrored one is another, or none."""
+
+
 @dataclass(frozen=True)
 class ImageSet:
     """Decoded images with labels.

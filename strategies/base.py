@@ -113,11 +113,12 @@ class AdapterStrategy(SupervisedTemplate):
     _stop_training: bool
     _logits: Tensor | None = None
     _output: Tensor | None = None
-    _unfinished: bool
-    _phase: Phase | None
-    _features: Tensor | None
-    _dropout_generator: torch.Generator | None
-    _cache: ActivationCache | None
+    _unfinished: bool = False
+    _phase: Phase | None = None
+    _features: Tensor | None = None
+    _dropout_generator: torch.Generator | None = None
+    _cache: ActivationCache | None = None
+    _visits: int = 0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -171,13 +172,7 @@ class AdapterStrategy(SupervisedTemplate):
         self.progress = progress
         self.trainable_parameters = 0
         self.expansions = []
-        self._unfinished = False
-        self._phase = None
-        self._features = None
-        self._dropout_generator = None
         self._loader_options: dict[str, Any] = {}
-        self._visits = 0
-        self._cache = None
         if getattr(self.config, "cached_views", 0):
             model.backbone.check_resumable()
 
@@ -269,11 +264,7 @@ class AdapterStrategy(SupervisedTemplate):
     ) -> Phase:
         """All epochs of the task on adapter parameters and the linear head.
 
-        Args:
-            adapter: what is trained besides the head.
-            loss: of a batch.
-            start: the first block in which anything is trained; default the first with adapters.
-            schedule: of the learning rates.
+        ``start`` is the first block in which anything is trained; default the first with adapters.
         """
         config = self._training_config()
         live = ParamGroup(params=adapter, lr=config.lr, weight_decay=config.weight_decay)

@@ -75,12 +75,7 @@ def resolve(
 ) -> StrategyConfig:
     """The settings of a strategy from a whole configuration, single options, or options on top of one.
 
-    Args:
-        owner: name of the strategy, for messages.
-        cls: its configuration class.
-        config: a configuration, or None for the defaults.
-        options: single fields by name.
-        keywords: everything that the strategy's constructor takes, these fields included.
+    ``owner`` names the strategy in messages, ``keywords`` are all that its constructor takes, fields included.
 
     Raises:
         ConfigError: an unknown option (with the nearest keyword), a wrong type or range, another strategy's settings.

@@ -179,15 +179,7 @@ def orthogonality_loss(f_BD: Tensor, means_KD: Tensor | None, temperature: float
     """L_orth of MOS: every row of [class means; batch features] should be most similar to itself.
 
     S = M M^T / temperature on raw (not normalised) rows; mean over the rows of the cross-entropy with the row's own
-    index (released mos.py:335-355). Means are constants.
-
-    Args:
-        f_BD: features of the batch.
-        means_KD: means of all classes of finished tasks; None at the first task.
-        temperature: divisor of the similarities.
-
-    Returns:
-        A scalar.
+    index (released mos.py:335-355). Means, of all classes of finished tasks, are constants; None at the first task.
     """
     rows_MD = f_BD if means_KD is None else torch.cat([means_KD.to(f_BD), f_BD])
     similarity_MM = rows_MD @ rows_MD.T / temperature

@@ -37,13 +37,7 @@ def constant_lr(lr: float, epoch: int, epochs: int) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class ParamGroup:
-    """Parameters that share a learning rate.
-
-    Attributes:
-        params: what is trained.
-        lr: learning rate at the start of the phase.
-        weight_decay: L2 factor.
-    """
+    """Parameters that share a learning rate (that of the phase's start) and an L2 factor."""
 
     params: Sequence[nn.Parameter]
     lr: float

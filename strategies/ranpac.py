@@ -138,16 +138,7 @@ class RanPAC(AdapterStrategy):
 
 
 def hold_back(columns_N: Tensor, share: float, generator: torch.Generator) -> Tensor:
-    """Draw a share of each class's samples: at least one and not all, none of a class of one.
-
-    Args:
-        columns_N: class columns int64 [N].
-        share: of each class, in (0, 1).
-        generator: of the draw.
-
-    Returns:
-        bool [N].
-    """
+    """Draw a share, in (0, 1), of each class's samples, bool [N]: at least one and not all, none of a class of one."""
     held_N = torch.zeros(len(columns_N), dtype=torch.bool)
     for column in columns_N.unique():
         rows = (columns_N == column).nonzero().flatten()

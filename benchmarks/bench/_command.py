@@ -32,12 +32,7 @@ class _ManyWords(TyperCommand):
 
 
 def command_of(main: Callable[..., None], help: str | None) -> typer.Typer:
-    """A bench as a command.
-
-    Args:
-        main: its typed function.
-        help: the docstring of its module, printed line by line as it is written.
-    """
+    """A bench as a command; ``help``, the docstring of its module, is printed line by line as it is written."""
     app = typer.Typer(add_completion=False, pretty_exceptions_enable=False, rich_markup_mode=None)
     paragraphs = (help or "").split("\n\n")
     app.command(cls=_ManyWords, help="\n\n".join(f"\b\n{text}" for text in paragraphs))(main)

@@ -1,19 +1,17 @@
-"""Several runs as one table: mean and standard deviation over seeds, for the terminal and for Markdown."""
+"""Several runs as one Markdown table: mean and standard deviation over seeds."""
 
 from __future__ import annotations
 
 import math
-import os
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from rich.table import Table
 
 from cl_adapters.benchmarks.bench.variants import Options, benchmark_variant, completed, strategy_variant
 from cl_adapters.benchmarks.report.report import flat
 from cl_adapters.benchmarks.report.svg import amount
-from cl_adapters.benchmarks.results.results import Results, read
+from cl_adapters.benchmarks.results.results import Results
 from cl_adapters.errors import DataError
 
 # Differences in these options do not make another experiment: they are what is averaged over, or places.
@@ -46,23 +44,17 @@ class Row:
     """Runs of one experiment that differ in their seed only.
 
     Attributes:
-        benchmark: its name.
         benchmark_variant: by what it differs from others of that name in the table, or "".
-        strategy: its name.
         variant: an adapter type that is not the strategy's default, and the options by which this row differs from
             others of the same strategy and benchmark; or "".
-        seeds: of the runs, ascending.
+        seeds: ascending.
         num_tasks: finished tasks, the same in all runs.
-        a_bar: percent.
-        a_last: percent.
-        forgetting: percentage points.
-        trainable_parameters: trainable parameters of the largest task.
+        a_bar, a_last: percent; forgetting in percentage points.
+        trainable_parameters: of the largest task.
         adapters: in the end.
-        adapter_parameters: numbers in all adapters, in the end.
         stored_bytes: of all tasks together.
         passes_per_image: of the backbone, in evaluation.
         learning_seconds: real time of training, statistics and alignment.
-        eval_seconds: real time of all evaluations.
         cpu_seconds: CPU time of everything; unlike real time it can be compared between runs side by side.
     """
 
@@ -77,40 +69,25 @@ class Row:
     forgetting: Stat
     trainable_parameters: Stat
     adapters: Stat
-    adapter_parameters: Stat
     stored_bytes: Stat
     passes_per_image: Stat
     learning_seconds: Stat
-    eval_seconds: Stat
     cpu_seconds: Stat
 
 
-def load_runs(folders: Iterable[str | os.PathLike[str]]) -> list[Results]:
-    """Read ``results.json`` of each run folder.
-
-    Raises:
-        StorageError: one of them has none, or one that cannot be read.
-    """
-    return [read(folder) for folder in folders]
-
-
-def summarise(runs: Sequence[Results], ignore: Collection[str] = NOT_PART_OF_THE_EXPERIMENT) -> list[Row]:
-    """Group runs by benchmark, strategy and configuration, and average over their seeds.
+def summarise(runs: Sequence[Results]) -> list[Row]:
+    """Group runs by benchmark, strategy and configuration, and average over their seeds; rows in the order of runs.
 
     Runs of one strategy on one benchmark that differ in more than their seed (an option, the adapter type, the
     backbone, the number of finished tasks) become rows of their own, named by what differs: a mean over them would
     mean nothing.
-
-    Args:
-        runs: in the order in which their rows should come.
-        ignore: full names of options ("a.b") that do not make another experiment.
 
     Raises:
         DataError: the same experiment was run twice with the same seed, which would make the deviation too small.
     """
     benchmarks: dict[str, dict[Options, dict[str, dict[Options, list[Results]]]]] = {}
     for run in runs:
-        options = _options(run, ignore)
+        options = _options(run)
         of_benchmark = tuple(pair for pair in options if pair[0].startswith("benchmark."))
         rest = tuple(pair for pair in options if pair not in of_benchmark)
         strategies = benchmarks.setdefault(run.benchmark, {}).setdefault(of_benchmark, {})
@@ -128,16 +105,6 @@ def to_markdown(rows: Sequence[Row]) -> str:
     """Return the rows as a Markdown table."""
     lines = [list(_HEADINGS), ["---"] * _WORDS + ["---:"] * (len(_HEADINGS) - _WORDS), *map(_cells, rows)]
     return "\n".join("| " + " | ".join(cell.replace("|", "\\|") for cell in line) + " |" for line in lines) + "\n"
-
-
-def to_table(rows: Sequence[Row], title: str = "") -> Table:
-    """Return the rows as a rich table for the terminal."""
-    table = Table(title=title or None)
-    for position, heading in enumerate(_HEADINGS):
-        table.add_column(heading, justify="left" if position < _WORDS else "right", overflow="fold")
-    for row in rows:
-        table.add_row(*(cell.replace("[", "\\[") for cell in _cells(row)))
-    return table
 
 
 _HEADINGS = (
@@ -159,13 +126,12 @@ _WORDS = 3
 
 
 def _cells(row: Row) -> list[str]:
-    figures = (row.a_bar, row.a_last, row.forgetting)
     return [
         _label(row.benchmark, row.benchmark_variant),
         _label(row.strategy, row.variant),
         _ranges(row.seeds),
         str(row.num_tasks),
-        *(_with_deviation(stat, 2) for stat in figures),
+        *(_with_deviation(stat, 2) for stat in (row.a_bar, row.a_last, row.forgetting)),
         amount(row.trainable_parameters.mean),
         "–" if row.adapters.mean is None else f"{row.adapters.mean:.1f}".removesuffix(".0"),
         _with_deviation(row.passes_per_image, 2),
@@ -200,21 +166,19 @@ def _row(group: Sequence[Results], benchmark_variant: str, variant: str) -> Row:
         forgetting=Stat.of([run.forgetting for run in group]),
         trainable_parameters=Stat.of([max(run.trainable_parameters) for run in group]),
         adapters=Stat.of([run.adapters[-1] if run.adapters else None for run in group]),
-        adapter_parameters=Stat.of([run.adapter_parameters[-1] if run.adapter_parameters else None for run in group]),
         stored_bytes=Stat.of([sum(run.stored_bytes_per_task) for run in group]),
         passes_per_image=Stat.of([run.backbone_passes_per_image.overall for run in group]),
         learning_seconds=Stat.of([run.seconds.total - run.seconds.eval for run in group]),
-        eval_seconds=Stat.of([run.seconds.eval for run in group]),
         cpu_seconds=Stat.of([run.cpu_seconds.total for run in group]),
     )
 
 
-def _options(run: Results, ignore: Collection[str]) -> Options:
+def _options(run: Results) -> Options:
     # The fingerprint says which backbone it was; where its weights lay does not matter.
     kept = {
         name: value
         for name, value in flat(completed(run.config))
-        if name not in ignore and not name.startswith("backbone.")
+        if name not in NOT_PART_OF_THE_EXPERIMENT and not name.startswith("backbone.")
     }
     fixed = {"backbone": f"{run.backbone.name} {run.backbone.fingerprint[:8]}", "finished tasks": str(run.num_tasks)}
     return tuple(sorted((kept | fixed).items()))

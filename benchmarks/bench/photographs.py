@@ -16,7 +16,7 @@ import typer
 
 from cl_adapters.benchmarks.bench import table
 from cl_adapters.benchmarks.bench._command import Jobs, RunsFolder, command_of
-from cl_adapters.benchmarks.bench.public_code import DeitWeights, Images
+from cl_adapters.benchmarks.bench.public_code import BACKBONE, SETTINGS, DeitWeights, Images
 
 SETTING_A = "train_mb_size=32,train_epochs=8,lr=0.03"
 STRATEGIES = (
@@ -42,16 +42,8 @@ def main(
     jobs: Jobs = 1,
 ) -> None:
     """Run what is missing, then print the table as Markdown."""
-    settings = [
-        "backbone.name=timm:deit_tiny_patch16_224",
-        f"backbone.weights={weights.resolve()}",
-        "backbone.img_size=112",
-        "backbone.crop_pct=0.875",
-        "benchmark.tasks=10",
-        "benchmark.max_train_per_class=50",
-        "benchmark.max_test_per_class=10",
-        "benchmark.order_seed=1993",
-    ]
+    settings = [f"backbone.name={BACKBONE}", f"backbone.weights={weights.resolve()}"]
+    settings += [f"{key}={value}" for key, value in SETTINGS.items()]
     table.main(out, [f"folder:{images}"], strategies or list(STRATEGIES), seeds or [1993], settings, jobs)
 
 

@@ -23,6 +23,16 @@ from cl_adapters.benchmarks.run.runner import run
 from cl_adapters.benchmarks.streams.datasets import ImageDataset
 
 PUBLIC_FORWARD_MS = 10.0
+BACKBONE = "timm:deit_tiny_patch16_224"
+SETTINGS: dict[str, Any] = {
+    "img_size": 112,
+    "crop_pct": 0.875,
+    "benchmark.tasks": 10,
+    "benchmark.max_train_per_class": 50,
+    "benchmark.max_test_per_class": 10,
+    "benchmark.order_seed": 1993,
+}
+"""The photographs, the same for all methods."""
 
 Images = Annotated[Path, typer.Option(help="CIFAR-100 as train/CLASS/*.png, test/CLASS/*.png")]
 DeitWeights = Annotated[Path, typer.Option(help="deit_tiny_patch16_224 as .safetensors")]
@@ -78,41 +88,34 @@ class Forward:
             raise Enough
 
 
-def run_on_photographs(
-    strategy: str, settings: Mapping[str, Any], tasks: int, *, images: Path, weights: Path, seed: int, out: Path
-) -> tuple[Results, float]:
-    """Run a strategy on the first ``tasks`` of 10 tasks of 10 classes, on one thread.
+def compare(
+    strategy: str,
+    settings: Mapping[str, Any],
+    public: Public,
+    what: str,
+    *,
+    images: Path,
+    weights: Path,
+    seed: int,
+    out: Path,
+) -> Results:
+    """Run a strategy on the tasks that the public code was run on, on one thread.
 
-    Returns:
-        The results, and the milliseconds of one frozen forward pass of one image (median over the run).
+    Prints both curves, and the times in frozen forward passes of one image (median over the run).
     """
     torch.set_num_threads(1)
     experiment = resolve(
         strategy,
         f"folder:{images}",
-        backbone="timm:deit_tiny_patch16_224",
+        backbone=BACKBONE,
         weights=str(weights),
         seed=seed,
-        settings={
-            "img_size": 112,
-            "crop_pct": 0.875,
-            "benchmark.tasks": 10,
-            "benchmark.max_train_per_class": 50,
-            "benchmark.max_test_per_class": 10,
-            "benchmark.order_seed": 1993,
-            "train_mb_size": 32,
-            "weight_decay": 5e-4,
-            **settings,
-        },
+        settings={**SETTINGS, "train_mb_size": 32, "weight_decay": 5e-4, **settings},
     )
-    forward = Forward(experiment, tasks)
+    forward = Forward(experiment, len(public.curve))
     with contextlib.suppress(Enough):
         run(experiment, out, listener=forward)
-    return read(out), statistics.median(forward.ms)
-
-
-def compare(results: Results, public: Public, what: str, forward_ms: float) -> None:
-    """Print both curves, and the times in frozen forward passes of one image."""
+    results, forward_ms = read(out), statistics.median(forward.ms)
     ours, curve = results.cpu_seconds, public.curve
     print(f"\nA_t here    {' '.join(f'{value:.2f}' for value in results.a_curve if value is not None)}")
     print(f"A_t public  {' '.join(f'{value:.2f}' for value in curve)}   ({what})")
@@ -131,3 +134,4 @@ def compare(results: Results, public: Public, what: str, forward_ms: float) -> N
         if there:
             a, b = 1000 * here / forward_ms, 1000 * there / PUBLIC_FORWARD_MS
             print(f"{name:28}{here:9.1f}{there:10.1f}{a:11.0f}{b:12.0f}{b / a:13.2f}")
+    return results

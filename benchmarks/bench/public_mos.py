@@ -16,14 +16,7 @@ from typing import Annotated
 import typer
 
 from cl_adapters.benchmarks.bench._command import command_of, one_of
-from cl_adapters.benchmarks.bench.public_code import (
-    DeitWeights,
-    Images,
-    Public,
-    RunFolder,
-    compare,
-    run_on_photographs,
-)
+from cl_adapters.benchmarks.bench.public_code import DeitWeights, Images, Public, RunFolder, compare
 
 WHAT = {"released": "public code, untouched", "paper": "public code, one merge per step, evaluation pure"}
 PUBLIC = {
@@ -32,8 +25,7 @@ PUBLIC = {
     ("B", "released"): Public((92.0, 77.5, 73.67, 71.0, 68.0), 937, 42, 60),
     ("B", "paper"): Public((92.0, 77.5, 74.0, 70.25, 66.6), 926, 42, 56),
 }
-SETTINGS = {"A": (10, 8, 0.03), "B": (5, 20, 0.1)}
-"""Tasks, epochs, learning rate."""
+SETTINGS = {"A": {"train_epochs": 8, "lr": 0.03}, "B": {"train_epochs": 20, "lr": 0.1}}
 
 
 def main(
@@ -45,10 +37,9 @@ def main(
     setting: Annotated[str, typer.Option(callback=one_of(sorted(SETTINGS)), help="A or B")] = "A",
 ) -> None:
     """Run one schedule and print the comparison."""
-    tasks, epochs, lr = SETTINGS[setting]
-    settings = {"merge": merge, "train_epochs": epochs, "lr": lr}
-    results, forward_ms = run_on_photographs("mos", settings, tasks, images=images, weights=weights, seed=seed, out=out)
-    compare(results, PUBLIC[setting, merge], WHAT[merge], forward_ms)
+    settings = {"merge": merge, **SETTINGS[setting]}
+    public = PUBLIC[setting, merge]
+    compare("mos", settings, public, WHAT[merge], images=images, weights=weights, seed=seed, out=out)
 
 
 if __name__ == "__main__":

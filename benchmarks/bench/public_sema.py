@@ -16,18 +16,10 @@ from typing import Annotated
 import typer
 
 from cl_adapters.benchmarks.bench._command import command_of
-from cl_adapters.benchmarks.bench.public_code import (
-    DeitWeights,
-    Images,
-    Public,
-    RunFolder,
-    compare,
-    run_on_photographs,
-)
+from cl_adapters.benchmarks.bench.public_code import DeitWeights, Images, Public, RunFolder, compare
 
 PUBLIC = Public((92.0, 73.0, 63.0, 56.25, 55.8), 942, 0, 12)
 WHAT = "public code; it expanded once, at task 3, in all three blocks"
-TASKS = 5
 
 
 def main(
@@ -48,10 +40,7 @@ def main(
         "descriptor_epochs": 10,
         "cached_views": cached_views,
     }
-    results, forward_ms = run_on_photographs(
-        "sema", settings, TASKS, images=images, weights=weights, seed=seed, out=out
-    )
-    compare(results, PUBLIC, WHAT, forward_ms)
+    results = compare("sema", settings, PUBLIC, WHAT, images=images, weights=weights, seed=seed, out=out)
     for found in results.expansions or ():
         print(
             f"task {found.task + 1}: block {found.block} expanded (score {found.score:.2f} > {found.threshold:g}, "

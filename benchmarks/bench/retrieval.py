@@ -129,7 +129,8 @@ def table(model: AdapterModel, data: BenchmarkData, rates: list[float]) -> None:
     print(f"adapters move the features by {100 * shift(model, known[0][0]):.2g} % of their length")
     free = open_set(model, known, strangers, predictor=NearestKey())
     keys = model.part(CLASS_KEYS, Keys)
-    print(f"AUROC, {images(known)} known against {sum(map(len, strangers))} of classes never seen: {free.auroc:.3f}")
+    asked = sum(len(y) for _, y in known)
+    print(f"AUROC, {asked} known against {sum(map(len, strangers))} of classes never seen: {free.auroc:.3f}")
     print(f"threshold from {len(keys.held_out_HD)} held-back features:   coverage %   false accepts %   accuracy %")
     for rate in rates:
         for target in ("false_reject", "false_accept"):
@@ -160,11 +161,6 @@ def batches(
     prepared = prepare(data, model.backbone)
     indices = [index for labels in tasks for index in task_indices(data.test, labels)]
     yield from DataLoader(as_dataset(prepared.data.test, indices, prepared.eval_transform), batch_size=128)
-
-
-def images(known: list[tuple[Tensor, Tensor]]) -> int:
-    """How many."""
-    return sum(len(y) for _, y in known)
 
 
 if __name__ == "__main__":

@@ -10,8 +10,6 @@ activations read from the cache; "uncached" trains adapters in all blocks and th
 
 from __future__ import annotations
 
-import statistics
-import time
 from collections.abc import Callable
 from typing import Annotated
 
@@ -24,6 +22,7 @@ from cl_adapters.adapters.bottleneck import Bottleneck
 from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.bank.bank import AdapterBank, Route, Routes
 from cl_adapters.benchmarks.bench._command import command_of
+from cl_adapters.benchmarks.bench.pool import medians
 from cl_adapters.model.facade import AdapterModel
 from cl_adapters.parts.descriptors import Descriptors
 from cl_adapters.parts.router import ExpandableRouter
@@ -45,8 +44,7 @@ def main(
     x, y = torch.randn(batch, 3, side, side), torch.arange(batch) % CLASSES
     route = Route.single(0)
     uncached = _step(model, model.bank.slot_parameters(0), y, lambda: model.features(x, route))
-    everywhere = _median([uncached], 2)[0]  # warm up, then freeze as after the first task
-    model.bank.freeze(0)
+    model.bank.freeze(0)  # as after the first task
     mixture.freeze()
     rows = [_expand(model, mixture, block) for block in mixture.blocks]
     new = [p for slot in range(1, 4) for p in model.bank.slot_parameters(slot)] + [p for row in rows for p in row]
@@ -57,13 +55,8 @@ def main(
     store.write(0, 0, h)
     first = torch.zeros(len(h), dtype=torch.long)
     routes: Routes = mixture.routes(model.bank)
-    cached = _step(
-        model,
-        new,
-        y,
-        lambda: model.features(store.read(first, torch.arange(len(h))), routes, start=start),
-    )
-    everywhere, last = _median([_thaw(model, uncached), _chill(model, cached)], repeats)
+    cached = _step(model, new, y, lambda: model.features(store.read(first, torch.arange(len(h))), routes, start=start))
+    everywhere, last = medians([_with_first(model, True, uncached), _with_first(model, False, cached)], repeats)
     per = 1000 / batch
     print(f"uncached step, adapters in all 12 blocks  {per * everywhere:7.2f} ms/image")
     print(f"cached step, adapters in the last 3       {per * last:7.2f} ms/image")
@@ -107,32 +100,17 @@ def _step(
     return step
 
 
-def _thaw(model: AdapterModel, step: Callable[[], None]) -> Callable[[], None]:
-    """The first adapter trains in this step."""
-    return lambda: _with_first(model, True, step)
-
-
-def _chill(model: AdapterModel, step: Callable[[], None]) -> Callable[[], None]:
-    """The first adapter is frozen in this step."""
-    return lambda: _with_first(model, False, step)
-
-
-def _with_first(model: AdapterModel, live: bool, step: Callable[[], None]) -> None:
+def _with_first(model: AdapterModel, trains: bool, step: Callable[[], None]) -> Callable[[], None]:
+    """The step, with the first adapter trained or frozen in it."""
     assert model.bank is not None
-    for parameter in model.bank.slot_parameters(0):
-        parameter.requires_grad_(live)
-    step()
+    first = model.bank.slot_parameters(0)
 
+    def whole() -> None:
+        for parameter in first:
+            parameter.requires_grad_(trains)
+        step()
 
-def _median(steps: list[Callable[[], None]], repeats: int) -> list[float]:
-    """CPU seconds of each step, median over rounds in which they take turns."""
-    seconds: list[list[float]] = [[] for _ in steps]
-    for _ in range(repeats):
-        for step, times in zip(steps, seconds, strict=True):
-            began = time.process_time()
-            step()
-            times.append(time.process_time() - began)
-    return [statistics.median(times) for times in seconds]
+    return whole
 
 
 def _descriptor_calls(model: AdapterModel, x: Tensor) -> int:

@@ -87,11 +87,7 @@ class Job:
     out: Path
 
     def command(self, settings: Sequence[str]) -> list[str]:
-        """The words after `cl-adapters`: begin the run, or go on with it where its folder exists.
-
-        Args:
-            settings: KEY=VALUE for all runs; the job's own win.
-        """
+        """The words after `cl-adapters`: begin the run, or go on with it where its folder exists; own settings win."""
         if self.out.exists():
             return ["resume", str(self.out), "--threads", "1"]
         own = dict(self.strategy.settings)
@@ -132,16 +128,7 @@ def known_strategies() -> list[str]:
 
 
 def run_all(todo: Sequence[Job], settings: Sequence[str] = (), at_a_time: int = 1) -> bool:
-    """Run what is missing, then print the table as Markdown.
-
-    Args:
-        todo: the runs.
-        settings: KEY=VALUE for all of them.
-        at_a_time: processes.
-
-    Returns:
-        Whether all runs are there.
-    """
+    """Run what is missing, then print the table as Markdown; false where a run failed."""
     with ThreadPoolExecutor(at_a_time) as pool:
         failures = [line for line in pool.map(lambda job: _run(job, settings), todo) if line]
     for line in failures:

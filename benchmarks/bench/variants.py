@@ -16,12 +16,7 @@ _ADAPTER = "strategy.adapter."
 
 
 def benchmark_variant(options: Options, others: Sequence[Options]) -> str:
-    """Return by which of its options a benchmark differs from others of the same name: "tasks=20".
-
-    Args:
-        options: of the benchmark.
-        others: those of all benchmarks of that name in the table, this one included.
-    """
+    """Return by which of its options a benchmark differs from all of the same name in the table: "tasks=20"."""
     return ", ".join(f"{name.removeprefix('benchmark.')}={value}" for name, value in differing(options, others))
 
 
@@ -29,22 +24,14 @@ def strategy_variant(strategy: str, options: Options, others: Sequence[Options])
     """Return the adapter type, if it is not the strategy's default, and by which options it differs from others.
 
     Options of the adapter are compared with those of the same type only: a LoRA has a rank because it is one.
-
-    Args:
-        strategy: registered name; a name that is not known here has no default.
-        options: of the run, without those of its benchmark.
-        others: those of all runs of the strategy on this benchmark, this one included.
+    ``options`` are those of the run without those of its benchmark, ``others`` those of all runs of the strategy on it.
     """
     kind = dict(options).get(_TYPE)
     alike = [other for other in others if dict(other).get(_TYPE) == kind]
     parts = [] if kind is None or kind == default_adapter(strategy) else [kind]
-    for name, value in differing(options, others):
-        if not name.startswith(_ADAPTER):
-            parts.append(f"{name.removeprefix('strategy.')}={value}")
-    for name, value in differing(options, alike):
-        if name.startswith(_ADAPTER):
-            parts.append(f"{name.removeprefix('strategy.')}={value}")
-    return ", ".join(parts)
+    found = [pair for pair in differing(options, others) if not pair[0].startswith(_ADAPTER)]
+    found += [pair for pair in differing(options, alike) if pair[0].startswith(_ADAPTER)]
+    return ", ".join(parts + [f"{name.removeprefix('strategy.')}={value}" for name, value in found])
 
 
 def differing(options: Options, others: Sequence[Options]) -> list[tuple[str, str]]:

@@ -14,6 +14,7 @@ from rich.table import Table
 
 from cl_adapters.benchmarks.cli._console import console, print_json, say
 from cl_adapters.benchmarks.cli.options import Json, Pool, TextFile, Texts, Weights, given_texts, parse_settings
+from cl_adapters.benchmarks.cli.pool import opened
 from cl_adapters.errors import ConfigError, DataError
 
 if TYPE_CHECKING:
@@ -59,10 +60,10 @@ def build_command(
     from cl_adapters.index.files import default_folder
     from cl_adapters.index.index import AdapterIndex
 
-    opened = opened_pool(pool)
+    store = opened(pool)
     chosen: dict[str, Any] = {"keys": keys, "metric": metric}  # checked by the index
     index = AdapterIndex.build(
-        opened,
+        store,
         **chosen,
         per_class=per_class,
         backend=backend,
@@ -72,7 +73,7 @@ def build_command(
     )
     if false_reject is not None or false_accept is not None:
         calibrate(index, false_reject, false_accept=false_accept)
-    folder = index.save(default_folder(opened, _checked(name)))
+    folder = index.save(default_folder(store, _checked(name)))
     _describe(index, folder, as_json)
 
 
@@ -97,9 +98,9 @@ def query_command(
     texts = given_texts(text, text_file)
     if bool(inputs) == bool(texts):
         raise ConfigError("give image files or .npy files of features, or --text TEXT" + (", not both" * bool(texts)))
-    opened = opened_pool(pool, weights)
-    index = opened_index(opened, name, stale)
-    names, features = (texts, _encoded(opened.backbone, texts)) if texts else _features(opened, inputs or [])
+    store = opened(pool, weights)
+    index = opened_index(store, name, stale)
+    names, features = (texts, _encoded(store.backbone, texts)) if texts else _features(store, inputs or [])
     threshold = index.threshold if threshold is None else threshold
     places = min(k, max(1, len(index)))  # so that a large k asks for no more memory than there are keys
     answers = index.hits(index.search_features(features, places, classes=True, tags=tag or ()))
@@ -129,8 +130,8 @@ def stats_command(pool: Pool, name: Name = "default", as_json: Json = False) -> 
     """Describe an index: sizes, choices, and whether the pool has changed since."""
     from cl_adapters.index.files import default_folder
 
-    opened = opened_pool(pool)
-    _describe(opened_index(opened, name, "ignore"), default_folder(opened, name), as_json)
+    store = opened(pool)
+    _describe(opened_index(store, name, "ignore"), default_folder(store, name), as_json)
 
 
 def _describe(index: AdapterIndex, folder: Path, as_json: bool) -> None:
@@ -196,21 +197,6 @@ def _encoded(backbone: FrozenBackbone, inputs: Sequence[str] | Sequence[Path]) -
     from cl_adapters.backbones.encode import encode
 
     return encode(backbone, inputs, BATCH).cpu()
-
-
-def opened_pool(path: Path, weights: Path | None = None) -> AdapterPool:
-    """The pool in that folder; ``weights``: where those of its backbone lie now."""
-    from cl_adapters.pool import AdapterPool
-
-    pool = AdapterPool.open(path)
-    if weights is None:
-        return pool
-    from cl_adapters.backbones.frozen import FrozenBackbone
-    from cl_adapters.backbones.load import moved_source
-
-    if not pool.backbone_card.source:
-        raise ConfigError(f"{path} belongs to a wrapped module, which has no --weights; use it from Python")
-    return AdapterPool.open(path, backbone=FrozenBackbone.load(**moved_source(pool.backbone_card.source, weights)))
 
 
 def opened_index(pool: AdapterPool, name: str, stale: Any) -> AdapterIndex:

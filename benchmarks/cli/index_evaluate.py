@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Annotated, Any
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 from rich.table import Table
 
 from cl_adapters.benchmarks.cli._console import console, print_json, say
-from cl_adapters.benchmarks.cli.index import Name, Stale, opened_index, opened_pool
+from cl_adapters.benchmarks.cli.index import Name, Stale, opened_index
 from cl_adapters.benchmarks.cli.options import BenchmarkSeed, Json, Limit, Pool, Weights, parse_settings
-from cl_adapters.errors import ConfigError
+from cl_adapters.benchmarks.cli.pool import opened
+from cl_adapters.errors import ConfigError, PoolError
 
 if TYPE_CHECKING:
     from cl_adapters.benchmarks.run.pool_accuracy import BenchmarkItems
@@ -59,13 +60,14 @@ def evaluate_command(
     """
     from cl_adapters.benchmarks.run.pool_accuracy import batches
     from cl_adapters.openset import open_set
-    from cl_adapters.predictors.base import predictors
+    from cl_adapters.predictors.base import predictor_from, predictors
 
-    store = opened_pool(pool, weights)
+    store = opened(pool, weights)
     index = opened_index(store, name, stale)
     if settings and predictor is None:
         raise ConfigError("--set is for the options of --predictor NAME")
-    model = _model(store, index, _predictor(predictor, parse_settings(settings or ())))
+    options = parse_settings(settings or ())
+    model = _model(store, index, None if predictor is None else predictor_from({"type": predictor} | options))
     known, strangers = _asked(store, index, benchmark, unseen or (), seed, limit)
     inputs = (x for items in strangers for x, _ in batches(model, items))
     found = open_set(model, batches(model, known), inputs)
@@ -98,37 +100,29 @@ def _show(found: OpenSet) -> None:
     console.print(table)
 
 
-def _predictor(name: str | None, options: dict[str, Any]) -> Predictor | None:
-    from cl_adapters.predictors.base import predictor_from
-
-    return None if name is None else predictor_from({"type": name} | options)
-
-
 def _model(store: AdapterPool, index: AdapterIndex, predictor: Predictor | None) -> AdapterModel:
     """Of the index's records; by the nearest key where the pool's own rule cannot run on them."""
-    from cl_adapters.errors import PoolError
     from cl_adapters.model.facade import AdapterModel
     from cl_adapters.predictors.nearest_key import NearestKey
 
-    ids = index.records
-    if predictor is not None:
-        return AdapterModel.from_pool(store, ids, predictor=predictor, index=index)
     try:
-        return AdapterModel.from_pool(store, ids, index=index)
+        return AdapterModel.from_pool(store, index.records, predictor=predictor, index=index)
     except PoolError:
-        return AdapterModel.from_pool(store, ids, predictor=NearestKey(), index=index)
+        if predictor is not None:
+            raise
+        return AdapterModel.from_pool(store, index.records, predictor=NearestKey(), index=index)
 
 
 def _asked(
     store: AdapterPool, index: AdapterIndex, benchmark: str | None, unseen: Sequence[str], seed: int, limit: int | None
 ) -> tuple[BenchmarkItems, list[BenchmarkItems]]:
     """Samples of the known classes, and of others."""
-    from cl_adapters.benchmarks.run.pool_accuracy import items_for, items_of
+    from cl_adapters.benchmarks.run.pool_accuracy import Samples, items_for, items_of
     from cl_adapters.benchmarks.spec import parse_benchmark
 
     records = [store.get(id) for id in index.records]
     try:
-        known = items_for(records, benchmark, seed, limit)
+        known = items_for(records, Samples(benchmark=benchmark, seed=seed, limit=limit))
     except ConfigError as error:
         raise error if benchmark is not None else ConfigError(f"{error}; give --benchmark") from error
     labels = {label for record in records for label in record.labels}

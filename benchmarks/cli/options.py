@@ -22,10 +22,7 @@ Limit = Annotated[int | None, typer.Option(help="Test samples per class; default
 
 
 def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
-    """Keys, dotted or not, to values read as YAML.
-
-    Args:
-        pairs: "lr=0.01", "blocks=[4,5]", ...
+    """Pairs such as "lr=0.01" and "blocks=[4,5]" as keys, dotted or not, to values read as YAML.
 
     Raises:
         ConfigError: no KEY=VALUE, a key given twice, or a value that is no YAML.

@@ -157,11 +157,19 @@ def copy_command(
     say(f"copied {len(added)}: {', '.join(record.id for record in added) or 'all are there already'}")
 
 
-def opened(pool: Path) -> AdapterPool:
-    """The pool in that folder."""
+def opened(path: Path, weights: Path | None = None) -> AdapterPool:
+    """The pool in that folder; ``weights``: where those of its backbone lie now."""
     from cl_adapters.pool import AdapterPool
 
-    return AdapterPool.open(pool)
+    pool = AdapterPool.open(path)
+    if weights is None:
+        return pool
+    from cl_adapters.backbones.frozen import FrozenBackbone
+    from cl_adapters.backbones.load import moved_source
+
+    if not pool.backbone_card.source:
+        raise ConfigError(f"{path} belongs to a wrapped module, which has no --weights; use it from Python")
+    return AdapterPool.open(path, backbone=FrozenBackbone.load(**moved_source(pool.backbone_card.source, weights)))
 
 
 def plain_record(record: Record) -> dict[str, Any]:

@@ -17,7 +17,7 @@ from cl_adapters.benchmarks.cli.pool import opened, plain_record
 from cl_adapters.errors import ConfigError
 
 if TYPE_CHECKING:
-    from cl_adapters.benchmarks.run.pool_accuracy import Change, Samples
+    from cl_adapters.benchmarks.run.pool_accuracy import Change
     from cl_adapters.pool import Record
 
 Settings = Annotated[
@@ -75,7 +75,7 @@ def merge_command(
     as_json: Json = False,
 ) -> None:
     """Merge adapters into a new one; the old ones stay."""
-    from cl_adapters.benchmarks.run.pool_accuracy import merge_measured
+    from cl_adapters.benchmarks.run.pool_accuracy import Samples, merge_measured
 
     store = opened(pool)
     parents = [store.get(id) for id in ids]
@@ -94,7 +94,7 @@ def merge_command(
         rank=rank,
         tags=tag or (),
         compression=compress,
-        samples=_samples(accuracy, benchmark, seed, limit),
+        samples=Samples(benchmark=benchmark, seed=seed, limit=limit) if accuracy else None,
         dry_run=dry_run,
     )
     if as_json:
@@ -131,12 +131,12 @@ def compress_command(
     as_json: Json = False,
 ) -> None:
     """Store adapters in fewer bits; prints what that costs."""
-    from cl_adapters.benchmarks.run.pool_accuracy import compress_measured
+    from cl_adapters.benchmarks.run.pool_accuracy import Samples, compress_measured
     from cl_adapters.codecs import codec_from
 
     store = opened(pool)
     made = codec_from({"type": codec} | parse_settings(settings or ()))
-    samples = _samples(accuracy, benchmark, seed, limit)
+    samples = Samples(benchmark=benchmark, seed=seed, limit=limit) if accuracy else None
     done, measured = compress_measured(store, made, ids or None, samples=samples, to=to, dry_run=dry_run)
     if as_json:
         rows = [dataclasses.asdict(one) for one in done]
@@ -151,12 +151,6 @@ def compress_command(
     where = "nothing written" if dry_run else f"written to {to or pool}"
     say(f"{len(done)} adapters as {codec}: {before:,} -> {after:,} bytes; {where}")
     say(_accuracy_line(measured))
-
-
-def _samples(wanted: bool, benchmark: str | None, seed: int, limit: int | None) -> Samples | None:
-    from cl_adapters.benchmarks.run.pool_accuracy import Samples
-
-    return Samples(benchmark=benchmark, seed=seed, limit=limit) if wanted else None
 
 
 def _weights(text: str, parents: Sequence[Record]) -> list[float]:
@@ -174,7 +168,7 @@ def _weights(text: str, parents: Sequence[Record]) -> list[float]:
 
 
 def _accuracy_line(measured: Change | str | None) -> str:
-    if measured is None or isinstance(measured, str):
+    if isinstance(measured, str | None):
         return f"accuracy not measured: {measured or NOT_WANTED}"
     return (
         f"accuracy {measured.before:.2f} % -> {measured.after:.2f} % ({measured.after - measured.before:+.2f}) on "
@@ -183,6 +177,6 @@ def _accuracy_line(measured: Change | str | None) -> str:
 
 
 def _plain_accuracy(measured: Change | str | None) -> dict[str, Any]:
-    if measured is None or isinstance(measured, str):
+    if isinstance(measured, str | None):
         return {"not_measured": measured or NOT_WANTED}
     return dataclasses.asdict(measured)

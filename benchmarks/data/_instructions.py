@@ -111,12 +111,10 @@ def in_order(tasks: Sequence[InstructTask], order: Sequence[str] | None, where: 
     return tuple(by_name[name] for name in order)
 
 
-def from_benchmark(data: BenchmarkData, template: str = TEMPLATE) -> tuple[InstructTask, ...]:
+def from_benchmark(data: BenchmarkData) -> tuple[InstructTask, ...]:
     """Each task of a benchmark of texts as one of prompts, with its class names as label strings.
 
-    Args:
-        data: the benchmark.
-        template: of a prompt, with {text}. An answer begins with a space, as tokenizers of bytes want it.
+    An answer begins with a space, as tokenizers of bytes want it.
 
     Raises:
         DataError: the benchmark has images.
@@ -127,8 +125,8 @@ def from_benchmark(data: BenchmarkData, template: str = TEMPLATE) -> tuple[Instr
     return tuple(
         InstructTask(
             name=f"{data.name}-{task:0{width}d}",
-            train=_labelled(data, data.train, labels, template),
-            test=_labelled(data, data.test, labels, template),
+            train=_labelled(data, data.train, labels),
+            test=_labelled(data, data.test, labels),
         )
         for task, labels in enumerate(data.tasks)
     )
@@ -145,11 +143,11 @@ def tasks_fingerprint(tasks: Sequence[InstructTask]) -> str:
     return digest.hexdigest()
 
 
-def _labelled(data: BenchmarkData, part: TextSet, labels: Sequence[int], template: str) -> tuple[Example, ...]:
+def _labelled(data: BenchmarkData, part: TextSet, labels: Sequence[int]) -> tuple[Example, ...]:
     choices = tuple(f" {data.classes[label]}" for label in labels)
     wanted = set(labels)
     return tuple(
-        Example(prompt=template.replace("{text}", text), answer=f" {data.classes[label]}", choices=choices)
+        Example(prompt=TEMPLATE.replace("{text}", text), answer=f" {data.classes[label]}", choices=choices)
         for text, label in zip(part.texts, part.labels.tolist(), strict=True)
         if label in wanted
     )

@@ -53,15 +53,7 @@ class TextBenchmarkConfig(BenchmarkConfig):
     def assembled(
         self, name: str, classes: Sequence[str], train: Sequence[Row], test: Sequence[Row], licence: str, seed: int
     ) -> BenchmarkData:
-        """The benchmark of these texts, its classes dealt evenly into the tasks.
-
-        Args:
-            name: registered name.
-            classes: class names; position = label.
-            train: texts to train on; each label is one of ``classes``.
-            test: texts to test on.
-            licence: one line.
-            seed: of the run.
+        """The benchmark of these texts, its classes (position = label) dealt evenly into the tasks.
 
         Raises:
             ConfigError: more tasks than classes.
@@ -95,11 +87,7 @@ def hold_out(rows: Sequence[Row], share: float) -> tuple[list[Row], list[Row]]:
     """Split each class into texts to train on and texts to test on.
 
     Each class has a draw of its own, so that adding a class never moves a text of another, and texts that are
-    the same letter for letter go to the same side.
-
-    Args:
-        rows: all texts.
-        share: of the different texts of a class that are held out; at least one is.
+    the same letter for letter go to the same side. ``share`` counts different texts; at least one is held out.
 
     Raises:
         DataError: a class with fewer than two different texts.

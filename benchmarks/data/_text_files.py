@@ -5,9 +5,10 @@ from __future__ import annotations
 import csv
 import importlib
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -123,14 +124,6 @@ def _separated(path: Path, delimiter: str) -> Iterator[tuple[int, dict[str, Any]
         csv.field_size_limit(before)
 
 
-def _csv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    yield from _separated(path, ",")
-
-
-def _tsv(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    yield from _separated(path, "\t")
-
-
 def _jsonl(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     with path.open(encoding="utf-8-sig") as file:
         for line, content in enumerate(file, 1):
@@ -164,9 +157,9 @@ def _parquet(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         raise DataError(f"{path}: no parquet file, or a damaged one ({error})") from error
 
 
-READERS = {
-    ".csv": _csv,
-    ".tsv": _tsv,
+READERS: dict[str, Callable[[Path], Iterator[tuple[int, dict[str, Any]]]]] = {
+    ".csv": partial(_separated, delimiter=","),
+    ".tsv": partial(_separated, delimiter="\t"),
     ".jsonl": _jsonl,
     ".ndjson": _jsonl,
     ".parquet": _parquet,

@@ -39,9 +39,6 @@ class Banking77(TextBenchmarkConfig):
     def load(self, seed: int) -> BenchmarkData:
         """Read the queries.
 
-        Args:
-            seed: of the class order where ``order_seed`` is None.
-
         Raises:
             ConfigError: more tasks than intents.
             DataError: files that are not the authors'.

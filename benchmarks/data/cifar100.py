@@ -45,7 +45,6 @@ class CIFAR100(BenchmarkConfig):
         augmentation: training-time augmentation.
     """
 
-    argument: ClassVar[str | None] = None
     summary: ClassVar[str] = "CIFAR-100, 60,000 photographs (32x32), 100 classes; downloads 169 MB once"
 
     root: str = "~/.cache/cl-adapters/cifar100"
@@ -55,9 +54,6 @@ class CIFAR100(BenchmarkConfig):
 
     def load(self, seed: int) -> BenchmarkData:
         """Return CIFAR-100; ``seed`` is only used where ``order_seed`` is None.
-
-        Args:
-            seed: of the class order.
 
         Raises:
             ConfigError: more tasks than classes.

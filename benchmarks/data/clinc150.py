@@ -48,9 +48,6 @@ class Clinc150(TextBenchmarkConfig):
     def load(self, seed: int) -> BenchmarkData:
         """Read the queries; validation and out-of-scope queries are left out.
 
-        Args:
-            seed: of the order of intents and domains where ``order_seed`` is None.
-
         Raises:
             ConfigError: more tasks than intents, or than domains.
             DataError: files that are not the authors'.

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from cl_adapters.benchmarks.base import (
+    CHARACTERS,
     Augmentation,
     BenchmarkConfig,
     BenchmarkData,
@@ -37,27 +38,21 @@ class Digits(BenchmarkConfig):
         augmentation: training-time augmentation. Flips are off: a mirrored digit is none.
     """
 
-    argument: ClassVar[str | None] = None
     summary: ClassVar[str] = "1,797 real handwritten digits (8x8), 10 classes; comes with scikit-learn"
 
     tasks: int = 5
     order_seed: int | None = None
-    augmentation: Augmentation = field(
-        default_factory=lambda: Augmentation(kind="affine", scale=(0.9, 1.1), flip=False)
-    )
+    augmentation: Augmentation = CHARACTERS
 
     def load(self, seed: int) -> BenchmarkData:
         """Return the digits; ``seed`` only sets the class order, never the split.
-
-        Args:
-            seed: of the class order where ``order_seed`` is None.
 
         Raises:
             ConfigError: more tasks than classes.
             DataError: the installed scikit-learn does not carry the expected 1,797 images.
         """
         images, labels = _read()
-        is_test = _test_mask(labels, TEST_FRACTION, SPLIT_SEED)
+        is_test = _test_mask(labels)
         return BenchmarkData(
             name="digits",
             classes=tuple(str(digit) for digit in range(NUM_CLASSES)),
@@ -71,22 +66,13 @@ class Digits(BenchmarkConfig):
         )
 
 
-def _test_mask(labels: npt.NDArray[np.int64], fraction: float, seed: int) -> npt.NDArray[np.bool_]:
-    """Mark the test images: the rounded ``fraction`` of every class, at least one of each.
-
-    Args:
-        labels: int64 [N].
-        fraction: share of each class, between 0 and 1.
-        seed: of the draw.
-
-    Returns:
-        bool [N], True for test.
-    """
-    rng = np.random.default_rng(seed)
+def _test_mask(labels: npt.NDArray[np.int64]) -> npt.NDArray[np.bool_]:
+    """Mark the test images, bool [N]: the rounded ``TEST_FRACTION`` of every class."""
+    rng = np.random.default_rng(SPLIT_SEED)
     is_test = np.zeros(len(labels), dtype=np.bool_)
     for label in np.unique(labels):
         members = rng.permutation(np.flatnonzero(labels == label))
-        is_test[members[: max(1, round(fraction * len(members)))]] = True
+        is_test[members[: round(TEST_FRACTION * len(members))]] = True
     return is_test
 
 

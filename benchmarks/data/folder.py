@@ -94,10 +94,7 @@ class Folder(BenchmarkConfig):
             )
 
     def load(self, seed: int) -> BenchmarkData:
-        """Read and decode every image once.
-
-        Args:
-            seed: of the class order where it is shuffled and ``order_seed`` is None; the split never follows it.
+        """Read and decode every image once; the split never follows ``seed``.
 
         Raises:
             ConfigError: more tasks than classes.

@@ -8,12 +8,13 @@ from __future__ import annotations
 
 import unicodedata
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 
 from cl_adapters.benchmarks.base import (
+    CHARACTERS,
     Augmentation,
     BenchmarkConfig,
     BenchmarkData,
@@ -73,9 +74,7 @@ class Glyphs(BenchmarkConfig):
     order_seed: int | None = None
     image_seed: int | None = None
     style: Style = STYLE
-    augmentation: Augmentation = field(
-        default_factory=lambda: Augmentation(kind="affine", scale=(0.9, 1.1), flip=False)
-    )
+    augmentation: Augmentation = CHARACTERS
 
     def __post_init__(self) -> None:
         for name in ("classes", "tasks", "train_per_class", "test_per_class"):
@@ -87,10 +86,7 @@ class Glyphs(BenchmarkConfig):
             raise ConfigError(f"glyphs: {self.classes} classes asked for, but only {available} characters exist")
 
     def load(self, seed: int) -> BenchmarkData:
-        """Render the images.
-
-        Args:
-            seed: of the images and of the class order, where ``image_seed`` and ``order_seed`` are None.
+        """Render the images; ``seed`` is used where ``image_seed`` and ``order_seed`` are None.
 
         Raises:
             ConfigError: more tasks than classes, or a negative seed.

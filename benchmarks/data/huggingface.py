@@ -46,10 +46,7 @@ class HuggingFace(TextBenchmarkConfig):
             raise ConfigError(f"test_share must lie between 0 and 1, got {self.test_share}")
 
     def load(self, seed: int) -> BenchmarkData:
-        """Load the splits; downloads them where they are not in the library's cache.
-
-        Args:
-            seed: of the class order where ``order_seed`` is None; the split never follows it.
+        """Load the splits, which never follow ``seed``; downloads them where they are not in the library's cache.
 
         Raises:
             ConfigError: more tasks than classes.

@@ -8,13 +8,14 @@ grow in the first D tasks and then stop.
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import ClassVar
 
 import numpy as np
 import numpy.typing as npt
 
 from cl_adapters.benchmarks.base import (
+    CHARACTERS,
     Augmentation,
     BenchmarkConfig,
     BenchmarkData,
@@ -124,7 +125,6 @@ class Repeats(BenchmarkConfig):
         augmentation: training-time augmentation. Flips are off: many a mirrored character is another one.
     """
 
-    argument: ClassVar[str | None] = None
     summary: ClassVar[str] = "rendered characters, new ones in every task, under a few textures that come back"
 
     tasks: int = 12
@@ -135,9 +135,7 @@ class Repeats(BenchmarkConfig):
     size: int = 32
     order_seed: int | None = None
     image_seed: int | None = None
-    augmentation: Augmentation = field(
-        default_factory=lambda: Augmentation(kind="affine", scale=(0.9, 1.1), flip=False)
-    )
+    augmentation: Augmentation = CHARACTERS
 
     def __post_init__(self) -> None:
         for name in ("classes_per_task", "train_per_class", "test_per_class"):
@@ -153,10 +151,7 @@ class Repeats(BenchmarkConfig):
         return LOOKS[task % self.looks]
 
     def load(self, seed: int) -> BenchmarkData:
-        """Render the images.
-
-        Args:
-            seed: of the images and of the class order, where ``image_seed`` and ``order_seed`` are None.
+        """Render the images; ``seed`` is used where ``image_seed`` and ``order_seed`` are None.
 
         Raises:
             ConfigError: more classes than there are characters, or a negative seed.

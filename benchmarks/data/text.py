@@ -51,10 +51,7 @@ class Text(TextBenchmarkConfig):
             raise ConfigError(f"test_share must lie between 0 and 1, got {self.test_share}")
 
     def load(self, seed: int) -> BenchmarkData:
-        """Read the table or tables.
-
-        Args:
-            seed: of the class order where it is shuffled and ``order_seed`` is None; the split never follows it.
+        """Read the table or tables; the split never follows ``seed``.
 
         Raises:
             ConfigError: more tasks than classes.

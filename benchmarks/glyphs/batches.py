@@ -54,13 +54,7 @@ def training_classes(min_faces: int) -> tuple[int, ...]:
 def draw_batch(
     codepoints: tuple[int, ...], size: int, seed: tuple[int, ...], hardness: float = 1.0
 ) -> tuple[Tensor, Tensor]:
-    """Draw random training images.
-
-    Args:
-        codepoints: the classes.
-        size: number of images.
-        seed: of everything random.
-        hardness: 0 for ``EASY`` images, 1 for the full ``STYLE``.
+    """Draw ``size`` random training images, from ``EASY`` ones (``hardness`` 0) to the full ``STYLE`` (1).
 
     Returns:
         images float32 [size, 3, 32, 32] in 0..1, labels int64 [size].

@@ -91,15 +91,11 @@ def derive() -> dict[str, list[int]]:
     candidates = [point for point in sorted(coverage(LOOK_FACES[0])) if _is_class(point)]
     candidates = _unlike(candidates, [ord(digit) for digit in "0123456789"], LIKE_DIGIT)
     benchmark = _distinct([p for p in candidates if p in everywhere and in_benchmark(p)])
-    rest = [p for p in candidates if not in_benchmark(p) and _num_faces(p) >= 2]
+    rest = [p for p in candidates if not in_benchmark(p) and sum(p in coverage(face) for face in TRAIN_FACES) >= 2]
     return {
         "benchmark": shuffled(benchmark),
         "pretraining": shuffled(_distinct(_unlike(rest, benchmark, ALIKE_ACROSS))),
     }
-
-
-def _num_faces(codepoint: int) -> int:
-    return sum(codepoint in coverage(face) for face in TRAIN_FACES)
 
 
 def _is_class(codepoint: int) -> bool:

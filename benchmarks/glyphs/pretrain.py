@@ -48,7 +48,6 @@ class Recipe:
         steps: length of the schedule; None lets ``minutes`` alone decide.
         minutes: wall-clock budget; the schedule follows whichever of the two is further on.
         min_faces: faces (of ``TRAIN_FACES``) that a character must have to become a class.
-        patch_drop: (end, share of the patches left out until then) of the parts of the schedule.
         curriculum: part of the schedule over which the images go from ``EASY`` to ``STYLE``.
         cosine_scale: factor of the cosine classifier.
         ema: decay of the averaged weights, which are what is saved.
@@ -62,7 +61,6 @@ class Recipe:
     weight_decay: float = 0.05
     warmup: float = 0.04
     label_smoothing: float = 0.1
-    patch_drop: tuple[tuple[float, float], ...] = ((1.0, 0.0),)
     curriculum: float = 0.5
     cosine_scale: float = 20.0
     ema: float = 0.998
@@ -86,14 +84,7 @@ class Recipe:
 
 
 class CosineClassifier(nn.Module):
-    """Scaled cosine similarity to one learned direction per class.
-
-    Args:
-        width: length of a feature.
-        num_classes: number of directions.
-        scale: factor of the similarities.
-        generator: of the initial directions.
-    """
+    """Scaled cosine similarity to one learned direction per class."""
 
     def __init__(self, width: int, num_classes: int, scale: float, generator: torch.Generator) -> None:
         super().__init__()
@@ -115,7 +106,7 @@ def build_encoder() -> nn.Module:
     """Return the encoder with fresh weights from torch's global generator."""
     from timm.models.vision_transformer import VisionTransformer
 
-    encoder = VisionTransformer(**ARCHITECTURE, patch_drop_rate=0.5)  # the rate is set per step
+    encoder = VisionTransformer(**ARCHITECTURE)
     assert isinstance(encoder, nn.Module)
     assert encoder.pos_embed is not None
     with torch.no_grad():  # tokens know their neighbours from the first step on
@@ -138,7 +129,7 @@ def train(recipe: Recipe, out: Path, report: Callable[[nn.Module], str], report_
         the number of optimizer steps.
     """
     codepoints = training_classes(recipe.min_faces)
-    torch.manual_seed(recipe.seed)  # timm initialises, and drops patches, from the global generator only
+    torch.manual_seed(recipe.seed)  # timm initialises from the global generator only
     encoder = build_encoder()
     head = CosineClassifier(
         ARCHITECTURE["embed_dim"], len(codepoints), recipe.cosine_scale, torch.Generator().manual_seed(recipe.seed)
@@ -148,7 +139,6 @@ def train(recipe: Recipe, out: Path, report: Callable[[nn.Module], str], report_
     print(f"{len(codepoints)} classes, {sum(p.numel() for p in encoder.parameters())} parameters", flush=True)
     start, told, step, running = time.monotonic(), time.monotonic(), 0, 0.0
     while (progress := recipe.progress(step, time.monotonic() - start)) < 1.0:
-        encoder.patch_drop.prob = next(share for end, share in recipe.patch_drop if progress < end)  # type: ignore[union-attr]
         for group in optimizer.param_groups:
             group["lr"] = recipe.learning_rate(progress)
         images, labels = draw_batch(
@@ -174,9 +164,10 @@ def train(recipe: Recipe, out: Path, report: Callable[[nn.Module], str], report_
 
 
 def _groups(encoder: nn.Module, head: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    named = [*encoder.named_parameters(), *head.named_parameters()]
-    plain = [p for name, p in named if p.ndim <= 1 or "token" in name or "pos_embed" in name]
-    decayed = [p for name, p in named if not (p.ndim <= 1 or "token" in name or "pos_embed" in name)]
+    plain: list[Tensor] = []
+    decayed: list[Tensor] = []
+    for name, p in [*encoder.named_parameters(), *head.named_parameters()]:
+        (plain if p.ndim <= 1 or "pos_embed" in name else decayed).append(p)
     return [{"params": decayed, "weight_decay": weight_decay}, {"params": plain, "weight_decay": 0.0}]
 
 

@@ -118,16 +118,10 @@ def heat_map(
 def lines(
     series: Sequence[Series], *, axis_title: str, label: str, description: str, reference: float | None = None
 ) -> Markup:
-    """Return curves of percentages over the tasks.
+    """Return curves of percentages over the tasks, with a dotted horizontal line at ``reference``.
 
-    The value axis is no wider than the data, at least 20 points long, and always labelled.
-
-    Args:
-        series: the curves; the first is drawn strongest and has its values written beside its points if few.
-        axis_title: what the values are.
-        label: short name for screen readers.
-        description: what the picture shows, in words.
-        reference: level of a dotted horizontal line.
+    The value axis is no wider than the data, at least 20 points long, and always labelled. The first curve is drawn
+    strongest and has its values written beside its points if few.
     """
     measured = [value for one in series for value in one.values if value is not None] or [0.0]
     high = min(100.0, ticks(0.0, max(measured) + 4)[-1])
@@ -136,8 +130,7 @@ def lines(
     scale = _Scale(tasks, float(low), float(high))
     parts = _axes(scale, axis_title, lambda value: f"{value:g}", zero=False)
     if reference is not None:
-        y = scale.y(reference)
-        parts.append(element("line", {"x1": LEFT, "x2": WIDTH - RIGHT, "y1": y, "y2": y, "class": "reference"}))
+        parts.append(_across(scale.y(reference), "reference"))
     for one in reversed(series):
         parts += _line(one, scale)
     if tasks <= 12:
@@ -154,15 +147,10 @@ def bars(
     number: Callable[[float], str],
     reference: float | None = None,
 ) -> Markup:
-    """Return bars over the tasks; several series are stacked, a single one may go below zero.
+    """Return bars over the tasks, with a dotted horizontal line at ``reference``.
 
-    Args:
-        stack: the parts, from the bottom up.
-        axis_title: what the values are.
-        label: short name for screen readers.
-        description: what the picture shows, in words.
-        number: writes a value of the axis, and above the bars of a single series if there is room for all.
-        reference: level of a dotted horizontal line.
+    Several series are stacked from the bottom up; a single one may go below zero. ``number`` writes a value of the
+    axis, and above the bars of a single series if there is room for all.
     """
     tasks = len(stack[0].values)
     tops = [sum(one.values[task] or 0.0 for one in stack) for task in range(tasks)]
@@ -188,8 +176,7 @@ def bars(
                 place = {"x": scale.x(task), "y": scale.y(top) - 5, "class": "value"}
                 values.append(element("text", place, number(value)))
     if reference is not None:
-        y = scale.y(reference)
-        parts.append(element("line", {"x1": LEFT, "x2": WIDTH - RIGHT, "y1": y, "y2": y, "class": "reference"}))
+        parts.append(_across(scale.y(reference), "reference"))
     return picture(WIDTH, HEIGHT, [*parts, *values], label=label, description=description)
 
 
@@ -231,7 +218,7 @@ def _axes(scale: _Scale, title: str, number: Callable[[float], str], zero: bool)
             continue
         y = scale.y(value)
         style = "base" if value == (0 if zero else scale.low) else "grid"
-        parts.append(element("line", {"x1": LEFT, "x2": WIDTH - RIGHT, "y1": y, "y2": y, "class": style}))
+        parts.append(_across(y, style))
         parts.append(element("text", {"x": LEFT - 7, "y": y, "class": "tick end mid"}, number(value)))
     for task in thinned(scale.tasks, (WIDTH - LEFT - RIGHT) / 28):
         parts.append(element("text", {"x": scale.x(task), "y": HEIGHT - BOTTOM + 16, "class": "tick"}, task + 1))
@@ -243,6 +230,10 @@ def _axes(scale: _Scale, title: str, number: Callable[[float], str], zero: bool)
 
 def _turned(x: float, y: float, text: str) -> Markup:
     return element("text", {"x": x, "y": y, "class": "axis", "transform": f"rotate(-90 {x:.1f} {y:.1f})"}, text)
+
+
+def _across(y: float, style: str) -> Markup:
+    return element("line", {"x1": LEFT, "x2": WIDTH - RIGHT, "y1": y, "y2": y, "class": style})
 
 
 def _fill(share: float, tint: str | None, framed: bool) -> dict[str, object]:

@@ -13,6 +13,7 @@ from cl_adapters.benchmarks.report.figures import Figure
 from cl_adapters.benchmarks.report.svg import amount
 from cl_adapters.benchmarks.results.results import Expansion, Results
 
+MOST_LINES = 10
 COLUMNS = ("task", "block", "adapter", "score", "threshold", "pass", "batch")
 
 
@@ -88,22 +89,17 @@ def adapters_over_tasks(results: Results) -> Figure | None:
     return Figure(title="Number of adapters", caption=f"{caption}.", picture=picture)
 
 
-def expansions(results: Results, most: int = 10) -> Figure | None:
-    """When and why adapters were added, as a table; None where that is not for the data to decide.
-
-    Args:
-        results: of the run.
-        most: number of lines.
-    """
+def expansions(results: Results) -> Figure | None:
+    """When and why adapters were added, as a table; None where that is not for the data to decide."""
     if results.expansions is None:
         return None
     title, rows = "When and why it grew", table(results)
     if not rows:
         return Figure(title=title, caption="No task looked new enough: nothing was added.")
     caption = "An adapter is added where the score, how new the images look to a block, exceeds the threshold."
-    if len(rows) > most:
-        caption += f" The first {most} of {len(rows)}; all of them are under Numbers."
-    return Figure(title=title, caption=caption, columns=COLUMNS, rows=tuple(rows[:most]))
+    if len(rows) > MOST_LINES:
+        caption += f" The first {MOST_LINES} of {len(rows)}; all of them are under Numbers."
+    return Figure(title=title, caption=caption, columns=COLUMNS, rows=tuple(rows[:MOST_LINES]))
 
 
 def table(results: Results) -> list[tuple[str, ...]]:

@@ -30,14 +30,7 @@ _TEMPLATES = Path(__file__).with_name("templates")
 
 
 def write_report(results: Results, path: str | os.PathLike[str]) -> Path:
-    """Write the HTML report of a run, atomically.
-
-    Args:
-        results: what the run measured.
-        path: the file, usually ``RUN/report.html``.
-
-    Returns:
-        The path.
+    """Write the HTML report of a run, atomically; returns its path.
 
     Raises:
         StorageError: the file cannot be written.
@@ -48,11 +41,7 @@ def write_report(results: Results, path: str | os.PathLike[str]) -> Path:
 
 
 def render(results: Results) -> str:
-    """Return the report as HTML text.
-
-    Args:
-        results: what the run measured; any number of tasks.
-    """
+    """Return the report as HTML text."""
     environment = Environment(autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
     template = environment.from_string((_TEMPLATES / "report.html.j2").read_text(encoding="utf-8"))
     script = (_TEMPLATES / "report.js").read_text(encoding="utf-8")
@@ -215,12 +204,7 @@ def _tables(results: Results) -> list[tuple[str, list[tuple[str, str]]]]:
 
 
 def flat(config: Mapping[str, Any], prefix: str = "") -> list[tuple[str, str]]:
-    """Return nested configuration as ("a.b.c", value) lines, in the order in which it was written.
-
-    Args:
-        config: plain values.
-        prefix: put before each name.
-    """
+    """Return nested configuration as ("a.b.c", value) lines, in the order in which it was written."""
     lines: list[tuple[str, str]] = []
     for key, value in config.items():
         if isinstance(value, Mapping) and value:

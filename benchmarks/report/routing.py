@@ -74,35 +74,23 @@ def routing_curve(results: Results) -> Figure | None:
     return Figure(title="Right adapter over time", caption=caption, picture=picture)
 
 
-def confusions(results: Results, most: int = 6) -> Figure | None:
-    """The most frequent wrong adapters, as a table; None without routing.
-
-    Args:
-        results: of the run.
-        most: number of lines.
-    """
+def confusions(results: Results) -> Figure | None:
+    """The six most frequent wrong adapters, as a table; None without routing."""
     found = results.routing
     if found is None or not found.adapters:
         return None
     wrong = sorted(
-        (
-            (-count, task, adapter)
-            for task, row in enumerate(found.counts)
-            for adapter, count in enumerate(row)
-            if count and found.adapter_tasks[adapter] != task
-        ),
-    )
-    right_answers = sum(
-        row[adapter]
+        (-count, task, adapter)
         for task, row in enumerate(found.counts)
-        for adapter in range(len(row))
-        if found.adapter_tasks[adapter] == task
+        for adapter, count in enumerate(row)
+        if count and found.adapter_tasks[adapter] != task
     )
     images = sum(map(sum, found.counts))
+    right_answers = images + sum(count for count, _, _ in wrong)  # the counts of the wrong ones are negative
     names, title = _names(found)
     rows = tuple(
         (str(task + 1), names[adapter], f"{-count:,}", percent(100 * -count / sum(found.counts[task])))
-        for count, task, adapter in wrong[:most]
+        for count, task, adapter in wrong[:6]
     )
     caption = f"Last evaluation: {right_answers:,} of {images:,} images were answered by an adapter of their own task."
     caption += " The most frequent others:" if rows else ""

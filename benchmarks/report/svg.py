@@ -26,10 +26,7 @@ _VIRIDIS = (
 def element(name: str, attributes: Mapping[str, object], content: object = "") -> Markup:
     """Return ``<name attributes>content</name>``; all that is not ``Markup`` is escaped, floats are shortened.
 
-    Args:
-        name: of the element, ours, never a user's.
-        attributes: attribute names (ours) to values; None leaves the attribute out.
-        content: text, or ``Markup`` of inner elements.
+    Names are ours, never a user's. An attribute that is None is left out.
     """
     parts = [f' {key}="{escape(_attribute(value))}"' for key, value in attributes.items() if value is not None]
     return Markup(f"<{name}{''.join(parts)}>{escape(content)}</{name}>")
@@ -41,16 +38,10 @@ def group(parts: Sequence[Markup]) -> Markup:
 
 
 def picture(width: float, height: float, parts: Sequence[Markup], *, label: str, description: str) -> Markup:
-    """Return a whole ``<svg>`` that scales with its place.
+    """Return a whole ``<svg>`` that scales with its place; a unit of its own is about a pixel.
 
-    It is named by ``aria-label``, not by ``<title>``: browsers show that as a tooltip over every mark.
-
-    Args:
-        width: of the drawing, in its own units (about one pixel each).
-        height: the same.
-        parts: the elements.
-        label: short name for screen readers.
-        description: what the picture shows, in words.
+    ``label`` is its short name for screen readers, ``description`` says in words what it shows. It is named by
+    ``aria-label``, not by ``<title>``: browsers show that as a tooltip over every mark.
     """
     attributes = {"viewBox": f"0 0 {_attribute(width)} {_attribute(height)}", "role": "img", "aria-label": label}
     return element("svg", attributes, group([element("desc", {}, description), *parts]))

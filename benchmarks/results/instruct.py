@@ -47,10 +47,8 @@ class InstructResults:
     """Everything that a run measured; T is the number of finished tasks.
 
     Attributes:
-        method: registered name.
         data: as the user named it.
         backbone: the frozen model's encoder.
-        seed: of everything random.
         tasks: [T] names, in order.
         train_counts: [T] training examples.
         likelihood: by the likeliest label string; None where no task has such.
@@ -59,8 +57,6 @@ class InstructResults:
         trainable_parameters: [T], at once.
         stored_bytes_per_task: [T], what the saved model grew by.
         seconds_train, seconds_eval: [T], wall clock.
-        config: of the run.
-        versions: of the packages.
     """
 
     method: str

@@ -21,9 +21,7 @@ AGREE_WITHIN = 1e-6
 def figures(accuracy_matrix: Rows, counts: Sequence[int]) -> dict[str, Any]:
     """What follows from an accuracy matrix, by name, ready for JSON (:mod:`cl_adapters.metrics`).
 
-    Args:
-        accuracy_matrix: [T, T] in percent; None or NaN where nothing was measured.
-        counts: [T] test samples per task.
+    The matrix is [T, T] in percent, None or NaN where nothing was measured; ``counts`` are [T] test samples.
     """
     matrix = np.array(accuracy_matrix, dtype=np.float64)
     curve = metrics.average_curve(matrix, counts)
@@ -122,17 +120,7 @@ class Routing:
 
 @dataclass(frozen=True, kw_only=True)
 class Expansion:
-    """An adapter that a strategy added because the data asked for it.
-
-    Attributes:
-        task: task (from 0) in which it was added.
-        block: block (from 0 at the input) that got it.
-        slot: number of the adapter.
-        score: how new the data looked to this block; None if that was not a finite number.
-        threshold: what the score exceeded.
-        scan: pass over the data of the task (from 0) in which it happened.
-        batch: batch of that pass (from 0).
-    """
+    """An adapter that the data asked for: :class:`cl_adapters.strategies.base.Expansion`; a score is finite or None."""
 
     task: int
     block: int

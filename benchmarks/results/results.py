@@ -139,14 +139,9 @@ DERIVED = tuple(entry.name for entry in fields(Results) if not entry.init)
 
 
 def write(results: Results, path: str | os.PathLike[str]) -> Path:
-    """Write ``results.json`` so that the file is always either the old or the complete new one.
+    """Write ``results.json`` so that the file is always either the old or the complete new one; returns its path.
 
-    Args:
-        results: what to write. It is validated as ``read`` would, so what was written can be read.
-        path: the file.
-
-    Returns:
-        The path.
+    The results are validated as ``read`` would, so what was written can be read.
 
     Raises:
         ConfigError: a value that has no place in the schema: NaN, infinity, a wrong type.
@@ -162,10 +157,7 @@ def write(results: Results, path: str | os.PathLike[str]) -> Path:
 
 
 def read(path: str | os.PathLike[str]) -> Results:
-    """Read ``results.json``, of this schema or an older one.
-
-    Args:
-        path: the file, or the run folder that holds it.
+    """Read ``results.json`` (or that of a run folder), of this schema or an older one.
 
     Raises:
         StorageError: no such file, no JSON, a newer or unknown schema, a missing or unknown key, a wrong type, or

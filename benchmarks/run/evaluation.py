@@ -46,9 +46,9 @@ def evaluate(
     Args:
         model: trained on these tasks.
         data: the benchmark; of texts what :func:`cl_adapters.benchmarks.streams.prepared.prepare` gives.
-        tasks: task indices.
+        tasks: from 0.
         transform: the backbone's evaluation transform of images.
-        batch_size: samples per batch.
+        batch_size: of samples.
         memory: features of these test samples under adapters that have not changed since.
 
     Raises:

@@ -28,13 +28,7 @@ DEFAULT_BACKBONE = "vit_glyph_tiny"
 
 @dataclasses.dataclass(frozen=True)
 class Preset:
-    """Settings of a strategy on a benchmark or data set: the file ``configs/STRATEGY-NAME.yaml``.
-
-    Attributes:
-        strategy: registered name.
-        name: a benchmark, or a data set that the benchmark "folder" reads.
-        path: of the file.
-    """
+    """Settings of a strategy on a benchmark, or a data set that "folder" reads: ``configs/STRATEGY-NAME.yaml``."""
 
     strategy: str
     name: str
@@ -68,18 +62,7 @@ def presets() -> list[Preset]:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class BackboneConfig:
-    """Which backbone; see :meth:`FrozenBackbone.load`.
-
-    Attributes:
-        name: embedded name, "timm:" and a model name, or "hf:" and a folder or name of a transformers model.
-        weights: local .safetensors file.
-        img_size: input side.
-        crop_pct: centre-crop fraction.
-        pooling: of a transformers model: "encoder", "cls", "mean" or "last".
-        max_length: tokens kept of a text.
-        dtype: of the frozen weights of a transformers model: "float32", "bfloat16", "float16" or "auto".
-        quantization: of the frozen weights of a transformers model: "int8" or "nf4".
-    """
+    """Which backbone: the arguments of :meth:`FrozenBackbone.load`."""
 
     name: str = DEFAULT_BACKBONE
     weights: str | None = None
@@ -105,12 +88,7 @@ class Experiment:
     """Everything that decides a run's numbers.
 
     Attributes:
-        strategy: registered name, with
-        strategy_config: its settings.
-        benchmark: registered name, with
-        benchmark_config: its parameters.
-        backbone: which backbone.
-        seed: of the run.
+        strategy, benchmark: registered names; ``strategy_config`` and ``benchmark_config`` are their settings.
         keys: what is kept of each class to look inputs up by; None: nothing.
         predictor: how inputs are answered; None: the strategy's own.
     """

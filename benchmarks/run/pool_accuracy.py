@@ -47,12 +47,7 @@ class Samples:
 
 @dataclass(frozen=True, kw_only=True)
 class BenchmarkItems:
-    """Test samples of some classes.
-
-    Attributes:
-        data: the benchmark.
-        indices: positions among its test samples, by class.
-    """
+    """Test samples of some classes of a benchmark: their positions among all of it, by class."""
 
     data: BenchmarkData
     indices: tuple[int, ...]
@@ -63,10 +58,8 @@ class Change:
     """Accuracy before and after a change.
 
     Attributes:
-        before: percent right.
-        after: percent right.
+        before, after: percent right.
         samples: how many were asked.
-        benchmark: where they are from.
         predictor: registered name, of both.
     """
 
@@ -90,30 +83,20 @@ def merge_measured(
 ) -> tuple[MergedRecord, Change | str | None]:
     """Merge adapters as :func:`cl_adapters.pool.merging.merge_records` does, with the accuracy of parents and child.
 
-    The child is made and asked in a copy first. The pool gets it with its accuracy among the metrics.
-
-    Args:
-        pool: has the parents; gets the child.
-        ids: the parents.
-        method: of merging.
-        options: of the method.
-        id: of the child.
-        samples: to ask; None: the accuracy is not measured.
-        dry_run: leave the pool as it is.
-        **chosen: further arguments of ``merge_records``.
+    The child is made and asked in a copy first. The pool gets it with its accuracy among the metrics, unless
+    ``dry_run``. ``chosen``: further arguments of ``merge_records``.
 
     Returns:
-        What was made, and the accuracy, why it is not known, or None where it was not asked for.
+        What was made, and the accuracy, why it is not known, or None where there are no ``samples`` to ask.
     """
     with temporary_copy(pool) as scratch:
         made = merge_records(pool, ids, method, options, id=id, **chosen, into=scratch)
         measured = _measured((pool, ids), (scratch, [id]), samples)
-    if dry_run:
-        return made, measured
-    metrics = {"accuracy": measured.after} if isinstance(measured, Change) else None
-    return replace(
-        made, record=merge_records(pool, ids, method, options, id=id, **chosen, metrics=metrics).record
-    ), measured
+    if not dry_run:
+        metrics = {"accuracy": measured.after} if isinstance(measured, Change) else None
+        written = merge_records(pool, ids, method, options, id=id, **chosen, metrics=metrics)
+        made = replace(made, record=written.record)
+    return made, measured
 
 
 def compress_measured(
@@ -127,15 +110,8 @@ def compress_measured(
 ) -> tuple[tuple[Compressed, ...], Change | str | None]:
     """Store adapters in fewer bits, with the accuracy before and after, which a copy shows first.
 
-    Asked is the model of all records, where no class belongs to two of them; else that of the compressed ones.
-
-    Args:
-        pool: changed in place, if there is no ``to``.
-        codec: how.
-        ids: of the adapters; None: all.
-        samples: to ask; None: the accuracy is not measured.
-        to: new folder of a pool of these adapters.
-        dry_run: write nothing.
+    Asked is the model of all records, where no class belongs to two of them; else that of the compressed ones. The pool
+    is changed in place, unless ``to`` is the new folder of a pool of these adapters.
 
     Returns:
         What becomes of each, and the accuracy as in :func:`merge_measured`.
@@ -146,90 +122,43 @@ def compress_measured(
     with temporary_copy(pool, list(dict.fromkeys([*model, *chosen]))) as scratch:
         done = compress_records(scratch, codec, ids)
         measured = _measured((pool, model), (scratch, model), samples)
-    if not dry_run and to is None:
-        compress_records(pool, codec, ids)
-    elif not dry_run and to is not None:
+    if to is not None and not dry_run:
         compressed_copy(pool, to, codec, ids)
+    elif not dry_run:
+        compress_records(pool, codec, ids)
     return done, measured
 
 
-def items_for(records: Sequence[Record], benchmark: str | None, seed: int, limit: int | None) -> BenchmarkItems:
+def items_for(records: Sequence[Record], samples: Samples) -> BenchmarkItems:
     """The test samples of the records' classes.
-
-    Args:
-        records: whose classes are asked for.
-        benchmark: "NAME" or "NAME:ARGUMENT"; None: the one that all records name.
-        seed: of the benchmark.
-        limit: samples per class; None: all.
 
     Raises:
         UnknownName, ConfigError: no such benchmark; the records name none, or several; or its classes are others.
         DataError: its data cannot be had here.
     """
+    benchmark = samples.benchmark
     if benchmark is None:
         named = {record.benchmark for record in records if record.classes}
         if len(named) != 1 or None in named:
             raise ConfigError("the adapters name no common benchmark")
         (benchmark,) = (name for name in named if name is not None)
-    data = parse_benchmark(benchmark, {})[1].load(seed)
+    data = parse_benchmark(benchmark, {})[1].load(samples.seed)
     labels = {known.label: known.name for record in records for known in record.classes}
     for label, name in labels.items():
         there = data.classes[label] if 0 <= label < len(data.classes) else None
         if there is None or name not in (None, there):
             raise ConfigError(f"class {label} is {name!r} in the pool, but {there!r} in benchmark {benchmark!r}")
-    return items_of(data, list(labels), limit)
+    return items_of(data, labels, samples.limit)
 
 
 def items_of(data: BenchmarkData, labels: Iterable[int], limit: int | None) -> BenchmarkItems:
-    """The test samples of some classes.
-
-    Args:
-        data: the benchmark.
-        labels: of the classes.
-        limit: samples per class; None: all.
-    """
+    """The test samples of some classes, at most ``limit`` of each."""
     indices = [index for label in labels for index in islice(task_indices(data.test, [label]), limit)]
     return BenchmarkItems(data=data, indices=tuple(indices))
 
 
-def change(
-    before: tuple[AdapterPool, Sequence[str] | None],
-    after: tuple[AdapterPool, Sequence[str] | None],
-    items: BenchmarkItems,
-) -> Change:
-    """Answer the same samples by some records of one pool and by some of another.
-
-    Both models predict by the pool's own rule; where one of them cannot, because its rule needs an adapter that is not
-    among the records, both take the adapter of the nearest key.
-
-    Args:
-        before: pool, and ids of the records; None: all.
-        after: the same.
-        items: what to ask.
-
-    Raises:
-        PoolError: the records make no model.
-        ConfigError: the backbone takes no such samples.
-    """
-    models = _models(before, after)
-    right = [_right(model, items) for model in models]
-    shares = [100.0 * count / max(1, len(items.indices)) for count in right]
-    return Change(
-        before=shares[0],
-        after=shares[1],
-        samples=len(items.indices),
-        benchmark=items.data.name,
-        predictor=predictors.name_of(models[0].predictor),
-    )
-
-
 def benchmark_text(name: str, config: object) -> str:
-    """A benchmark as ``--benchmark`` takes it, but without the place of a folder of the user's.
-
-    Args:
-        name: registered.
-        config: its settings.
-    """
+    """A benchmark as ``--benchmark`` takes it, but without the place of a folder of the user's."""
     argument = benchmarks.get(name).argument
     if argument is None or not hasattr(type(config), argument):  # no default: a path of the user's
         return name
@@ -251,20 +180,32 @@ def batches(model: AdapterModel, items: BenchmarkItems) -> Iterator[tuple[Tensor
 def _measured(
     before: tuple[AdapterPool, Sequence[str]], after: tuple[AdapterPool, Sequence[str]], samples: Samples | None
 ) -> Change | str | None:
-    """The accuracy, or why it is not known. What is asked for by name has to work."""
+    """The accuracy of some records of two pools, or why it is not known. What is asked for by name has to work."""
     if samples is None:
         return None
     pool, ids = before
     try:
-        items = items_for([pool.get(id) for id in ids], samples.benchmark, samples.seed, samples.limit)
-        return change(before, after, items)
+        items = items_for([pool.get(id) for id in ids], samples)
+        models = _models(before, after)
+        then, now = (100.0 * _right(model, items) / len(items.indices) for model in models)
     except ClAdaptersError as error:
         if samples.benchmark is not None:
             raise
         return f"{error}; give --benchmark"
+    return Change(
+        before=then,
+        after=now,
+        samples=len(items.indices),
+        benchmark=items.data.name,
+        predictor=predictors.name_of(models[0].predictor),
+    )
 
 
-def _models(*pools: tuple[AdapterPool, Sequence[str] | None]) -> list[AdapterModel]:
+def _models(*pools: tuple[AdapterPool, Sequence[str]]) -> list[AdapterModel]:
+    """Models that predict by the pools' own rule, or all by the nearest key.
+
+    The latter where one of them cannot do otherwise, because its rule needs an adapter that is not among its records.
+    """
     try:
         return [AdapterModel.from_pool(pool, ids) for pool, ids in pools]
     except PoolError:
@@ -278,7 +219,4 @@ def _right(model: AdapterModel, items: BenchmarkItems) -> int:
     if not items.indices:
         raise ClAdaptersError("there are no test samples to ask")
     labels = torch.tensor(model.classes)
-    found = 0
-    for x, y in batches(model, items):
-        found += int((labels[model.answer(x).logits.argmax(1).cpu()] == y).sum())
-    return found
+    return sum(int((labels[model.answer(x).logits.argmax(1).cpu()] == y).sum()) for x, y in batches(model, items))

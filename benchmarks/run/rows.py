@@ -33,22 +33,17 @@ def growth(strategy: AdapterStrategy) -> Plain:
         "adapter_parameters": 0 if bank is None else sum(parameter.numel() for parameter in bank.parameters()),
         "adapters_per_block": {str(block): at[block] for block in sorted(at)},
         "task_of_slot": list(model.task_of_slot),
-        "expansions": [_finite(dataclasses.asdict(entry)) for entry in strategy.expansions],
+        "expansions": [
+            dataclasses.asdict(entry) | {"score": entry.score if math.isfinite(entry.score) else None}
+            for entry in strategy.expansions
+        ],
     }
 
 
 def to_results(
     rows: Sequence[Plain], experiment: Experiment, data: BenchmarkData, backbone: BackboneInfo, run: Mapping[str, Any]
 ) -> Results:
-    """Put the rows of the finished tasks together.
-
-    Args:
-        rows: one per finished task, at least one.
-        experiment: what was run.
-        data: the benchmark.
-        backbone: the one in use.
-        run: "experiment", "versions" and "hardware" as recorded in ``config.json``.
-    """
+    """Put the rows of the finished tasks, at least one, together; ``run`` is the content of ``config.json``."""
     tasks = data.tasks[: len(rows)]
     pad = [None] * len(rows)
     labels = data.test.labels
@@ -112,10 +107,6 @@ def _right_share(counts: Sequence[Sequence[int]], tasks: Sequence[int]) -> float
 def _of_all(rows: Sequence[Plain], name: str) -> Any:
     """One value per task; None if a row is from before it was recorded."""
     return tuple(row[name] for row in rows) if all(name in row for row in rows) else None
-
-
-def _finite(entry: Plain) -> Plain:
-    return entry | {"score": entry["score"] if math.isfinite(entry["score"]) else None}
 
 
 def _total(counts: Sequence[Sequence[int]]) -> int:

@@ -93,11 +93,8 @@ def start(runner: TaskRunner[R], out: Path, listener: Listener[R] | None) -> R:
 def continue_run(runner: TaskRunner[R], out: Path, listener: Listener[R] | None, recorded: dict[str, Any]) -> R:
     """Run the tasks of ``out`` that are not complete.
 
-    Args:
-        runner: made of the experiment in ``recorded``, on the same inputs (:func:`changed_inputs`).
-        out: folder of the run.
-        listener: its callbacks.
-        recorded: its ``config.json``, of which the results tell.
+    ``recorded`` is its ``config.json``, of which the results tell; ``runner`` is made of the experiment in it, on the
+    same inputs (:func:`changed_inputs`).
 
     Raises:
         StorageError: another process is writing it.
@@ -134,14 +131,7 @@ def _progress(listener: Listener[R] | None) -> Progress | None:
 
 
 def describe(plain: Mapping[str, Any], backbone: str, data: str, packages: Sequence[str]) -> dict[str, Any]:
-    """The content of ``config.json``.
-
-    Args:
-        plain: the experiment, under a key that tells its kind.
-        backbone: fingerprint.
-        data: fingerprint.
-        packages: names of distributions whose versions matter.
-    """
+    """The content of ``config.json``: the experiment under a key that tells its kind, two fingerprints, versions."""
     return {
         "schema_version": SCHEMA,
         **plain,
@@ -181,11 +171,7 @@ def complete_tasks(out: Path) -> list[Path]:
 
 
 def latest_model(out: Path, weights: Path | None = None) -> AdapterModel:
-    """The model after the last complete task of a run.
-
-    Args:
-        out: folder of the run.
-        weights: of the backbone, where its file or folder has moved.
+    """The model after the last complete task of a run; ``weights`` of the backbone where they have moved.
 
     Raises:
         StorageError: no run there, or no task is complete.

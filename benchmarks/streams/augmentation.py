@@ -7,12 +7,7 @@ from cl_adapters.benchmarks.base import Augmentation
 
 
 def train_transform(preprocessing: Preprocessing, augmentation: Augmentation) -> Transform:
-    """From one decoded image to float32 [C, H, W], with random changes from torch's global generator.
-
-    Args:
-        preprocessing: of the backbone.
-        augmentation: of the benchmark.
-    """
+    """From one decoded image to float32 [C, H, W], with random changes from torch's global generator."""
     from torchvision import transforms
     from torchvision.transforms import InterpolationMode
 

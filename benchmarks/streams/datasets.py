@@ -48,26 +48,24 @@ class ImageDataset(Dataset[tuple[Any, int]]):
 
 
 class TextDataset(Dataset[tuple[Tensor, int]]):
-    """Some texts of a ``TokenSet``, as token ids of one width, so that any loader can stack them.
+    """Some texts of a ``TokenSet``, as token ids of one width N, that of its longest text: any loader can stack them.
 
     Args:
         texts: with their tokens.
         indices: positions to take, in this order; None takes all.
-        width: N, at least the length of the longest of these texts, which is the default.
 
     Attributes:
         targets: the labels, one Python int per item.
         lengths: tokens per item.
-        width: N.
     """
 
-    def __init__(self, texts: TokenSet, indices: Sequence[int] | None = None, width: int | None = None) -> None:
+    def __init__(self, texts: TokenSet, indices: Sequence[int] | None = None) -> None:
         self.texts = texts
         self.indices = list(range(len(texts)) if indices is None else map(int, indices))
         self.targets: list[int] = [int(texts.labels[index]) for index in self.indices]
         lengths = texts.lengths
         self.lengths: list[int] = [int(lengths[index]) for index in self.indices]
-        self.width = max(self.lengths, default=0) if width is None else width
+        self.width = int(lengths.max(initial=0))
 
     def __len__(self) -> int:
         return len(self.indices)
@@ -80,12 +78,7 @@ class TextDataset(Dataset[tuple[Tensor, int]]):
 def as_dataset(
     samples: SampleSet, indices: Sequence[int] | None = None, transform: Transform | None = None
 ) -> ImageDataset | TextDataset:
-    """The data set of some samples, whatever they are.
-
-    Args:
-        samples: images, or texts with their tokens.
-        indices: positions to take, in this order; None takes all.
-        transform: of images.
+    """An :class:`ImageDataset` or a :class:`TextDataset`.
 
     Raises:
         DataError: texts without tokens.
@@ -94,7 +87,7 @@ def as_dataset(
         return ImageDataset(samples, indices, transform)
     if not isinstance(samples, TokenSet):
         raise DataError("these texts have no tokens yet: use prepare(data, backbone) first")
-    return TextDataset(samples, indices, int(samples.lengths.max(initial=0)))
+    return TextDataset(samples, indices)
 
 
 def task_indices(samples: SampleSet, labels: Sequence[int]) -> list[int]:

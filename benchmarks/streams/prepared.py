@@ -14,13 +14,7 @@ from cl_adapters.errors import ConfigError
 
 
 class Prepared(NamedTuple):
-    """What :func:`prepare` gives.
-
-    Attributes:
-        data: the benchmark; texts have their tokens.
-        train_transform: of images, with augmentation; None for texts.
-        eval_transform: the same without.
-    """
+    """A benchmark whose texts have their tokens; or the transforms of its images, the first with augmentation."""
 
     data: BenchmarkData
     train_transform: Transform | None

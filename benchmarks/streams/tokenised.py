@@ -52,10 +52,6 @@ def tokenised(data: BenchmarkData, preprocessing: TextPreprocessing) -> Benchmar
 
     The files lie in a temporary folder (``TMPDIR`` says where), which goes when the sets do.
 
-    Args:
-        data: of texts.
-        preprocessing: of the backbone.
-
     Raises:
         DataError: the samples are no texts.
     """

@@ -98,11 +98,6 @@ class ActivationCache:
     def batches(self, batch: int, generator: torch.Generator, drop_last: bool = False) -> Sequence[Tensor]:
         """A new order with a view for each sample, in batches: those of :meth:`draw`, or of similar length for texts.
 
-        Args:
-            batch: samples per batch.
-            generator: of everything drawn.
-            drop_last: leave out an incomplete batch.
-
         Returns:
             Places in :meth:`everything`, int64.
         """
@@ -150,8 +145,8 @@ class CachedLoader:
         start: the block whose inputs they are.
         routes: the adapters before it.
         batch: samples per batch.
-        draw: gives the generator of the next pass.
-        drop_last: leave out an incomplete last batch.
+        draw: of each pass.
+        drop_last: leave out an incomplete last batch, unless it is the only one.
     """
 
     def __init__(

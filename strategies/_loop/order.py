@@ -53,12 +53,7 @@ def length_batches(
 
 
 class ExplicitOrder(Sampler[int]):
-    """A new permutation for each pass.
-
-    Args:
-        samples: N.
-        draw: gives the generator of the next pass.
-    """
+    """A new permutation of N samples for each pass."""
 
     def __init__(self, samples: int, draw: Draw) -> None:
         self._samples = samples
@@ -72,14 +67,7 @@ class ExplicitOrder(Sampler[int]):
 
 
 class LengthBatches(Sampler[list[int]]):
-    """New :func:`length_batches` for each pass.
-
-    Args:
-        lengths_N: int, tokens per sample.
-        batch: samples per batch.
-        draw: gives the generator of the next pass.
-        drop_last: leave out an incomplete batch.
-    """
+    """New :func:`length_batches` for each pass."""
 
     def __init__(self, lengths_N: Tensor, batch: int, draw: Draw, drop_last: bool = False) -> None:
         self._lengths_N = lengths_N
@@ -99,14 +87,9 @@ class LengthBatches(Sampler[list[int]]):
 def training_loader(
     dataset: Any, batch: int, draw: Draw, *, num_workers: int = 0, drop_last: bool = False
 ) -> DataLoader[Any]:
-    """A loader in an order of its own for each pass: of similar length per batch where samples have lengths.
+    """A loader in an order of its own for each pass: of similar length per batch where samples have ``lengths``.
 
-    Args:
-        dataset: with ``lengths`` where samples have them.
-        batch: samples per batch.
-        draw: gives the generator of the next pass.
-        num_workers: of the loader.
-        drop_last: leave out an incomplete batch, unless it is the only one.
+    ``drop_last`` leaves out an incomplete batch, unless it is the only one.
     """
     lengths_N = lengths_of(dataset)
     if lengths_N is not None:
@@ -123,12 +106,7 @@ def training_loader(
 
 
 def reading_loader(dataset: Any, batch: int, num_workers: int = 0) -> tuple[DataLoader[Any], Tensor]:
-    """A loader that runs through a data set once, the longest samples first where they have lengths.
-
-    Args:
-        dataset: with ``lengths`` where samples have them.
-        batch: samples per batch.
-        num_workers: of the loader.
+    """A loader that runs through a data set once, the longest samples first where they have ``lengths``.
 
     Returns:
         The loader, and ``back_N`` (int64 [N]): what was computed in the loader's order, indexed with it, is in the

@@ -32,14 +32,12 @@ def check_answers(language: LanguageModel, tasks: Sequence[InstructTask], max_ne
         DataError: an answer that leaves no room for a prompt.
     """
     for task in tasks:
-        pairs = language.tokens.pairs(
-            [example.prompt for example in task.test], [example.answer for example in task.test], end=False
-        )
-        longest = max(len(answer) for _, answer in pairs)
+        lengths = [len(answer) for answer in _answers(language, task.test)]
+        longest = max(lengths)
         if longest > max_new_tokens:
-            count = sum(len(answer) > max_new_tokens for _, answer in pairs)
+            count = sum(length > max_new_tokens for length in lengths)
             raise ConfigError(
-                f"{count} of {len(pairs)} test answers of task {task.name!r} have more than "
+                f"{count} of {len(lengths)} test answers of task {task.name!r} have more than "
                 f"max_new_tokens={max_new_tokens} tokens, up to {longest}; cut, they could never match: set "
                 f"max_new_tokens={longest} or more"
             )
@@ -81,10 +79,13 @@ def _generation(method: InstructMethod, task: InstructTask) -> float:
 
 def expected(language: LanguageModel, examples: Sequence[Example]) -> list[str]:
     """The answers as the tokenizer gives them back: some write in lower case, or put spaces elsewhere."""
-    pairs = language.tokens.pairs(
-        [example.prompt for example in examples], [example.answer for example in examples], end=False
-    )
-    return [language.tokens.text(answer) for _, answer in pairs]
+    return [language.tokens.text(answer) for answer in _answers(language, examples)]
+
+
+def _answers(language: LanguageModel, examples: Sequence[Example]) -> list[list[int]]:
+    """The tokens of the answers behind their prompts."""
+    prompts, answers = [example.prompt for example in examples], [example.answer for example in examples]
+    return [answer for _, answer in language.tokens.pairs(prompts, answers, end=False)]
 
 
 def _percent(right: Sequence[bool]) -> float:

@@ -30,13 +30,7 @@ class Example:
 
 @dataclass(frozen=True, kw_only=True)
 class InstructTask:
-    """One task.
-
-    Attributes:
-        name: unlike that of any other.
-        train: examples to learn from.
-        test: examples to judge by.
-    """
+    """One task; its name is unlike that of any other."""
 
     name: str
     train: tuple[Example, ...]
