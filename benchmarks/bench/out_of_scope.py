@@ -67,19 +67,19 @@ def main(
     model: AdapterModel = strategy.model
     test = prepared.data.test
     assert isinstance(test, TextSet)
-    known, strangers = list(test.texts), benchmark.out_of_scope()
-    print(f"{strategy_name}: {len(known):,} queries in scope, {len(strangers):,} out of scope")
+    known, outside_texts = list(test.texts), benchmark.out_of_scope()
+    print(f"{strategy_name}: {len(known):,} queries in scope, {len(outside_texts):,} out of scope")
     answers = model.predict_texts(known)
     right = np.mean([answer.label == label for answer, label in zip(answers, test.labels, strict=True)])
     print(f"accuracy in scope, nothing refused: {100 * right:.2f} %")
     print("| " + " | ".join(HEAD) + " |\n|" + "---|" * len(HEAD))
     sure, unsure = (
-        torch.tensor([answer.score for answer in some]) for some in (answers, model.predict_texts(strangers))
+        torch.tensor([answer.score for answer in some]) for some in (answers, model.predict_texts(outside_texts))
     )
     show("softmax of the model's answer", sure, unsure, None)
     with tempfile.TemporaryDirectory() as folder:
         pool = strategy.save_pool(Path(folder) / "pool", benchmark="clinc150")
-        inside, outside = (features(backbone, texts) for texts in (known, strangers))
+        inside, outside = (features(backbone, texts) for texts in (known, outside_texts))
         for keys, metric in LOOKUPS:
             look_up(pool, keys, metric, inside, outside)
 

@@ -2,7 +2,7 @@
 
     python -m cl_adapters.benchmarks.bench.retrieval
 
-Trains MOS on all tasks but the last, whose classes are then the strangers. Each predictor answers the test images of
+Trains MOS on all tasks but the last, whose classes are then unseen. Each predictor answers the test images of
 the known classes; with a threshold at the target rates it also says which images are of none of them.
 
 Accuracy tells of retrieval only where adapters change answers. So the table begins with what no retrieval gives, the
@@ -120,23 +120,23 @@ def trained(backbone: FrozenBackbone, data: BenchmarkData, options: Mapping[str,
 def table(model: AdapterModel, data: BenchmarkData, rates: list[float]) -> None:
     """Print what each predictor finds, then what thresholds refuse."""
     known = list(batches(model, data, data.tasks[:-1]))
-    strangers = [x for x, _ in batches(model, data, data.tasks[-1:])]
+    unseen = [x for x, _ in batches(model, data, data.tasks[-1:])]
     print(f"{'':36}{'accuracy %':>12}{'routing %':>12}{'passes':>9}")
     for name, predictor in (CONTROLS | PREDICTORS).items():
         found = open_set(model, known, predictor=predictor)
         routing = "" if found.routing is None else f"{100 * found.routing:.1f}"
         print(f"{name:36}{100 * found.accuracy:12.1f}{routing:>12}{found.passes:9.2f}")
     print(f"adapters move the features by {100 * shift(model, known[0][0]):.2g} % of their length")
-    free = open_set(model, known, strangers, predictor=NearestKey())
+    free = open_set(model, known, unseen, predictor=NearestKey())
     keys = model.part(CLASS_KEYS, Keys)
     asked = sum(len(y) for _, y in known)
-    print(f"AUROC, {asked} known against {sum(map(len, strangers))} of classes never seen: {free.auroc:.3f}")
+    print(f"AUROC, {asked} known against {sum(map(len, unseen))} of classes never seen: {free.auroc:.3f}")
     print(f"threshold from {len(keys.held_out_HD)} held-back features:   coverage %   false accepts %   accuracy %")
     for rate in rates:
         for target in ("false_reject", "false_accept"):
             reject, accept = (rate, None) if target == "false_reject" else (None, rate)
             calibrate(model, false_reject=reject, false_accept=accept)
-            show(f"  {target.replace('_', ' ')} at {100 * rate:g} %", open_set(model, known, strangers))
+            show(f"  {target.replace('_', ' ')} at {100 * rate:g} %", open_set(model, known, unseen))
     del model.parts["abstention"]
 
 

@@ -68,13 +68,13 @@ def evaluate_command(
         raise ConfigError("--set is for the options of --predictor NAME")
     options = parse_settings(settings or ())
     model = _model(store, index, None if predictor is None else predictor_from({"type": predictor} | options))
-    known, strangers = _asked(store, index, benchmark, unseen or (), seed, limit)
-    inputs = (x for items in strangers for x, _ in batches(model, items))
+    known, unknown = _asked(store, index, benchmark, unseen or (), seed, limit)
+    inputs = (x for items in unknown for x, _ in batches(model, items))
     found = open_set(model, batches(model, known), inputs)
     figures = {
         "benchmark": known.data.name,
         "known": len(known.indices),
-        "unseen": sum(len(items.indices) for items in strangers),
+        "unseen": sum(len(items.indices) for items in unknown),
         "predictor": predictors.name_of(model.predictor),
         "threshold": index.threshold,
     }
