@@ -15,7 +15,7 @@ from cl_adapters._alias import AliasLoader
 _MOVED = {
     "": "abstention=openset files=_io randomness=_seeding storage=_io timing=_timing",
     "backbones": """
-        backbone=frozen backbone_sources=load batches=inputs entering=partial fingerprint=card hf_forward hf_image
+        backbone=frozen backbone_sources=load batches=inputs entering=partial fingerprint hf_forward hf_image
         hf_source=hf_load passes=partial preprocessing text_preprocessing=text tokens
     """,
     "bank": "language_routes=routes routes site_adapters slot_stacks",

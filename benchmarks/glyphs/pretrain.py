@@ -25,19 +25,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
-from cl_adapters.benchmarks.glyphs.batches import IMG_SIZE, draw_batch, training_classes
-
-ARCHITECTURE: dict[str, Any] = {
-    "img_size": IMG_SIZE,
-    "patch_size": 8,
-    "embed_dim": 128,
-    "depth": 6,
-    "num_heads": 4,
-    "mlp_ratio": 4.0,
-    "num_classes": 0,
-    "class_token": False,
-    "global_pool": "avg",
-}
+from cl_adapters.benchmarks.glyphs.batches import draw_batch, training_classes
+from cl_adapters.benchmarks.glyphs.encoder import ARCHITECTURE, build_encoder, normalise
+from cl_adapters.benchmarks.glyphs.probe import Probes
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -95,31 +85,6 @@ class CosineClassifier(nn.Module):
     def forward(self, features: Tensor) -> Tensor:
         """Return logits float32 [B, C] of features float32 [B, D]."""
         return self.scale * F.normalize(features, dim=1) @ F.normalize(self.weight, dim=1).T
-
-
-def normalise(images: Tensor) -> Tensor:
-    """Map 0..1 to -1..1, the preprocessing that goes with the weights."""
-    return (images - 0.5) / 0.5
-
-
-def build_encoder() -> nn.Module:
-    """Return the encoder with fresh weights from torch's global generator."""
-    from timm.models.vision_transformer import VisionTransformer
-
-    encoder = VisionTransformer(**ARCHITECTURE)
-    assert isinstance(encoder, nn.Module)
-    assert encoder.pos_embed is not None
-    with torch.no_grad():  # tokens know their neighbours from the first step on
-        encoder.pos_embed.copy_(_sine_positions(IMG_SIZE // ARCHITECTURE["patch_size"], ARCHITECTURE["embed_dim"]))
-    return encoder
-
-
-def _sine_positions(side: int, width: int) -> Tensor:
-    """Return sines and cosines of row and column, float32 [1, side * side, width]."""
-    frequencies = 100.0 ** (-torch.arange(width // 4) / (width // 4))
-    rows, columns = torch.meshgrid(torch.arange(side), torch.arange(side), indexing="ij")
-    angles = [place.reshape(-1, 1) * frequencies for place in (rows, columns)]
-    return 0.3 * torch.cat([part for angle in angles for part in (angle.sin(), angle.cos())], dim=1)[None]
 
 
 def train(recipe: Recipe, out: Path, report: Callable[[nn.Module], str], report_every: float = 300.0) -> int:
@@ -182,8 +147,6 @@ def save(encoder: nn.Module, path: Path) -> None:
 
 def main() -> None:
     """Parse the budget, train, print the figures of the model card."""
-    from cl_adapters.benchmarks.glyphs.probe import Probes
-
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, required=True, help="file for the weights (.safetensors)")
     parser.add_argument("--minutes", type=float, help="wall-clock budget (42 where --steps is not given)")

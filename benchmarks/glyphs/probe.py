@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from cl_adapters.benchmarks.data.digits import Digits
 from cl_adapters.benchmarks.glyphs.batches import IMG_SIZE
 from cl_adapters.benchmarks.glyphs.classes import glyph_classes
-from cl_adapters.benchmarks.glyphs.pretrain import build_encoder, normalise
+from cl_adapters.benchmarks.glyphs.encoder import build_encoder, normalise
 from cl_adapters.benchmarks.glyphs.render import TEST_FACES, TRAIN_FACES, coverage, render
 
 Split = tuple[Tensor, Tensor]

@@ -2,9 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
-import hashlib
-import json
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -12,8 +9,6 @@ from cl_adapters.config import to_plain
 from cl_adapters.errors import IncompatibleBackbone
 
 if TYPE_CHECKING:
-    from torch import Tensor, nn
-
     from cl_adapters.backbones.frozen import FrozenBackbone
 
 
@@ -58,29 +53,3 @@ class BackboneCard:
                 f"{what} {other.name!r} has {other.fingerprint[:16]}: same weights, preprocessing and pooling are "
                 "needed"
             )
-
-
-def fingerprint_of(encoder: nn.Module, preprocessing: Any, pooling: str) -> str:
-    """SHA-256 over every weight and buffer, the preprocessing and the pooling."""
-    import torch
-
-    digest = hashlib.sha256()
-    for key, value in sorted(encoder.state_dict().items()):
-        if isinstance(value, torch.Tensor):
-            plain = _plain(value)
-            digest.update(f"{key}:{plain.dtype}:{tuple(plain.shape)}".encode())
-            digest.update(plain.detach().cpu().contiguous().flatten().view(torch.uint8).numpy().data)
-        else:  # what packages for quantised weights keep beside them
-            digest.update(f"{key}:{value!r}".encode())
-    recipe = None if preprocessing is None else dataclasses.asdict(preprocessing)
-    digest.update(json.dumps([recipe, pooling], sort_keys=True).encode())
-    return digest.hexdigest()
-
-
-def _plain(value: Tensor) -> Tensor:
-    """The numbers of a tensor; packages for quantised weights have tensors of their own kind, without bytes to read."""
-    import torch
-
-    if type(value) in (torch.Tensor, torch.nn.Parameter) or not hasattr(value, "dequantize"):
-        return value
-    return value.dequantize()

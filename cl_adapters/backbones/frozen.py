@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from cl_adapters.backbones.card import fingerprint_of
+from cl_adapters.backbones.fingerprint import fingerprint_of
 from cl_adapters.backbones.hf_forward import Pooling, check_pooling, hidden_size_of, pooled_features
 from cl_adapters.backbones.inputs import Inputs
 from cl_adapters.backbones.partial import ForwardPass, begin_pass, find_tuple_size, resume_pass

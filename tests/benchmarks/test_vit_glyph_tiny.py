@@ -15,13 +15,8 @@ import cl_adapters
 from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.benchmarks.glyphs.batches import EASY, STYLE, draw_batch, training_classes
 from cl_adapters.benchmarks.glyphs.classes import glyph_classes
-from cl_adapters.benchmarks.glyphs.pretrain import (
-    ARCHITECTURE,
-    CosineClassifier,
-    Recipe,
-    build_encoder,
-    save,
-)
+from cl_adapters.benchmarks.glyphs.encoder import ARCHITECTURE, build_encoder
+from cl_adapters.benchmarks.glyphs.pretrain import CosineClassifier, Recipe, save
 from cl_adapters.benchmarks.glyphs.probe import Probes
 
 ASSETS = Path(cl_adapters.__file__).parent / "assets"
