@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from cl_adapters.backbones.exclusive import exclusive
 from cl_adapters.backbones.fingerprint import fingerprint_of
 from cl_adapters.backbones.hf_forward import Pooling, check_pooling, hidden_size_of, pooled_features
 from cl_adapters.backbones.inputs import Inputs
@@ -27,7 +28,8 @@ __all__ = ["FrozenBackbone", "Pooling"]
 class FrozenBackbone(nn.Module):
     """A frozen encoder: always in evaluation mode, no parameter requires a gradient.
 
-    Make one with :meth:`load` (by name) or :meth:`wrap` (your own module).
+    Make one with :meth:`load` (by name) or :meth:`wrap` (your own module). It may be shared by models, indexes and
+    threads: their passes run one after the other.
 
     Attributes:
         encoder: the wrapped module.
@@ -283,18 +285,21 @@ class FrozenBackbone(nn.Module):
     def _finish(self, begun: ForwardPass, stop: int | None = None) -> Tensor:
         """The features, or the input of a block (``depth``: the features)."""
         blocks = [] if stop is None else self._blocks()
-        outer, self.token_mask = self.token_mask, None if begun.width is None else begun.mask_BN
-        try:
-            if stop is None or stop == len(blocks):
-                return pooled_features(begun.run(), self.pooling, begun.mask_BN)
-            return begun.until(blocks[stop])
-        finally:
-            self.token_mask = outer
+        with exclusive(self.encoder):
+            outer, self.token_mask = self.token_mask, None if begun.width is None else begun.mask_BN
+            try:
+                if stop is None or stop == len(blocks):
+                    return pooled_features(begun.run(), self.pooling, begun.mask_BN)
+                return begun.until(blocks[stop])
+            finally:
+                self.token_mask = outer
 
     def _tuple_size(self) -> int | None:
         """How the blocks of an encoder of transformers return activations; None: it cannot be entered."""
         if self._known_tuple_size is None:
-            self._known_tuple_size = (find_tuple_size(self.encoder, self._blocks(), self.pooling, self.preprocessing),)
+            with exclusive(self.encoder):
+                found = find_tuple_size(self.encoder, self._blocks(), self.pooling, self.preprocessing)
+            self._known_tuple_size = (found,)
         return self._known_tuple_size[0]
 
     def _blocks(self) -> list[nn.Module]:

@@ -1,12 +1,11 @@
 """Forward passes of a backbone: whole, up to the input of a block, and on from there.
 
-What is changed in an encoder for that is undone at once, and only the thread that asked for it sees it.
+What is changed in an encoder for that is undone at once; callers hold its lock (:mod:`.exclusive`) meanwhile.
 """
 
 from __future__ import annotations
 
 import inspect
-import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -31,9 +30,6 @@ from cl_adapters.backbones.inputs import Inputs
 from cl_adapters.backbones.preprocessing import Preprocessing
 from cl_adapters.backbones.tokens import from_mapping, is_tokens, mask_of, padded, unpadded
 from cl_adapters.errors import ClAdaptersError, IncompatibleBackbone
-
-_LOCK = threading.RLock()
-"""Held while blocks are bypassed: that is a change of the encoder, undone at once."""
 
 
 @dataclass(frozen=True)
@@ -143,11 +139,8 @@ def captured_input(block: nn.Module, run: Callable[[], Any]) -> Tensor:
     Raises:
         IncompatibleBackbone: the block is never reached.
     """
-    thread = threading.get_ident()
 
     def stop(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if threading.get_ident() != thread:
-            return
         raise _StoppedAtBlock(args[0] if args else kwargs[_first_input(module)])
 
     handle = block.register_forward_pre_hook(stop, prepend=True, with_kwargs=True)
@@ -181,14 +174,11 @@ def run_from(blocks: Sequence[nn.Module], block: int, h: Tensor, tuple_size: int
     So the encoder itself makes what it hands its blocks beside the activations (masks, rotations, biases of positions)
     and what follows the last block, whatever it is called with. ``run`` is a pass with an input of the same shape.
     """
-    thread = threading.get_ident()
 
-    def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any] | None:
-        if threading.get_ident() != thread:
-            return None
+    def replace(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[Any, Any]:
         return ((h, *args[1:]), kwargs) if args else (args, kwargs | {_first_input(module): h})
 
-    with _LOCK, ExitStack() as undo:
+    with ExitStack() as undo:
         for module in blocks[:block]:
             undo.enter_context(_bypassed(module, tuple_size))
         handle = blocks[block].register_forward_pre_hook(replace, prepend=True, with_kwargs=True)
@@ -199,26 +189,23 @@ def run_from(blocks: Sequence[nn.Module], block: int, h: Tensor, tuple_size: int
 @contextmanager
 def without_hooks(module: nn.Module) -> Iterator[None]:
     """No hook of any module of ``module`` runs inside: routed adapters add nothing."""
-    with _LOCK:
-        kept = [(part, part._forward_hooks, part._forward_pre_hooks) for part in module.modules()]
-        for part, _, _ in kept:
-            part._forward_hooks, part._forward_pre_hooks = OrderedDict(), OrderedDict()
-        try:
-            yield
-        finally:
-            for part, after, before in kept:
-                part._forward_hooks, part._forward_pre_hooks = after, before
+    kept = [(part, part._forward_hooks, part._forward_pre_hooks) for part in module.modules()]
+    for part, _, _ in kept:
+        part._forward_hooks, part._forward_pre_hooks = OrderedDict(), OrderedDict()
+    try:
+        yield
+    finally:
+        for part, after, before in kept:
+            part._forward_hooks, part._forward_pre_hooks = after, before
 
 
 @contextmanager
 def _bypassed(module: nn.Module, tuple_size: int) -> Iterator[None]:
-    """The module gives back what it is given, to this thread; others compute as always."""
-    thread, own, real = threading.get_ident(), module.__dict__.get("forward"), module.forward
+    """The module gives back what it is given."""
+    own = module.__dict__.get("forward")
     name = _first_input(module)
 
     def forward(*args: Any, **kwargs: Any) -> Any:
-        if threading.get_ident() != thread:
-            return real(*args, **kwargs)
         given = args[0] if args else kwargs[name]
         return (given, *[None] * (tuple_size - 1)) if tuple_size else given
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_adapters.adapters.base import AdapterType
+from cl_adapters.backbones.exclusive import exclusive
 from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.bank.routes import BARE, Route, Routes, each_route
 from cl_adapters.bank.site_adapters import ActiveRoutes, SiteAdapters, Watch
@@ -126,11 +127,15 @@ class AdapterBank(nn.Module):
 
     def named_slot(self, slot: int) -> Iterator[tuple[str, nn.Parameter]]:
         """The live parameters of one slot with their keys, sites in order."""
-        self._bring([slot])
-        for place in self._places():
-            if place.has(slot):
-                for name, value in place.slots[str(slot)].named_parameters():
-                    yield f"{place.site.name}/{name}", value
+        with exclusive(self._anchor[0]):  # another thread's pass might drop it meanwhile
+            self._bring([slot])
+            found = [
+                (f"{place.site.name}/{name}", value)
+                for place in self._places()
+                if place.has(slot)
+                for name, value in place.slots[str(slot)].named_parameters()
+            ]
+        yield from found
 
     def slot_parameters(self, slot: int) -> list[nn.Parameter]:
         """The live parameters of one slot."""
@@ -146,7 +151,7 @@ class AdapterBank(nn.Module):
     def route(
         self, routes: Routes | None, dropout_generator: torch.Generator | None = None, watch: Watch | None = None
     ) -> Iterator[None]:
-        """Use these adapters in the forward passes of the ``with`` block.
+        """Use these adapters in the forward passes of the ``with`` block; other threads' passes wait until it ends.
 
         Args:
             routes: one route for all sites, or one per site name; None for the bare backbone.
@@ -157,14 +162,15 @@ class AdapterBank(nn.Module):
             ClAdaptersError: a slot or site that does not exist.
         """
         self._check(routes)
-        self._bring([slot for route in each_route(routes) for slot in route.slots])
-        active = self._active
-        before = (active.routes, active.dropout_generator, active.watch)
-        active.routes, active.dropout_generator, active.watch = routes, dropout_generator, watch
-        try:
-            yield
-        finally:
-            active.routes, active.dropout_generator, active.watch = before
+        with exclusive(self._anchor[0]):
+            self._bring([slot for route in each_route(routes) for slot in route.slots])
+            active = self._active
+            before = (active.routes, active.dropout_generator, active.watch)
+            active.routes, active.dropout_generator, active.watch = routes, dropout_generator, watch
+            try:
+                yield
+            finally:
+                active.routes, active.dropout_generator, active.watch = before
 
     def _check(self, routes: Routes | None) -> None:
         if isinstance(routes, Mapping):

@@ -1,18 +1,22 @@
 """SiteAdapters: the adapters at one site, and the hooks that connect them with the backbone.
 
-The hooks are bound methods of a module. A closure would keep the original's weights after a deepcopy; a bound method
-is copied along.
+The hooks name their module weakly: an encoder does not keep the adapters of a model that is gone. They are copied along
+with encoder and adapters by a deepcopy, where a closure would keep the original's weights.
 """
 
 from __future__ import annotations
 
+import copy
+import weakref
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from cl_adapters.adapters.base import AdapterType
 from cl_adapters.backbones.hf_forward import upcast
@@ -55,6 +59,21 @@ class ActiveRoutes:
         return self.routes.get(site)
 
 
+@dataclass(frozen=True)
+class _WeakHook:
+    """A hook that calls a method of an object while it is there, and is copied along with it."""
+
+    owner: weakref.ref[SiteAdapters]
+    method: str
+
+    def __call__(self, *args: Any) -> Any:
+        owner = self.owner()
+        return None if owner is None else getattr(owner, self.method)(*args)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _WeakHook:
+        return replace(self, owner=weakref.ref(copy.deepcopy(owner, memo))) if (owner := self.owner()) else self
+
+
 class SiteAdapters(nn.Module):
     """The adapters at one site.
 
@@ -88,19 +107,19 @@ class SiteAdapters(nn.Module):
                 f"site {self.site.name!r} reads {source.module!r} and adds to {target.module!r}, but {error}"
             ) from error
         if self.site.rows is not None:
-            encoder.get_submodule(self.site.rows.module).register_forward_pre_hook(self.note_rows)
+            self._hook(encoder.get_submodule(self.site.rows.module).register_forward_pre_hook, "note_rows")
         if target.end == "inside":
-            adds.register_forward_pre_hook(self.enter_attention)
-            adds.register_forward_hook(self.leave_attention, always_call=True)
+            self._hook(adds.register_forward_pre_hook, "enter_attention")
+            self._hook(partial(adds.register_forward_hook, always_call=True), "leave_attention")
             return
         if source != target and source.end == "in":
-            reads.register_forward_pre_hook(self.read_input)
+            self._hook(reads.register_forward_pre_hook, "read_input")
         elif source != target:
-            reads.register_forward_hook(self.read_output)
+            self._hook(reads.register_forward_hook, "read_output")
         if target.end == "in":
-            adds.register_forward_pre_hook(self.add_to_input)
+            self._hook(adds.register_forward_pre_hook, "add_to_input")
         else:
-            adds.register_forward_hook(self.add_to_output)
+            self._hook(adds.register_forward_hook, "add_to_output")
 
     def has(self, slot: int) -> bool:
         """Whether that slot has an adapter here."""
@@ -115,6 +134,11 @@ class SiteAdapters(nn.Module):
         if self.has(slot):
             del self.slots[str(slot)]
             self._stack = SlotStack()
+
+    def _hook(self, register: Callable[[Any], RemovableHandle], method: str) -> None:
+        """Register a method as a hook for as long as this object lives."""
+        handle = register(_WeakHook(weakref.ref(self), method))
+        weakref.finalize(self, handle.remove).atexit = False
 
     # --- hooks ---------------------------------------------------------------------------------------------------
 

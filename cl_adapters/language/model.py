@@ -11,7 +11,7 @@ from __future__ import annotations
 import copy
 import inspect
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from cl_adapters.adapters.base import AdapterType
 from cl_adapters.backbones.encode import encode, text_preprocessing
+from cl_adapters.backbones.exclusive import exclusive
 from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.backbones.hf_forward import Pooling, pad_token_of, vocabulary_of
 from cl_adapters.bank.bank import AdapterBank
@@ -508,23 +509,20 @@ class LanguageModel(nn.Module):
         backbone, bank = self.model.backbone, self.model.bank
         if bank is None and routes is not None:
             raise ClAdaptersError("this language model has no adapters to route to")
-        outer = backbone.token_mask
 
         def note(module: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             mask, ids = kwargs.get("attention_mask"), args[0] if args else kwargs.get("input_ids")
             fits = isinstance(mask, Tensor) and isinstance(ids, Tensor) and mask.shape == ids.shape
             backbone.token_mask = mask.bool() if isinstance(mask, Tensor) and fits else None
 
-        handle = backbone.encoder.register_forward_pre_hook(note, with_kwargs=True)
-        try:
-            if bank is None:
+        with exclusive(backbone.encoder), nullcontext() if bank is None else bank.route(routes, dropout_generator):
+            outer = backbone.token_mask
+            handle = backbone.encoder.register_forward_pre_hook(note, with_kwargs=True)
+            try:
                 yield
-            else:
-                with bank.route(routes, dropout_generator):
-                    yield
-        finally:
-            handle.remove()
-            backbone.token_mask = outer
+            finally:
+                handle.remove()
+                backbone.token_mask = outer
 
 
 def _lengths(pairs: Sequence[Pair]) -> Tensor:

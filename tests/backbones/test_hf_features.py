@@ -99,19 +99,21 @@ def test_a_failed_second_half_leaves_the_encoder_as_it_was(bert: FrozenBackbone)
 
 @pytest.mark.parametrize("half", ["first", "second"])
 def test_a_pass_in_another_thread_beside_a_half(half: str, bert: FrozenBackbone) -> None:
-    """A half changes the encoder while it runs: nobody else may see that."""
+    """A half changes the encoder while it runs: nobody else may see that, so others wait."""
     x = tokens_of([5, 2], 5, first=4).clamp_max(11)
     plain, h, other = bert.features(x), bert.enter(x, 1), bert.features(x.flip(0))
     seen: list[Tensor] = []
+    thread = threading.Thread(target=lambda: seen.append(bert.features(x.flip(0))), daemon=True)
 
     def beside(*_: Any) -> None:
-        if threading.current_thread() is threading.main_thread() and not seen:
-            thread = threading.Thread(target=lambda: seen.append(bert.features(x.flip(0))))
+        if threading.current_thread() is threading.main_thread() and thread.ident is None:
             thread.start()
-            thread.join()
+            thread.join(0.2)
+            assert not seen, "it waits"
 
     bert.encoder.get_submodule("embeddings" if half == "first" else "encoder.layer.1").register_forward_hook(beside)
     there = bert.enter(x, 1) if half == "first" else bert.resume(h, 1)
+    thread.join(10)
     assert len(seen) == 1 and torch.equal(seen[0], other)
     assert torch.equal(there.nan_to_num(), h.nan_to_num() if half == "first" else plain)
 
