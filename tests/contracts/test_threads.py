@@ -5,7 +5,6 @@ from __future__ import annotations
 import copy
 import gc
 import itertools
-import os
 import random
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -22,8 +21,6 @@ from cl_adapters.predictors.nearest_key import NearestKey
 from cl_adapters.predictors.self_refine import SelfRefine
 from tests.models import random_model
 
-CALLS = int(os.environ.get("CL_ADAPTERS_THREAD_CALLS", "800"))
-"""In all; ``make test-slow`` makes 10,000."""
 THREADS = 8
 
 
@@ -76,13 +73,9 @@ def check(backbone: FrozenBackbone, folder: Path, calls: int) -> int:
     return wrong
 
 
-def test_threads(backbone: FrozenBackbone, tmp_path: Path) -> None:
-    assert check(backbone, tmp_path, CALLS) == 0
-
-
-@pytest.mark.slow
-def test_ten_thousand_calls(backbone: FrozenBackbone, tmp_path: Path) -> None:
-    assert check(backbone, tmp_path, 10_000) == 0
+@pytest.mark.parametrize("calls", [400, pytest.param(10_000, marks=pytest.mark.slow)])
+def test_threads(backbone: FrozenBackbone, tmp_path: Path, calls: int) -> None:
+    assert check(backbone, tmp_path, calls) == 0
 
 
 def hooks(backbone: FrozenBackbone) -> int:
@@ -94,12 +87,15 @@ def living(kind: type) -> int:
     return sum(isinstance(thing, kind) for thing in gc.get_objects())
 
 
-def test_a_model_that_is_gone_leaves_nothing_on_its_backbone(backbone: FrozenBackbone, tmp_path: Path) -> None:
+@pytest.mark.parametrize("loads", [50, pytest.param(500, marks=pytest.mark.slow)])
+def test_a_model_that_is_gone_leaves_nothing_on_its_backbone(
+    backbone: FrozenBackbone, tmp_path: Path, loads: int
+) -> None:
     before = hooks(backbone)
     folder = random_model(backbone, [[0, 1], [2]]).save(tmp_path / "model")
     gc.collect()
     parameters = living(nn.Parameter)
-    for _ in range(500):
+    for _ in range(loads):
         AdapterModel.load(folder, backbone)
     assert living(nn.Parameter) == parameters
     assert hooks(backbone) == before == 0
