@@ -18,7 +18,7 @@ from cl_adapters.index.files import default_folder
 from cl_adapters.index.index import AdapterIndex
 from cl_adapters.parts.keys import KeyLookup, best_of_owners
 from cl_adapters.pool.pool import AdapterPool
-from cl_adapters.pool.record import Record, shown
+from cl_adapters.pool.record import Record
 
 LOOKED_AT = 1024
 """Nearest keys that are looked at for the scores of classes."""
