@@ -58,6 +58,8 @@ class BackboneCard:
             raise error(f"backbone.fingerprint {shown(self.fingerprint)} is no SHA-256")
         if self.num_features < 1:
             raise error(f"backbone.num_features is {self.num_features}")
+        if self.source and not isinstance(self.source.get("name"), str):
+            raise error(f"backbone.source names no backbone: {shown(self.source)}")
 
     def opened(self, where: str, error: type[StorageError]) -> FrozenBackbone:
         """What the source gives, unchecked; ``where`` it stands is for messages.
