@@ -1,4 +1,4 @@
-"""What may stand in the JSON files of models and pools: whole numbers, digests, texts; and values from them in messages."""
+"""What may stand in the JSON files of models and pools: numbers, digests, texts; and such values in messages."""
 
 from __future__ import annotations
 
@@ -14,10 +14,20 @@ SHA = re.compile(r"[0-9a-f]{64}")
 LONGEST = 1000
 """Characters of the longest text."""
 
-Label = Annotated[int, Field(strict=True, ge=-(2**63), lt=2**63)]
-"""A class label: a whole number of 64 bits. Strict: true and "1" are none, though pydantic would take them for 1."""
+Label = Annotated[int, Field(strict=True)]
+"""A class label, see :func:`check_label`. Strict: true and "1" are none, though pydantic would take them for 1."""
 Count = Annotated[int, Field(strict=True, ge=0, lt=2**63)]
 """A number of things, or the number of one: a task, a slot, a block."""
+
+
+def check_label(label: int, error: type[ClAdaptersError]) -> None:
+    """Check a class label.
+
+    Raises:
+        ClAdaptersError: of the type ``error``; it has more than 64 bits.
+    """
+    if not -(2**63) <= label < 2**63:
+        raise error(f"class label {label} does not fit into 64 bits")
 
 
 def check_text(what: str, text: str, error: type[ClAdaptersError]) -> None:

@@ -23,7 +23,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from cl_adapters._forms import SHA, Count, Label, clipped, shown
+from cl_adapters._forms import SHA, Count, Label, check_label, clipped, shown
 from cl_adapters._io import checksum, get_tensors, new_folder, put_tensors, read_json, write_json
 from cl_adapters.adapters import adapters
 from cl_adapters.backbones.card import BackboneCard
@@ -64,6 +64,9 @@ class _Class:
     label: Label
     name: str | None
     task: Count
+
+    def __post_init__(self) -> None:
+        check_label(self.label, ConfigError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -279,15 +282,17 @@ def _assemble(cls: type[M], path: Path, card: _Card, backbone: FrozenBackbone) -
     model.class_names = {row.label: row.name for row in card.classes if row.name is not None}
     model.task_of_column = torch.tensor([row.task for row in card.classes], dtype=torch.long)
     heads = read(HEADS)
-    rows = _rows(heads, "linear.weight")
-    shapes = {"linear.weight": (None, width), "linear.bias": (rows,), "prototypes": (None, width)}
+    bias = (_rows(heads, "linear.weight"),)
+    shapes = {"linear.weight": (None, width), "linear.bias": bias, "prototypes": (None, width)}
     _check_tensors(path / HEADS, heads, shapes, backbone)
-    for head, rows in (("linear", rows), ("prototype", len(heads["prototypes"]))):
+    for head, rows in (("linear", *bias), ("prototype", len(heads["prototypes"]))):
         if rows not in (0, len(model.classes)):
             raise StorageError(f"{path} names {len(model.classes)} classes, but its {head} head has {rows}")
     strange = sorted(set(card.files) - set(card.names()))
     if strange:
-        raise StorageError(f"{where} is damaged: {shown(strange[0])} in its files belongs to nothing in it; restore a copy")
+        raise StorageError(
+            f"{where} is damaged: {shown(strange[0])} in its files belongs to nothing in it; restore a copy"
+        )
     model.head.weight = nn.Parameter(heads["linear.weight"].to(model.device))
     model.head.bias = nn.Parameter(heads["linear.bias"].to(model.device))
     model.prototypes.prototypes = heads["prototypes"].to(model.device)

@@ -13,6 +13,7 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cl_adapters._forms import shown
 from cl_adapters._version import __version__
 from cl_adapters.backbones.card import BackboneCard
 from cl_adapters.errors import PoolError

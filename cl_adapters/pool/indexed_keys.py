@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from cl_adapters._forms import shown
 from cl_adapters.errors import ClAdaptersError, PoolError
 from cl_adapters.index.answers import Neighbours
 from cl_adapters.index.classes import MOST, widening

@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from cl_adapters._forms import shown
 from cl_adapters.backbones.card import BackboneCard
 from cl_adapters.errors import PoolError
 from cl_adapters.pool import edit, transfer

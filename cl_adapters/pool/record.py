@@ -9,7 +9,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
-from cl_adapters._forms import SHA, Count, Label, check_text, clipped, shown
+from cl_adapters._forms import SHA, Count, Label, check_label, check_text, clipped, shown
 from cl_adapters.config import build, to_plain
 from cl_adapters.errors import ConfigError, PoolError
 
@@ -30,8 +30,7 @@ class PoolClass:
     name: str | None = None
 
     def __post_init__(self) -> None:
-        if not -(2**63) <= self.label < 2**63:
-            raise PoolError(f"class label {self.label} does not fit into 64 bits")
+        check_label(self.label, PoolError)
         if self.name is not None:
             check_text("class name", self.name, PoolError)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import signal
@@ -149,6 +150,7 @@ FIELDS: dict[tuple[Any, ...], list[Any]] = {
 
 
 def put(plain: Any, path: tuple[Any, ...], value: Any) -> None:
+    """Put a value at a path."""
     for step in path[:-1]:
         plain = plain[step]
     plain[path[-1]] = value
@@ -177,14 +179,14 @@ def test_a_wrong_value_is_one_error_that_names_file_and_field(
     encoder, whole = backbone(), (saved / "model.json").read_text()
     for value in FIELDS[path]:
         (saved / "model.json").write_text(whole)
-        edit(saved, lambda plain, value=value: put(plain, path, value))
+        edit(saved, functools.partial(put, path=path, value=value))
         with pytest.raises(StorageError) as caught:
             AdapterModel.load(saved, encoder)
         message = str(caught.value)
         assert type(caught.value) is StorageError, message
         assert str(saved) in message and len(message) < 1000, message
-        field = [str(step) for step in path if isinstance(step, str)][:: -1 if path[0] == "classes" else 1]
-        words = {*field, field[-1].partition("_")[0], *(word.removesuffix("s") for word in field), "statistics/", "heads.safetensors", "adapters/"}
+        words = {str(step).partition("_")[0] for step in path if isinstance(step, str)}
+        words |= {word.removesuffix("s") for word in words} | {"statistics/", "heads", "adapters/"}
         assert any(word in message for word in words), (path, value, message)
 
 
@@ -382,9 +384,11 @@ def test_a_pool_is_not_overwritten_by_a_model(model: AdapterModel, tmp_path: Pat
 
 
 def test_what_comes_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
-    with pytest.raises(StorageError, match="exists already"), new_folder(tmp_path / "new") as folder:
-        put_tensors(folder, "a.safetensors", {"a": torch.ones(2)})
-        thesis(tmp_path / "new")
+    scratch = new_folder(tmp_path / "new")
+    put_tensors(scratch.__enter__(), "a.safetensors", {"a": torch.ones(2)})
+    thesis(tmp_path / "new")
+    with pytest.raises(StorageError, match="exists already"):
+        scratch.__exit__(None, None, None)
     assert (tmp_path / "new" / "thesis.tex").is_file()
 
 
@@ -437,7 +441,7 @@ def test_no_special_file_of_a_model_is_waited_for(
 def test_no_special_file_is_taken_for_an_array(tmp_path: Path, make: Callable[[Path], None], bounded: None) -> None:
     make(tmp_path / "x.npy")
     for mmap in (True, False):
-        with pytest.raises(StorageError, match="is missing, damaged or no .npy array"):
+        with pytest.raises(StorageError, match=r"is missing, damaged or no \.npy array"):
             read_array(tmp_path / "x.npy", "float32", (None,), mmap=mmap)
 
 
