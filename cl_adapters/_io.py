@@ -7,16 +7,19 @@ imported only where tensors are: pools open and reports are made without it.
 from __future__ import annotations
 
 import ctypes
+import errno
 import hashlib
 import json
 import os
 import shutil
+import stat
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+from cl_adapters._forms import shown
 from cl_adapters.errors import StorageError
 
 if TYPE_CHECKING:
@@ -48,6 +51,27 @@ def write_json(path: Path, content: Mapping[str, Any]) -> None:
         StorageError: the place cannot be written.
     """
     write_bytes(path, (json.dumps(content, indent=1, allow_nan=False) + "\n").encode())
+
+
+def open_regular(path: Path, *, follow: bool = True) -> BinaryIO:
+    """Open a file of a saved folder to read: a pipe there makes nobody wait, and a device is not read without end.
+
+    ``follow``: whether a link may lead to it.
+
+    Raises:
+        OSError: missing, unreadable, or not a regular file.
+    """
+    handle = os.open(path, os.O_RDONLY | os.O_NONBLOCK | (0 if follow else os.O_NOFOLLOW))
+    if not stat.S_ISREG(os.fstat(handle).st_mode):
+        os.close(handle)
+        raise OSError(errno.EINVAL, "it is not a regular file", str(path))
+    return os.fdopen(handle, "rb")
+
+
+def read_regular(path: Path) -> bytes:
+    """The content of a file that :func:`open_regular` opens."""
+    with open_regular(path) as file:
+        return file.read()
 
 
 def parse_json(content: bytes, *, parse_constant: Callable[[str], Any] | None = None, **hooks: Any) -> Any:
@@ -84,7 +108,7 @@ def read_json(path: Path, *, schema_version: int) -> dict[str, Any]:
         StorageError: missing, not strict JSON, without a version, or written by a newer release.
     """
     try:
-        content = parse_json(path.read_bytes())
+        content = parse_json(read_regular(path))
     except FileNotFoundError as error:
         raise StorageError(f"{path} is missing") from error
     except (OSError, ValueError) as error:
@@ -92,17 +116,25 @@ def read_json(path: Path, *, schema_version: int) -> dict[str, Any]:
     return check_schema(content, schema_version, path)
 
 
+def checksum(content: Mapping[str, Any]) -> str:
+    """SHA-256 of what JSON says, whatever the order of its keys and the layout of its text."""
+    plain = json.loads(json.dumps(content, allow_nan=False))  # keys become texts before they are sorted
+    return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
 @contextmanager
-def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
+def new_folder(path: Path, *, replaces: tuple[str, ...] = ()) -> Iterator[Path]:
     """Yield a scratch folder that becomes ``path`` when the block ends well, and vanishes when it fails.
 
-    With ``overwrite`` an existing one is swapped; the old content goes only after the new is in place.
+    Args:
+        path: folder to make.
+        replaces: names of files by which a folder of the same kind is known. One that has them all is swapped, as an
+            empty one is; the old content goes only after the new is in place. Without any nothing is replaced.
 
     Raises:
-        StorageError: ``path`` exists, or its parent cannot be written.
+        StorageError: something else is at ``path``, which stays as it is; or its parent cannot be written.
     """
-    if path.exists() and not overwrite:
-        raise StorageError(f"{path} exists already; choose another place or pass overwrite=True")
+    _check_place(path, replaces)
     scratch = path.parent / f".{path.name}.{uuid.uuid4().hex[:8]}"
     try:
         scratch.mkdir(parents=True)
@@ -111,6 +143,7 @@ def new_folder(path: Path, *, overwrite: bool = False) -> Iterator[Path]:
     try:
         yield scratch
         sync_folder(scratch)
+        _check_place(path, replaces)  # somebody else may have put something there meanwhile
         _swap(scratch, path)
     except OSError as error:
         raise StorageError(f"cannot write {path}: {error.strerror or error}") from error
@@ -126,9 +159,13 @@ def put_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor], link_fro
         name: relative path.
         tensors: any device; stored as they are.
         link_from: a finished folder whose file of that name is hard-linked when it has the same bytes.
+
+    Raises:
+        StorageError: a number is not finite.
     """
     from safetensors.torch import save
 
+    check_finite(tensors, name)
     content = save({key: value.detach().cpu().contiguous() for key, value in tensors.items()})
     digest = hashlib.sha256(content).hexdigest()
     path = folder / name
@@ -148,21 +185,34 @@ def get_tensors(path: Path, digest: str) -> dict[str, Tensor]:
     """Read tensors, checking the file against its SHA-256.
 
     Raises:
-        StorageError: missing, altered, or not safetensors.
+        StorageError: missing, altered, not safetensors, or with numbers that are not finite.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load
 
     try:
-        content = path.read_bytes()
+        content = read_regular(path)
     except OSError as error:
         raise StorageError(f"{path} is missing or unreadable: {error.strerror or error}") from error
     if hashlib.sha256(content).hexdigest() != digest:
         raise StorageError(f"{path} was altered or truncated: its SHA-256 is not the recorded one; restore a copy")
     try:
-        return load(content)
-    except SafetensorError as error:
+        tensors = load(content)
+    except (SafetensorError, KeyError, ValueError, RuntimeError) as error:
         raise StorageError(f"{path} is not a safetensors file: {error}") from error
+    check_finite(tensors, path)
+    return tensors
+
+
+def check_finite(tensors: Mapping[str, Tensor], where: object, error: type[StorageError] = StorageError) -> None:
+    """Check that every number is finite.
+
+    Raises:
+        StorageError: names the first tensor with NaN or infinity.
+    """
+    for key, value in tensors.items():
+        if value.is_floating_point() and not bool(value.isfinite().all()):
+            raise error(f"{where}: tensor {shown(key)} has NaN or infinite values")
 
 
 def sync_folder(folder: Path) -> None:
@@ -183,6 +233,27 @@ def _put(path: Path, content: bytes) -> None:
 
 def _refuse(constant: str) -> None:
     raise ValueError(f"{constant} is not JSON")
+
+
+def _check_place(path: Path, replaces: tuple[str, ...]) -> None:
+    """Check that a folder may be put at ``path``; see :func:`new_folder`."""
+    if not os.path.lexists(path):
+        return
+    if not replaces:
+        raise StorageError(f"{path} exists already; choose another place or pass overwrite=True")
+    if path.is_symlink():
+        found = "a link"
+    elif not path.is_dir():
+        found = "no folder"
+    else:
+        missing = [name for name in replaces if (path / name).is_symlink() or not (path / name).is_file()]
+        if not missing or not os.listdir(path):
+            return
+        found = f"a folder without a file {missing[0]}"
+    raise StorageError(
+        f"{path} is {found}; overwrite=True replaces only what was saved there in the same form. Choose another place, "
+        "or move away what stands there"
+    )
 
 
 def _swap(scratch: Path, path: Path) -> None:

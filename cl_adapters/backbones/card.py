@@ -5,8 +5,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from cl_adapters._forms import SHA, check_text, shown
 from cl_adapters.config import to_plain
-from cl_adapters.errors import IncompatibleBackbone
+from cl_adapters.errors import ClAdaptersError, IncompatibleBackbone, StorageError
 
 if TYPE_CHECKING:
     from cl_adapters.backbones.frozen import FrozenBackbone
@@ -40,6 +41,36 @@ class BackboneCard:
             num_features=backbone.num_features,
             preprocessing=None if backbone.preprocessing is None else to_plain(backbone.preprocessing),
         )
+
+    def check_form(self, error: type[ClAdaptersError]) -> None:
+        """Check that the texts and numbers can stand in a file.
+
+        Raises:
+            ClAdaptersError: of the type ``error``; one has the wrong form.
+        """
+        check_text("backbone.name", self.name, error)
+        if not SHA.fullmatch(self.fingerprint):
+            raise error(f"backbone.fingerprint {shown(self.fingerprint)} is no SHA-256")
+        if self.num_features < 1:
+            raise error(f"backbone.num_features is {self.num_features}")
+        if self.source and not isinstance(self.source.get("name"), str):
+            raise error(f"backbone.source names no backbone: {shown(self.source)}")
+
+    def opened(self, where: str, error: type[StorageError]) -> FrozenBackbone:
+        """What the source gives, unchecked; ``where`` it stands is for messages.
+
+        Raises:
+            BackboneUnavailable: its weights cannot be had here.
+            StorageError: of the type ``error``; the source is none.
+        """
+        from cl_adapters.backbones.frozen import FrozenBackbone
+
+        try:
+            return FrozenBackbone.load(**self.source)
+        except (ClAdaptersError, OSError, MemoryError):
+            raise
+        except Exception as problem:  # values of other types fail wherever they are first used
+            raise error(f"{where} has a source of the backbone that is none: {problem}") from problem
 
     def check(self, other: BackboneCard | FrozenBackbone, what: str = "backbone") -> None:
         """Check that a backbone, or that of another card, is the same one; ``what`` it is stands in the message.

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
+from cl_adapters._io import open_regular
 from cl_adapters.errors import StorageError
 
 
@@ -32,7 +33,8 @@ def read_array(path: Path, dtype: Any, shape: tuple[int | None, ...], *, mmap: b
     """
     try:
         # Mapped first in any case: a huge promised size then fails on the file's size, before memory is asked for.
-        array = np.lib.format.open_memmap(path, mode="c")
+        with open_regular(path):  # a pipe or device is refused before NumPy waits for it
+            array = np.lib.format.open_memmap(path, mode="c")
     except (OSError, ValueError, EOFError, SyntaxError, OverflowError) as error:
         raise StorageError(f"{path} is missing, damaged or no .npy array: {error}") from error
     fits = array.ndim == len(shape) and all(n is None or n == m for n, m in zip(shape, array.shape, strict=True))

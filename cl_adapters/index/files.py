@@ -18,7 +18,7 @@ from typing import Any
 import numpy as np
 
 from cl_adapters import config as configs
-from cl_adapters._io import new_folder, read_json, write_json
+from cl_adapters._io import new_folder, open_regular, read_json, write_json
 from cl_adapters.errors import ClAdaptersError, StorageError
 from cl_adapters.index.answers import IndexConfig
 from cl_adapters.index.arrays import read_array, write_array
@@ -47,7 +47,7 @@ def save_index(contents: Contents, folder: Path, overwrite: bool, threshold: flo
     """
     if folder.exists() and not (folder / "index.json").is_file():
         raise StorageError(f"{folder} exists and is no index; choose another place")
-    with new_folder(folder, overwrite=overwrite) as scratch:
+    with new_folder(folder, replaces=("index.json",) if overwrite else ()) as scratch:
         write_array(scratch / "record.npy", contents.table.record_of_key)
         write_array(scratch / "label.npy", contents.table.label_of_key)
         space = contents.space
@@ -136,7 +136,7 @@ def _files(folder: Path) -> dict[str, Path]:
 def _sha256(path: Path) -> str:
     """Digest of a file; a new one also gets to the disk, at no extra cost for an old one."""
     digest = hashlib.sha256()
-    with path.open("rb") as file:
+    with open_regular(path) as file:
         while block := file.read(1 << 20):
             digest.update(block)
         os.fsync(file.fileno())

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from cl_adapters._io import parse_json
+from cl_adapters._io import parse_json, read_regular
 from cl_adapters.errors import ClAdaptersError, ConfigError, StorageError
 from cl_adapters.interchange.peft_folder import CONFIG
 
@@ -124,7 +124,7 @@ def _read_file(path: Path) -> dict[str, Any]:
     try:
         if path.stat().st_size > LIMIT:
             raise StorageError(f"{path} is larger than {LIMIT} bytes; that is no adapter's configuration")
-        config = parse_json(path.read_bytes(), parse_constant=float)  # PEFT itself lets NaN through
+        config = parse_json(read_regular(path), parse_constant=float)  # PEFT itself lets NaN through
     except FileNotFoundError as error:
         raise StorageError(f"{path} is missing; a PEFT folder has it") from error
     except (OSError, ValueError) as error:

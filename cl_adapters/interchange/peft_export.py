@@ -68,7 +68,7 @@ def export_peft(
             model with a head.
         prefix: name of the encoder in the model that loads the folder ("model", "transformer", "bert"); "" where it is
             that model. Default by ``task_type``, as transformers calls the encoder.
-        overwrite: replace an existing folder.
+        overwrite: replace a PEFT folder that is there.
 
     Raises:
         ConfigError: the type is no low-rank change of linear layers; a task type that means a model with a head, where
@@ -98,7 +98,7 @@ def export_peft(
         content[f"{PREFIX}{start}{module}.lora_B.weight"] = torch.nn.functional.pad(b_OR, (0, missing))
     config = _config(rank, [f"{start}{module}" for module in pairs], getattr(adapter, "dropout", 0.0))
     config |= _base(backbone, list(pairs), task_type, start)
-    with new_folder(Path(folder), overwrite=overwrite) as scratch:
+    with new_folder(Path(folder), replaces=(CONFIG, TENSORS) if overwrite else ()) as scratch:
         put_tensors(scratch, TENSORS, content)
         write_json(scratch / CONFIG, config)
         ours = {"schema_version": SCHEMA_VERSION, "backbone": origin(backbone), "adapter": adapter_to_plain(adapter)}

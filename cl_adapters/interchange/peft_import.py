@@ -13,7 +13,7 @@ from safetensors import SafetensorError
 from safetensors.torch import load
 from torch import Tensor
 
-from cl_adapters._io import read_json
+from cl_adapters._io import read_json, read_regular
 from cl_adapters.adapters.lora import LoRA, Target
 from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.errors import ClAdaptersError, IncompatibleBackbone, StorageError
@@ -223,7 +223,7 @@ def _read_pairs(folder: Path, config: Mapping[str, Any]) -> dict[str, Factors]:
 def _read_tensors(folder: Path) -> dict[str, Tensor]:
     path = folder / TENSORS
     try:
-        return load(path.read_bytes())
+        return load(read_regular(path))
     except FileNotFoundError as error:
         if (folder / PICKLE).exists():
             raise StorageError(

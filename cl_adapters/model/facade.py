@@ -54,11 +54,11 @@ class AdapterModel(Classifier):
 
         Args:
             path: folder to make.
-            overwrite: replace an existing one.
+            overwrite: replace a saved model, or an empty folder; nothing else is ever replaced.
             link_from: an earlier save of the same model; unchanged files are hard-linked.
 
         Raises:
-            StorageError: the place exists or cannot be written.
+            StorageError: the place exists or cannot be written, or a number of the model is not finite.
         """
         link = None if link_from is None else Path(link_from)
         return save_model(self, Path(path), overwrite=overwrite, link_from=link)

@@ -1,31 +1,37 @@
 """Classifier on disk.
 
     model.json                    schema, backbone identity, adapter type, classes, predictor, SHA-256 of every file
+                                  and of its own content (older ones are without that)
     heads.safetensors             linear.weight [C, D], linear.bias [C], prototypes [C, D]
     adapters/0000.safetensors     one per slot, keyed "blocks.3.ffn/down"
     statistics/0000.safetensors   one per task: means and spreads of its classes
     parts/NAME.safetensors        what else the strategy keeps
 
-Adapters and statistics of finished tasks never change, so a later save may hard-link them.
+Adapters and statistics of finished tasks never change, so a later save may hard-link them. Nothing in ``model.json`` is
+believed: every value is checked, and the tensors against it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from cl_adapters._io import get_tensors, new_folder, put_tensors, read_json, write_json
+from cl_adapters._forms import SHA, Count, Label, check_label, clipped, shown
+from cl_adapters._io import checksum, get_tensors, new_folder, put_tensors, read_json, write_json
 from cl_adapters.adapters import adapters
 from cl_adapters.backbones.card import BackboneCard
 from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.backbones.load import moved_source
 from cl_adapters.bank.bank import AdapterBank
 from cl_adapters.config import build, to_plain
-from cl_adapters.errors import IncompatibleBackbone, StorageError
+from cl_adapters.errors import ClAdaptersError, ConfigError, IncompatibleBackbone, StorageError
 from cl_adapters.model.classifier import Classifier
 from cl_adapters.model.state import Origin
 from cl_adapters.model.statistics import ClassStatistics
@@ -34,14 +40,117 @@ from cl_adapters.parts.keys import check_own_keys
 from cl_adapters.predictors import predictors
 
 SCHEMA = 1
+CARD = "model.json"
+HEADS = "heads.safetensors"
+TASKS = 1 << 20
+"""No model has learned so many tasks; a larger number is damage."""
+Shape = tuple[int | None, ...]
+"""Of a tensor; None: any length."""
+SPREADS: dict[str, Callable[[int], Shape]] = {
+    "full": lambda width: (width, width),
+    "diagonal": lambda width: (width,),
+    "low_rank": lambda width: (None, width),
+}
+"""Shape of what each kind of statistics keeps of a class, for features of a width."""
 M = TypeVar("M", bound=Classifier)
+Read = Callable[[str], dict[str, Tensor]]
+"""Gives the tensors of a file by its name in the folder."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Class:
+    """One class of ``model.json``; their order is that of the columns."""
+
+    label: Label
+    name: str | None
+    task: Count
+
+    def __post_init__(self) -> None:
+        check_label(self.label, ConfigError)
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Adapter:
+    """The bank in ``model.json``. ``tasks`` and ``origins`` came later than files in use."""
+
+    type: str
+    config: dict[str, Any]
+    blocks: tuple[Count, ...]
+    slots: Count
+    tasks: tuple[Count, ...] | None = None
+    origins: dict[int, Origin] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        known = range(self.slots)
+        if self.tasks is not None and len(self.tasks) > self.slots:
+            raise ConfigError(f"tasks has {len(self.tasks)} entries for {self.slots} slots")
+        _check_tasks(self.tasks or ())
+        for slot, origin in self.origins.items():
+            absent = [number for number in (slot, *origin.parents) if number not in known]
+            if absent:
+                raise ConfigError(f"origins names slot {absent[0]}, but there are {self.slots}")
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Predictor:
+    """The predictor in ``model.json``."""
+
+    type: str
+    config: dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class _Card:
+    """``model.json``, each value in its form."""
+
+    schema_version: int
+    backbone: BackboneCard
+    adapter: _Adapter | None
+    classes: tuple[_Class, ...]
+    predictor: _Predictor
+    statistics: str | None
+    parts: dict[str, dict[str, Any]] = field(default_factory=dict)
+    files: dict[str, str]
+
+    def __post_init__(self) -> None:
+        self.backbone.check_form(ConfigError)
+        _check_tasks([row.task for row in self.classes])
+        labels = set()
+        for row in self.classes:
+            if row.label in labels:
+                raise ConfigError(f"class label {row.label} is there twice")
+            labels.add(row.label)
+        for name, described in self.parts.items():
+            if not name or set(name) & set("./\\") or not isinstance(described.get("type"), str):
+                raise ConfigError(f"part {shown(name)} has a name or type that is none")
+        for name, sha in self.files.items():
+            if not SHA.fullmatch(sha):
+                raise ConfigError(f"files: {shown(sha)} of {shown(name)} is no SHA-256")
+
+    def names(self) -> Iterator[str]:
+        """Files that there have to be."""
+        yield HEADS
+        yield from (f"parts/{name}.safetensors" for name in self.parts)
+        yield from (f"adapters/{slot:04d}.safetensors" for slot in range(self.adapter.slots if self.adapter else 0))
+        yield from (_statistics_file(task) for task in range(0 if self.statistics is None else self.num_tasks))
+
+    @property
+    def num_tasks(self) -> int:
+        """Tasks, some perhaps without classes."""
+        return self.classes[-1].task + 1 if self.classes else 0
+
+
+def _check_tasks(tasks: Sequence[int]) -> None:
+    if list(tasks) != sorted(tasks) or max(tasks, default=0) >= TASKS:
+        raise ConfigError(f"tasks are numbers that rise, below {TASKS}; got {shown(list(tasks))}")
 
 
 def save_model(model: Classifier, path: Path, *, overwrite: bool = False, link_from: Path | None = None) -> Path:
     """Write ``model`` as the folder ``path``; see :meth:`AdapterModel.save`."""
-    with new_folder(path, overwrite=overwrite) as folder:
+    with new_folder(path, replaces=(CARD, HEADS) if overwrite else ()) as folder:  # a pool has a model.json too
         files = {name: put_tensors(folder, name, tensors, link_from) for name, tensors in _tensors(model).items()}
-        write_json(folder / "model.json", _describe(model) | {"files": files})
+        content = _describe(model) | {"files": files}
+        write_json(folder / CARD, content | {"sha256": checksum(content)})
     return path
 
 
@@ -49,11 +158,8 @@ def load_model(cls: type[M], path: Path, backbone: FrozenBackbone | None = None)
     """Read the folder ``path`` into a new ``cls``; see :meth:`AdapterModel.load`."""
     if not path.is_dir():
         raise StorageError(f"no saved model at {path}: the folder does not exist")
-    card = read_json(path / "model.json", schema_version=SCHEMA)
-    try:
-        return _assemble(cls, path, card, _backbone(BackboneCard(**card["backbone"]), backbone))
-    except (KeyError, TypeError, IndexError) as error:
-        raise StorageError(f"{path / 'model.json'} is incomplete: {type(error).__name__} {error}") from error
+    card = _read_card(path / CARD)
+    return _assemble(cls, path, card, _backbone(path, card.backbone, backbone))
 
 
 def moved_backbone(path: Path, place: Path) -> FrozenBackbone:
@@ -63,9 +169,31 @@ def moved_backbone(path: Path, place: Path) -> FrozenBackbone:
         StorageError: no saved model there.
         BackboneUnavailable, IncompatibleBackbone: nothing can be loaded from ``place``.
     """
-    card = BackboneCard(**read_json(path / "model.json", schema_version=SCHEMA)["backbone"])
+    card = _read_card(path / CARD).backbone
     _check_named(card)
-    return FrozenBackbone.load(**moved_source(card.source, place))
+    return replace(card, source=moved_source(card.source, place)).opened(str(path / CARD), StorageError)
+
+
+def _read_card(where: Path) -> _Card:
+    """Read ``model.json`` and check all that it says.
+
+    Raises:
+        StorageError: it is damaged.
+    """
+    plain = read_json(where, schema_version=SCHEMA)
+    try:
+        if "sha256" in plain and plain.pop("sha256") != checksum(plain):
+            raise StorageError(f"{where} was altered: its SHA-256 is not the recorded one; restore a copy")
+        needed = ("backbone", "adapter", "classes", "predictor", "statistics", "files")
+        absent = [key for key in needed if key not in plain]
+        card = None if absent else build(_Card, plain, "model")
+    except (ConfigError, RecursionError) as error:
+        raise StorageError(f"{where} is damaged or incomplete: {clipped(str(error), 300)}; restore a copy") from error
+    if card is not None:
+        absent = list(islice((name for name in card.names() if name not in card.files), 1))
+    if card is None or absent:
+        raise StorageError(f"{where} is incomplete: KeyError {absent[0]!r}; restore a copy")
+    return card
 
 
 def _describe(model: Classifier) -> dict[str, Any]:
@@ -100,7 +228,7 @@ def _describe(model: Classifier) -> dict[str, Any]:
 def _tensors(model: Classifier) -> dict[str, dict[str, Tensor]]:
     """File name to tensors."""
     linear = {"linear.weight": model.head.weight, "linear.bias": model.head.bias}
-    files = {"heads.safetensors": {**linear, "prototypes": model.prototypes.prototypes}}
+    files = {HEADS: {**linear, "prototypes": model.prototypes.prototypes}}
     check_own_keys(model)  # before adapters are loaded
     for name, part in model.parts.items():
         assert isinstance(part, Part)
@@ -114,15 +242,24 @@ def _tensors(model: Classifier) -> dict[str, dict[str, Tensor]]:
             rows = (model.task_of_column == task).nonzero().flatten().tolist()
             rows = [row for row in rows if row < model.statistics.num_classes]
             spreads = {f"spread.{row}": everything[f"spread.{row}"] for row in rows}
-            files[f"statistics/{task:04d}.safetensors"] = spreads | {"means": everything["means"][rows]}
+            files[_statistics_file(task)] = spreads | {"means": everything["means"][rows]}
     return files
 
 
-def _backbone(card: BackboneCard, given: FrozenBackbone | None) -> FrozenBackbone:
+def _statistics_file(task: int) -> str:
+    return f"statistics/{task:04d}.safetensors"
+
+
+def _backbone(path: Path, card: BackboneCard, given: FrozenBackbone | None) -> FrozenBackbone:
     if given is None:
         _check_named(card)
-        given = FrozenBackbone.load(**card.source)
+        given = card.opened(str(path / CARD), StorageError)
     card.check(given)
+    if card.num_features != given.num_features:
+        raise StorageError(
+            f"{path / CARD} is damaged: backbone.num_features is {card.num_features}, that backbone has "
+            f"{given.num_features}; restore a copy"
+        )
     return given
 
 
@@ -134,50 +271,130 @@ def _check_named(card: BackboneCard) -> None:
         )
 
 
-def _assemble(cls: type[M], path: Path, card: Mapping[str, Any], backbone: FrozenBackbone) -> M:
-    files = card["files"]
+def _assemble(cls: type[M], path: Path, card: _Card, backbone: FrozenBackbone) -> M:
+    width, where = backbone.num_features, path / CARD
 
     def read(name: str) -> dict[str, Tensor]:
-        return get_tensors(path / name, files[name])
+        return get_tensors(path / name, card.files[name])
 
-    model = cls(backbone, _bank(card["adapter"], backbone, read))
-    for row in card["classes"]:
-        model.classes.append(int(row["label"]))
-        if row["name"] is not None:
-            model.class_names[int(row["label"])] = row["name"]
-    model.task_of_column = torch.tensor([int(row["task"]) for row in card["classes"]], dtype=torch.long)
-    heads = read("heads.safetensors")
+    model = cls(backbone, None if card.adapter is None else _bank(path, card.adapter, backbone, read))
+    model.classes = [row.label for row in card.classes]
+    model.class_names = {row.label: row.name for row in card.classes if row.name is not None}
+    model.task_of_column = torch.tensor([row.task for row in card.classes], dtype=torch.long)
+    heads = read(HEADS)
+    bias = (_rows(heads, "linear.weight"),)
+    shapes = {"linear.weight": (None, width), "linear.bias": bias, "prototypes": (None, width)}
+    _check_tensors(path / HEADS, heads, shapes, backbone)
+    for head, rows in (("linear", *bias), ("prototype", len(heads["prototypes"]))):
+        if rows not in (0, len(model.classes)):
+            raise StorageError(f"{path} names {len(model.classes)} classes, but its {head} head has {rows}")
+    strange = sorted(set(card.files) - set(card.names()))
+    if strange:
+        raise StorageError(
+            f"{where} is damaged: {shown(strange[0])} in its files belongs to nothing in it; restore a copy"
+        )
     model.head.weight = nn.Parameter(heads["linear.weight"].to(model.device))
     model.head.bias = nn.Parameter(heads["linear.bias"].to(model.device))
     model.prototypes.prototypes = heads["prototypes"].to(model.device)
-    for head, rows in (("linear", model.head.num_classes), ("prototype", model.prototypes.num_classes)):
-        if rows not in (0, len(model.classes)):
-            raise StorageError(f"{path} names {len(model.classes)} classes, but its {head} head has {rows}")
-    if card["adapter"] is not None:
-        model.task_of_slot = [int(task) for task in card["adapter"].get("tasks", range(model.num_slots))]
-        origins = card["adapter"].get("origins", {})
-        model.origins = {int(slot): build(Origin, plain, "origin") for slot, plain in origins.items()}
-    for name, described in card.get("parts", {}).items():
-        model.parts[name] = parts.get(described["type"]).restore(described, read(f"parts/{name}.safetensors"))
-    model.predictor = build(predictors.get(card["predictor"]["type"]), card["predictor"]["config"], "predictor")
-    if card["statistics"] is not None:
-        model.statistics = ClassStatistics.of_kind(card["statistics"], backbone.num_features)
-        tasks = [read(name) for name in sorted(files) if name.startswith("statistics/")]
-        merged = {key: value for task in tasks for key, value in task.items() if key != "means"}
-        empty = [model.statistics.means_CD]
-        model.statistics.load(merged | {"means": torch.cat([task["means"] for task in tasks] or empty)})
+    if card.adapter is not None:
+        tasks = card.adapter.tasks
+        model.task_of_slot = list(range(model.num_slots) if tasks is None else tasks)
+        model.origins = dict(card.adapter.origins)
+    for name, described in card.parts.items():
+        tensors = read(f"parts/{name}.safetensors")
+        with _blaming(where, f"part {name!r}", Exception):  # plug-ins; what contradicts itself surfaces in many ways
+            model.parts[name] = parts.get(described["type"]).restore(described, tensors)
+    with _blaming(where, "predictor"):
+        model.predictor = build(predictors.get(card.predictor.type), card.predictor.config, "predictor")
+    if card.statistics is not None:
+        kind: Any = card.statistics
+        with _blaming(where, "statistics"):
+            model.statistics = ClassStatistics.of_kind(kind, width)
+        model.statistics.load(_statistics(path, card, SPREADS[kind](width), backbone, read))
     return model
 
 
-def _bank(card: Mapping[str, Any] | None, backbone: FrozenBackbone, read: Any) -> AdapterBank | None:
-    if card is None:
-        return None
-    adapter = build(adapters.get(card["type"]), card["config"], "adapter")
-    bank = AdapterBank(backbone, adapter, blocks=card["blocks"])
-    for slot in range(card["slots"]):
-        bank.add_slot(read(f"adapters/{slot:04d}.safetensors"))
-        bank.freeze(slot)
+def _bank(path: Path, card: _Adapter, backbone: FrozenBackbone, read: Read) -> AdapterBank:
+    with _blaming(path / CARD, "adapter"):
+        adapter = build(adapters.get(card.type), card.config, "adapter")
+        bank = AdapterBank(backbone, adapter, blocks=card.blocks)
+        if bank.blocks != card.blocks:
+            raise ConfigError(f"blocks {list(card.blocks)} are out of order, or there twice")
+        for slot in range(card.slots):
+            name = f"adapters/{slot:04d}.safetensors"
+            tensors = read(name)
+            _check_dtypes(path / name, tensors, backbone)
+            bank.add_slot(tensors)
+            bank.freeze(slot)
     return bank
+
+
+def _statistics(path: Path, card: _Card, spread: Shape, backbone: FrozenBackbone, read: Read) -> dict[str, Tensor]:
+    """The tensors of all tasks in one, each task's checked against its classes; ``spread``: shape of a class's."""
+    width = backbone.num_features
+    merged: dict[str, Tensor] = {}
+    means = [torch.empty(0, width)]
+    known = 0
+    for task in range(card.num_tasks):
+        name = _statistics_file(task)
+        tensors = read(name)
+        columns = [column for column, row in enumerate(card.classes) if row.task == task]
+        rows = _rows(tensors, "means")
+        # In training the newest classes have none yet; those before them all have.
+        shapes = {f"spread.{column}": spread for column in columns[:rows]}
+        _check_tensors(path / name, tensors, shapes | {"means": (len(shapes), width)}, backbone)
+        if shapes and known != columns[0]:
+            raise StorageError(f"{path / name} has statistics, but classes before its own have none; restore a copy")
+        known += rows
+        means.append(tensors.pop("means"))
+        merged |= tensors
+    return merged | {"means": torch.cat(means)}
+
+
+def _rows(tensors: Mapping[str, Tensor], key: str) -> int:
+    return len(tensors[key]) if key in tensors and tensors[key].ndim else 0
+
+
+@contextmanager
+def _blaming(where: Path, field: str, caught: type[Exception] = ClAdaptersError) -> Iterator[None]:
+    """An error of type ``caught`` is the fault of that field of the file ``where``.
+
+    Raises:
+        StorageError: in its place.
+    """
+    try:
+        yield
+    except StorageError:  # names its own file
+        raise
+    except caught as error:
+        kind = "" if isinstance(error, ClAdaptersError) else f"{type(error).__name__}: "
+        raise StorageError(f"{where}: its {field} cannot be used: {kind}{clipped(str(error), 300)}") from error
+
+
+def _check_tensors(
+    where: Path, tensors: Mapping[str, Tensor], shapes: Mapping[str, Shape], backbone: FrozenBackbone
+) -> None:
+    """Check names, shapes (None: any length) and types of a file's tensors.
+
+    Raises:
+        StorageError: names the first that is another.
+    """
+    for key in sorted(shapes.keys() | tensors.keys()):
+        found = list(tensors[key].shape) if key in tensors else None
+        wanted = list(shapes[key]) if key in shapes else None
+        fits = found is not None and wanted is not None and len(found) == len(wanted)
+        if not fits or any(n not in (None, m) for n, m in zip(wanted or (), found or (), strict=True)):
+            expected = None if wanted is None else ["any" if n is None else n for n in wanted]
+            raise StorageError(f"{where}: tensor {shown(key)}: expected {expected}, got {found}; restore a copy")
+    _check_dtypes(where, tensors, backbone)
+
+
+def _check_dtypes(where: Path, tensors: Mapping[str, Tensor], backbone: FrozenBackbone) -> None:
+    """Check that tensors are float32, half precision, or of the backbone's own type where that is a wider one."""
+    own = torch.promote_types(next(backbone.encoder.parameters()).dtype, torch.float32)
+    for key, value in tensors.items():
+        if value.dtype not in (torch.float32, torch.float16, torch.bfloat16, own):
+            raise StorageError(f"{where}: tensor {shown(key)} is {value.dtype}; float32 is expected")
 
 
 def stored_bytes(model: Classifier) -> int:

@@ -9,6 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from cl_adapters._forms import Count
 from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.bank.bank import AdapterBank
 from cl_adapters.errors import ClAdaptersError, DataError
@@ -30,7 +31,7 @@ class Origin:
             "head": "aligned" the linear head's rows of all classes were trained on samples of all classes up to then.
     """
 
-    parents: tuple[int, ...] = ()
+    parents: tuple[Count, ...] = ()
     merge: Mapping[str, Any] | None = None
 
 

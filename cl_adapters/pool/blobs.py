@@ -9,13 +9,12 @@ from __future__ import annotations
 
 import hashlib
 import os
-import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, BinaryIO
 
-from cl_adapters._io import sync_folder, write_bytes
+from cl_adapters._io import open_regular, sync_folder, write_bytes
 from cl_adapters.errors import PoolError
 from cl_adapters.pool.header import Header, header_length, parse_header
 
@@ -163,15 +162,12 @@ def _opened(pool: Path, name: str) -> Iterator[BinaryIO]:
     if path.parent != pool:  # the pool itself may be reached by a link
         check_folder(path.parent)
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        file = open_regular(path, follow=False)
     except OSError as error:
         if path.is_symlink():
             raise PoolError(f"{path} is a link; the pool reads only files of its own") from error
         raise PoolError(f"{path} is missing or unreadable: {error.strerror or error}") from error
-    if not stat.S_ISREG(os.fstat(handle).st_mode):
-        os.close(handle)
-        raise PoolError(f"{path} is not a regular file")
-    with os.fdopen(handle, "rb") as file:
+    with file:
         yield file
 
 

@@ -9,10 +9,11 @@ import math
 from collections.abc import Mapping
 from typing import TYPE_CHECKING
 
+from cl_adapters._forms import shown
 from cl_adapters.backbones.card import BackboneCard
 from cl_adapters.errors import ClAdaptersError, IncompatibleBackbone, PoolError
 from cl_adapters.pool.header import Header
-from cl_adapters.pool.record import Record, shown
+from cl_adapters.pool.record import Record
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -144,17 +145,6 @@ def check_positions(knowledge: Mapping[str, Tensor], num_classes: int, where: st
             )
 
 
-def check_finite(tensors: Mapping[str, Tensor], where: str) -> None:
-    """Check that every number is finite.
-
-    Raises:
-        PoolError: names the first tensor with NaN or infinity.
-    """
-    for key, value in tensors.items():
-        if value.is_floating_point() and not bool(value.isfinite().all()):
-            raise PoolError(f"{where}: tensor {shown(key)} has NaN or infinite values")
-
-
 def adapter_check(record: Record, header: Header, backbone: FrozenBackbone | None, *, decoded: bool = False) -> None:
     """Check what the file of an adapter declares, as far as that is known without and with a backbone.
 
@@ -190,16 +180,11 @@ def load_backbone(card: BackboneCard) -> FrozenBackbone:
         BackboneUnavailable: its weights cannot be had here.
         PoolError: the source is none.
     """
-    from cl_adapters.backbones.frozen import FrozenBackbone
-
     if not card.source:
         raise IncompatibleBackbone(
             f"this pool belongs to a wrapped module ({card.name}), which cannot be loaded by name: open it with "
             "backbone=FrozenBackbone.wrap(module, ...)"
         )
-    try:
-        backbone = FrozenBackbone.load(**card.source)
-    except TypeError as error:
-        raise PoolError(f"the pool's manifest has a source of the backbone that is none: {error}") from error
+    backbone = card.opened("the pool's manifest", PoolError)
     card.check(backbone, "what its source gives,")
     return backbone

@@ -13,13 +13,14 @@ from itertools import count
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from cl_adapters._forms import shown
 from cl_adapters._version import __version__
 from cl_adapters.backbones.card import BackboneCard
 from cl_adapters.errors import PoolError
 from cl_adapters.pool.blobs import delete, sha_of, sync_folders, write_blob
 from cl_adapters.pool.disk import Disk
 from cl_adapters.pool.manifest import Broken, Manifest, check_free
-from cl_adapters.pool.record import PoolClass, Record, adapter_file, check_id, knowledge_file, shown
+from cl_adapters.pool.record import PoolClass, Record, adapter_file, check_id, knowledge_file
 from cl_adapters.pool.store import PackedAdapter, named_codec, pack_adapter, pack_knowledge
 
 if TYPE_CHECKING:

@@ -8,9 +8,9 @@ from __future__ import annotations
 import math
 from typing import Any, NamedTuple
 
+from cl_adapters._forms import clipped, shown
 from cl_adapters._io import parse_json
 from cl_adapters.errors import PoolError
-from cl_adapters.pool.record import clipped, shown
 
 LONGEST_HEADER = 100_000_000
 """Bytes; the limit of the safetensors format."""

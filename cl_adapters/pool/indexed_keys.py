@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from cl_adapters._forms import shown
 from cl_adapters.errors import ClAdaptersError, PoolError
 from cl_adapters.index.answers import Neighbours
 from cl_adapters.index.classes import MOST, widening
@@ -18,7 +19,7 @@ from cl_adapters.index.files import default_folder
 from cl_adapters.index.index import AdapterIndex
 from cl_adapters.parts.keys import KeyLookup, best_of_owners
 from cl_adapters.pool.pool import AdapterPool
-from cl_adapters.pool.record import Record, shown
+from cl_adapters.pool.record import Record
 
 LOOKED_AT = 1024
 """Nearest keys that are looked at for the scores of classes."""

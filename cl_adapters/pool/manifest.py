@@ -18,22 +18,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from cl_adapters._forms import SHA, clipped, shown
 from cl_adapters._io import check_schema, parse_json, sync_folder, write_bytes
 from cl_adapters.backbones.card import BackboneCard
 from cl_adapters.config import build, to_plain
 from cl_adapters.errors import ConfigError, PoolError, UnknownName
 from cl_adapters.pool.blobs import read_file
-from cl_adapters.pool.record import (
-    SHA,
-    Record,
-    adapter_file,
-    check_text,
-    clipped,
-    knowledge_file,
-    record_from_plain,
-    record_to_plain,
-    shown,
-)
+from cl_adapters.pool.record import Record, adapter_file, knowledge_file, record_from_plain, record_to_plain
 
 MANIFEST = "manifest.json"
 SCHEMA = 1
@@ -157,19 +148,6 @@ def check_free(id: str, taken: Container[str]) -> None:
         raise PoolError(f"there is an adapter {id!r} already: choose another id, or replace or remove that one")
 
 
-def check_card(card: BackboneCard) -> None:
-    """Check that the texts and numbers of a backbone's card can stand in a manifest.
-
-    Raises:
-        PoolError: one has the wrong form.
-    """
-    check_text("backbone.name", card.name)
-    if not SHA.fullmatch(card.fingerprint):
-        raise PoolError(f"backbone.fingerprint {shown(card.fingerprint)} is no SHA-256")
-    if card.num_features < 1:
-        raise PoolError(f"backbone.num_features is {card.num_features}")
-
-
 def load_manifest(pool: Path) -> bytes:
     """The manifest's bytes, for :func:`parse_manifest`.
 
@@ -195,7 +173,7 @@ def parse_manifest(content: bytes, where: Path) -> Manifest:
         raise PoolError(f"{where} is damaged: it has no backbone or no list of records; restore a copy")
     try:
         backbone = build(BackboneCard, card, "backbone")
-        check_card(backbone)
+        backbone.check_form(PoolError)
     except (ConfigError, PoolError) as error:
         raise PoolError(f"{where} is damaged: {clipped(str(error), 300)}; restore a copy") from error
     entries = [_entry(record, place) for place, record in enumerate(records)]
@@ -227,7 +205,7 @@ def write_manifest(pool: Path, manifest: Manifest) -> bytes:
         PoolError: the backbone's card has values of the wrong form.
         StorageError: it cannot be written; the old one still stands.
     """
-    check_card(manifest.backbone)
+    manifest.backbone.check_form(PoolError)
     plain = manifest_to_plain(manifest)
     content = (json.dumps(plain, indent=1, allow_nan=False) + "\n").encode()
     write_bytes(pool / MANIFEST, content)

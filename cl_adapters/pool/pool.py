@@ -19,6 +19,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from cl_adapters._forms import shown
 from cl_adapters.backbones.card import BackboneCard
 from cl_adapters.errors import PoolError
 from cl_adapters.pool import edit, transfer
@@ -27,7 +28,7 @@ from cl_adapters.pool.checks import adapter_of, load_backbone
 from cl_adapters.pool.disk import LOCK, Disk, locked
 from cl_adapters.pool.edit import NewAdapter
 from cl_adapters.pool.manifest import MANIFEST, Broken, Manifest, write_manifest
-from cl_adapters.pool.record import PoolClass, Record, shown
+from cl_adapters.pool.record import PoolClass, Record
 from cl_adapters.pool.store import load_adapter, load_knowledge, named_codec, pack_knowledge
 from cl_adapters.pool.verify import Verification, verify_files
 

@@ -5,19 +5,16 @@ from __future__ import annotations
 import json
 import math
 import re
-import unicodedata
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any
 
+from cl_adapters._forms import SHA, Count, Label, check_label, check_text, clipped, shown
 from cl_adapters.config import build, to_plain
 from cl_adapters.errors import ConfigError, PoolError
 
 ID = re.compile(r"[a-z0-9][a-z0-9._-]{0,63}")
-SHA = re.compile(r"[0-9a-f]{64}")
 TAG = re.compile(r"[^\s,][^,]{0,63}")
-LONGEST = 1000
-"""Characters of the longest text in a record."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -29,14 +26,13 @@ class PoolClass:
         name: its name; None where the benchmark has none.
     """
 
-    label: int
+    label: Label
     name: str | None = None
 
     def __post_init__(self) -> None:
-        if not -(2**63) <= self.label < 2**63:
-            raise PoolError(f"class label {self.label} does not fit into 64 bits")
+        check_label(self.label, PoolError)
         if self.name is not None:
-            check_text("class name", self.name)
+            check_text("class name", self.name, PoolError)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -68,7 +64,7 @@ class Record:
 
     id: str
     adapter: dict[str, Any] | None
-    blocks: tuple[int, ...]
+    blocks: tuple[Count, ...]
     classes: tuple[PoolClass, ...]
     task: int | None
     adapter_sha: str | None
@@ -103,7 +99,7 @@ class Record:
         for tag in self.tags:
             check_tag(tag)
         for key, value in self.metrics.items():
-            check_text("metric", key)
+            check_text("metric", key, PoolError)
             if not math.isfinite(value):
                 raise PoolError(f"metric {key!r} is {value}; leave out what is not a finite number")
         _check_json("adapter", self.adapter)
@@ -111,7 +107,7 @@ class Record:
         for what in ("compression", "benchmark", "created", "library_version"):
             text = getattr(self, what)
             if text is not None:
-                check_text(what, text)
+                check_text(what, text, PoolError)
 
     @property
     def labels(self) -> tuple[int, ...]:
@@ -174,29 +170,7 @@ def check_tag(tag: str) -> None:
     """
     if not isinstance(tag, str) or not TAG.fullmatch(tag):
         raise PoolError(f"{shown(tag)} cannot be a tag: 1 to 64 characters without commas, not starting with a space")
-    check_text("tag", tag)
-
-
-def check_text(what: str, text: str) -> None:
-    """Check a text that terminals will show.
-
-    Raises:
-        PoolError: it is too long, or has control characters.
-    """
-    if len(text) > LONGEST:
-        raise PoolError(f"{what} of {len(text)} characters; at most {LONGEST} are stored")
-    if any(unicodedata.category(character) in ("Cc", "Cs") for character in text):
-        raise PoolError(f"{what} {shown(text)} has control characters, which would reach a terminal")
-
-
-def shown(value: Any) -> str:
-    """A value from a file, as part of a message: quoted, on one line, cut when long."""
-    return clipped(ascii(value), 80)
-
-
-def clipped(text: str, length: int) -> str:
-    """The text, with its end left out where it is long."""
-    return text if len(text) <= length else f"{text[:length]}..."
+    check_text("tag", tag, PoolError)
 
 
 def _check_unique(what: str, values: Iterable[str]) -> None:

@@ -8,6 +8,8 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cl_adapters._forms import shown
+from cl_adapters._io import check_finite
 from cl_adapters.backbones.card import BackboneCard
 from cl_adapters.errors import ClAdaptersError, PoolError
 from cl_adapters.pool.blobs import from_bytes, read_blob, sha_of, to_bytes
@@ -15,13 +17,12 @@ from cl_adapters.pool.checks import (
     adapter_check,
     blocks_of,
     check_adapter,
-    check_finite,
     check_knowledge,
     check_positions,
     count,
 )
 from cl_adapters.pool.header import DTYPES, Declared, Header
-from cl_adapters.pool.record import Record, adapter_file, knowledge_file, shown
+from cl_adapters.pool.record import Record, adapter_file, knowledge_file
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -75,7 +76,7 @@ def pack_adapter(
     """
     header = header_of(tensors, "these tensors")
     check_adapter(header, backbone, adapter, "this adapter")
-    check_finite(tensors, "this adapter")
+    check_finite(tensors, "this adapter", PoolError)
     plain = {key: value.detach().cpu().float() for key, value in tensors.items()}
     content = to_bytes(plain if codec is None else codec.encode(plain)[0])
     return PackedAdapter(content, blocks_of(header, backbone, adapter), count(header))
@@ -90,7 +91,7 @@ def pack_knowledge(knowledge: Mapping[str, Tensor], num_classes: int, card: Back
     where = "this knowledge"
     check_knowledge(header_of(knowledge, where), num_classes, card, where)
     check_positions(knowledge, num_classes, where)
-    check_finite(knowledge, where)
+    check_finite(knowledge, where, PoolError)
     return to_bytes(knowledge)
 
 
@@ -120,6 +121,7 @@ def decode_checked(content: bytes, record: Record, backbone: FrozenBackbone | No
         named = f"adapter {record.id!r}"
         tensors = _decoded(tensors, named)
         adapter_check(record, header_of(tensors, named), backbone, decoded=True)
+    check_finite(tensors, where, PoolError)
     return {key: value.float() for key, value in tensors.items()}
 
 
@@ -138,6 +140,7 @@ def load_knowledge(pool: Path, card: BackboneCard, record: Record) -> dict[str, 
     content = read_blob(pool, file, record.knowledge_sha, rows)
     knowledge = from_bytes(content, str(pool / file))
     check_positions(knowledge, num_classes, where)
+    check_finite(knowledge, str(pool / file), PoolError)
     return knowledge
 
 

@@ -16,15 +16,16 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from cl_adapters._io import new_folder, write_bytes, write_json
+from cl_adapters._forms import SHA, shown
+from cl_adapters._io import check_finite, new_folder, write_bytes, write_json
 from cl_adapters.errors import PoolError
 from cl_adapters.pool.blobs import from_bytes, read_blob, read_file, sha_of
-from cl_adapters.pool.checks import adapter_check, check_finite, check_knowledge, check_positions
+from cl_adapters.pool.checks import adapter_check, check_knowledge, check_positions
 from cl_adapters.pool.disk import Disk
 from cl_adapters.pool.edit import Addition, add, files, write
 from cl_adapters.pool.manifest import Manifest, check_free, manifest_to_plain, parse_manifest, plain_manifest
 from cl_adapters.pool.model_card import CARD, card_bytes
-from cl_adapters.pool.record import SHA, Record, adapter_file, check_id, knowledge_file, shown
+from cl_adapters.pool.record import Record, adapter_file, check_id, knowledge_file
 from cl_adapters.pool.store import decode_checked
 
 if TYPE_CHECKING:
@@ -95,14 +96,14 @@ def import_folder(disk: Disk, folder: Path, id: str | None, backbone: Callable[[
     if record.adapter_sha is not None:
         whole, where = backbone(), str(folder / ADAPTER)
         adapter = read_blob(folder, ADAPTER, record.adapter_sha, partial(adapter_check, record, backbone=whole))
-        check_finite(decode_checked(adapter, record, whole, where), where)
+        decode_checked(adapter, record, whole, where)
     if record.knowledge_sha is not None:
         where, number = str(folder / ROWS), len(record.classes)
         check = partial(check_knowledge, num_classes=number, card=card, where=where)
         rows = read_blob(folder, ROWS, record.knowledge_sha, check)
         knowledge = from_bytes(rows, where)
         check_positions(knowledge, number, where)
-        check_finite(knowledge, where)
+        check_finite(knowledge, where, PoolError)
     if id is not None:
         check_id(id)
         record = dataclasses.replace(record, id=id)

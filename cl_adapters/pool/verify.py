@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -10,14 +10,11 @@ from typing import TYPE_CHECKING
 
 from cl_adapters.errors import ClAdaptersError
 from cl_adapters.pool.blobs import orphans
-from cl_adapters.pool.checks import check_finite
 from cl_adapters.pool.manifest import Manifest
 from cl_adapters.pool.model_card import read_card
 from cl_adapters.pool.store import load_adapter, load_knowledge
 
 if TYPE_CHECKING:
-    from torch import Tensor
-
     from cl_adapters.backbones.frozen import FrozenBackbone
 
 
@@ -44,17 +41,12 @@ def verify_files(pool: Path, manifest: Manifest, backbone: FrozenBackbone | None
     problems = [f"{entry.id}: its record is broken: {entry.reason}" for entry in manifest.broken]
     problems += [f"the predictor: {problem}" for problem in _failures(partial(read_card, pool))]
     for record in manifest.records:
-        loads = {
-            "its tensors": partial(load_adapter, pool, record, backbone),
-            "its knowledge": partial(load_knowledge, pool, manifest.backbone, record),
-        }
-        checks = [partial(_finite, load, what) for what, load in loads.items()]
-        problems += [f"{record.id}: {problem}" for check in checks for problem in _failures(check)]
+        for load in (
+            partial(load_adapter, pool, record, backbone),
+            partial(load_knowledge, pool, manifest.backbone, record),
+        ):
+            problems += [f"{record.id}: {problem}" for problem in _failures(load)]
     return Verification(not problems, tuple(problems), orphans(pool, manifest.files))
-
-
-def _finite(load: Callable[[], Mapping[str, Tensor]], what: str) -> None:
-    check_finite(load(), what)
 
 
 def _failures(check: Callable[[], object]) -> Iterator[str]:

@@ -7,6 +7,7 @@ import hashlib
 import json
 import os
 import re
+import signal
 from pathlib import Path
 from typing import Any
 
@@ -152,6 +153,35 @@ def test_large_files_are_checked_on_demand(pool: MemoryPool, monkeypatch: pytest
     AdapterIndex.open(folder, pool)
     with pytest.raises(StorageError, match="altered"):
         AdapterIndex.open(folder, pool, verify=True)
+
+
+@pytest.mark.parametrize("backend", indexes.names())
+def test_no_special_file_is_waited_for(pool: MemoryPool, backend: str) -> None:
+    """A pipe has no end to wait for, and a device no end at all."""
+    folder = AdapterIndex.build(pool, backend=backend).save()
+    plain = json.loads((folder / "index.json").read_text())
+
+    def stop(*_: object) -> None:
+        raise AssertionError("it waited")
+
+    before = signal.signal(signal.SIGALRM, stop)
+    signal.alarm(10)
+    try:
+        for path in [*files_of(folder), folder / "index.json"]:
+            for make in (os.mkfifo, lambda place: place.symlink_to("/dev/zero")):
+                path.rename(pool.path / "kept")
+                make(path)
+                if path.name != "index.json":  # as who forges a pipe would record it
+                    plain["files"][str(path.relative_to(folder))][0] = 0
+                    (folder / "index.json").write_text(json.dumps(plain))
+                for mmap in (True, False):
+                    with pytest.raises(StorageError, match="index"):
+                        AdapterIndex.open(None, pool, mmap=mmap)
+                path.unlink()
+                (pool.path / "kept").rename(path)
+    finally:
+        signal.alarm(0)
+        signal.signal(signal.SIGALRM, before)
 
 
 def test_saving_leaves_other_things_alone(pool: MemoryPool, tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ from cl_adapters.adapters.bottleneck import Bottleneck
 from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.errors import PoolError
 from cl_adapters.pool import AdapterPool, PoolClass
+from cl_adapters.pool.compression import compress_records
 
 Make = Callable[..., dict[str, Tensor]]
 Plain = dict[str, Any]
@@ -183,6 +184,25 @@ def test_no_regular_file(pool: AdapterPool, make: Callable[[Path], None]) -> Non
     with pytest.raises(PoolError, match="not a regular file"):
         AdapterPool.open(pool.path).tensors("task-000")
     assert AdapterPool.open(pool.path).tensors("task-001")
+
+
+@pytest.mark.parametrize("number", [float("nan"), float("inf")])
+@pytest.mark.parametrize("codec", [None, "fp16"])
+def test_numbers_that_are_not_finite(pool: AdapterPool, number: float, codec: str | None) -> None:
+    """They would make every answer of the adapter one that is not."""
+    if codec is not None:
+        compress_records(pool, codec, ["task-000"])
+    found = load_file(adapter_path(pool))
+    key = next(key for key, value in found.items() if value.is_floating_point())
+    found[key].view(-1)[0] = number
+    forge(pool, save(found))
+    assert_lost(pool, r"\.safetensors: tensor '.*' has NaN or infinite values")
+
+
+@pytest.mark.parametrize("label", [True, "1", 1.0])
+def test_labels_are_whole_numbers(pool: AdapterPool, label: object) -> None:
+    edit_record(pool, classes=[{"label": label, "name": None}, {"label": 7, "name": None}])
+    assert_lost(pool, "label")
 
 
 def test_a_folder_that_leads_out(pool: AdapterPool, tensors: Make, tmp_path: Path) -> None:

@@ -121,4 +121,7 @@ def test_verification_sees_numbers_that_are_not_finite(pool: AdapterPool) -> Non
     manifest = json.loads((pool.path / "manifest.json").read_text())
     manifest["records"][1]["knowledge_sha"] = sha
     (pool.path / "manifest.json").write_text(json.dumps(manifest))
-    assert pool.verify().problems == ("task-001: its knowledge: tensor 'keys' has NaN or infinite values",)
+    where = pool.path / "knowledge" / f"{sha}.safetensors"
+    assert pool.verify().problems == (f"task-001: {where}: tensor 'keys' has NaN or infinite values",)
+    with pytest.raises(PoolError, match=f"{where}: tensor 'keys' has NaN or infinite values"):
+        pool.knowledge("task-001")
