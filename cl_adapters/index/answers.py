@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,7 +107,7 @@ class Changes:
         return bool(self.added or self.removed or self.altered)
 
     def __str__(self) -> str:
-        parts = [f"{len(ids)} {what} ({_some(ids)})" for what, ids in vars(self).items() if ids]
+        parts = [f"{len(ids)} {what} ({some(ids)})" for what, ids in vars(self).items() if ids]
         return "; ".join(parts) or "none"
 
 
@@ -144,5 +144,6 @@ class IndexStats:
     threshold: float | None
 
 
-def _some(ids: tuple[str, ...]) -> str:
+def some(ids: Sequence[str]) -> str:
+    """A few of these ids, for a message."""
     return ", ".join(ids[:3]) + (", ..." if len(ids) > 3 else "")

@@ -6,6 +6,7 @@ pool's knowledge: it holds nothing that :meth:`AdapterIndex.rebuild` would not f
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cl_adapters.errors import DataError, StorageError, UnknownName
-from cl_adapters.index.answers import Changes, Hit, IndexConfig, IndexStats, Neighbours
+from cl_adapters.errors import ConfigError, DataError, StorageError, UnknownName
+from cl_adapters.index.answers import Changes, Hit, IndexConfig, IndexStats, Neighbours, some
 from cl_adapters.index.backends.base import Ids, IndexBackend
 from cl_adapters.index.classes import nearest_classes
 from cl_adapters.index.contents import Contents, wanted
 from cl_adapters.index.files import default_folder, open_index, save_index
-from cl_adapters.index.keys import KeyRecord, KeyRule, KeySource
+from cl_adapters.index.keys import KeyRecord, KeyRule, KeySource, writing_into
 from cl_adapters.index.locks import ReadersWriter
 from cl_adapters.index.space import Similarity, Space
 from cl_adapters.parts.keys import Kind
@@ -101,7 +102,7 @@ class AdapterIndex:
         Args:
             x: features float [B, D] under the bare backbone; or what the backbone takes (images float32 [B, C, H, W],
                 tokens int64 [B, N], a mapping of tensors); or a list of texts.
-            k: at least 1.
+            k: at least 1; more than there are keys is as many as there are.
             classes: the k nearest classes of adapters, each by its best key, instead of the k nearest keys.
             tags: only records that have all of these in the pool now.
             records: only these.
@@ -111,9 +112,10 @@ class AdapterIndex:
 
         Raises:
             DataError: features of another width, or not finite.
+            ConfigError: k is no whole number, or below 1.
             UnknownName: a record that the index does not have.
         """
-        f_BD = _bare_features(self.pool, x)
+        f_BD, k = _bare_features(self.pool, x), min(_checked_k(k), max(1, len(self)))
         return self.hits(self.search_features(f_BD, k, classes=classes, tags=tags, records=records))
 
     def search_features(
@@ -125,7 +127,11 @@ class AdapterIndex:
         tags: Iterable[str] = (),
         records: Iterable[str] | None = None,
     ) -> Neighbours:
-        """As :meth:`query`, for features float32 [B, D] (tensor or array), with arrays for an answer."""
+        """As :meth:`query`, for features float32 [B, D] (tensor or array), with arrays for an answer.
+
+        They have k places per feature however few keys there are, so a large k asks for the memory of as many.
+        """
+        k = _checked_k(k)
         features = f_BD.detach().float().cpu().numpy() if isinstance(f_BD, Tensor) else np.asarray(f_BD)
         with self._lock.reading():
             allowed = self._allowed(set(tags), records)
@@ -138,10 +144,11 @@ class AdapterIndex:
     def hits(self, neighbours: Neighbours) -> list[list[Hit]]:
         """The same answers with names, without the places where fewer than k were found."""
         records = self.pool.records
-        if records is not self._names[0]:  # the pool has changed
+        seen, names = self._names  # read once: another thread may replace it
+        if records is not seen:  # the pool has changed
             names = {(record.id, known.label): known.name for record in records for known in record.classes}
             self._names = (records, names)
-        return neighbours.named(self._names[1])
+        return neighbours.named(names)
 
     # --- changing ------------------------------------------------------------------------------------------------
 
@@ -221,15 +228,25 @@ class AdapterIndex:
     def save(self, folder: str | Path | None = None, *, overwrite: bool = True) -> Path:
         """Write the index atomically, and return its folder.
 
+        In the pool's folder this is done as the pool's only writer, so that nothing comes back that was forgotten.
+
         Args:
             folder: default index/default in the pool's folder.
             overwrite: replace an index that is there.
 
         Raises:
-            StorageError: the place cannot be written, or holds something that is no index.
+            StorageError: the place cannot be written, or holds something that is no index; or the index has records
+                that its pool does not have any more, or has with other keys.
+            PoolError: another writer of the pool took longer than its timeout.
         """
         folder = default_folder(self.pool) if folder is None else Path(folder)
-        with self._lock.reading():
+        with writing_into(folder, self.pool), self._lock.reading():
+            outdated = self._contents.outdated(self.pool)
+            if outdated:
+                raise StorageError(
+                    f"{folder} was not written: since this index was made, the pool has lost {some(outdated)}, or has "
+                    "other keys of it; call refresh() first, or build the index again"
+                )
             save_index(self._contents, folder, overwrite, self.threshold)
         return folder
 
@@ -281,6 +298,17 @@ class AdapterIndex:
         if tags:
             ids &= {record.id for record in self.pool.records if tags <= set(record.tags)}
         return self._contents.table.keys_of(ids)
+
+
+def _checked_k(k: Any) -> int:
+    """A number of neighbours, also one of NumPy's."""
+    try:
+        number = 0 if isinstance(k, bool) else operator.index(k)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ConfigError(f"k has to be a whole number, at least 1; got {k!r}")
+    return number
 
 
 def _bare_features(pool: KeySource, x: Any) -> Any:
