@@ -127,7 +127,8 @@ class IndexStats:
         bytes_per_key: ``nbytes`` per key.
         without_keys: adapters whose knowledge has no features.
         changes: how the pool differs from the index.
-        threshold: see :class:`~cl_adapters.index.index.AdapterIndex`.
+        threshold: see :attr:`cl_adapters.index.index.AdapterIndex.threshold`.
+        threshold_stale: whether it was calibrated on other keys.
     """
 
     keys: int
@@ -142,6 +143,7 @@ class IndexStats:
     without_keys: tuple[str, ...]
     changes: Changes
     threshold: float | None
+    threshold_stale: bool = False
 
 
 def some(ids: Sequence[str]) -> str:

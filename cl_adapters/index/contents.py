@@ -114,7 +114,7 @@ class Contents:
         now = {record.id: digest(record) for record in pool.records}
         return [id for id, then in self.table.digests.items() if now.get(id) != then]
 
-    def stats(self, changes: Changes, threshold: float | None) -> IndexStats:
+    def stats(self, changes: Changes, threshold: float | None, threshold_stale: bool) -> IndexStats:
         """Figures."""
         table, backend, rule = self.table, self.backend, self.config.rule
         live = table.record_of_key >= 0
@@ -135,6 +135,7 @@ class Contents:
             without_keys=tuple(bare),
             changes=changes,
             threshold=threshold,
+            threshold_stale=threshold_stale,
         )
 
     def _keys(

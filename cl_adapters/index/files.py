@@ -63,7 +63,9 @@ def _folders(pool: Path) -> list[Path]:
     return [place for place in found if place.is_dir() and not place.is_symlink()]
 
 
-def save_index(contents: Contents, folder: Path, overwrite: bool, threshold: float | None) -> None:
+def save_index(
+    contents: Contents, folder: Path, overwrite: bool, threshold: float | None, threshold_stale: bool
+) -> None:
     """Write an index atomically; whoever has the old one open keeps it.
 
     Raises:
@@ -87,6 +89,7 @@ def save_index(contents: Contents, folder: Path, overwrite: bool, threshold: flo
                 "schema_version": SCHEMA_VERSION,
                 "config": configs.to_plain(contents.config),
                 "threshold": threshold,
+                **({"threshold_stale": True} if threshold_stale else {}),
                 "shrinkage": None if space is None else space.shrinkage,
                 **contents.table.to_plain(),
                 "files": {name: [path.stat().st_size, _sha256(path)] for name, path in _files(scratch).items()},
@@ -94,8 +97,8 @@ def save_index(contents: Contents, folder: Path, overwrite: bool, threshold: flo
         )
 
 
-def open_index(folder: Path, *, mmap: bool, verify: bool) -> tuple[Contents, float | None]:
-    """Read the contents of an index and its threshold; the options are those of :meth:`AdapterIndex.open`.
+def open_index(folder: Path, *, mmap: bool, verify: bool) -> tuple[Contents, float | None, bool]:
+    """Read the contents of an index, its threshold, and whether that was calibrated on other keys; the options are those of :meth:`AdapterIndex.open`.
 
     All files are of one state: where another process has saved the index meanwhile, it is read anew.
 
@@ -125,7 +128,7 @@ def _state(folder: Path) -> list[tuple[int, ...]]:
     return [(now.st_dev, now.st_ino, now.st_mtime_ns, now.st_ctime_ns) for now in found]
 
 
-def _read_index(folder: Path, *, mmap: bool, verify: bool) -> tuple[Contents, float | None]:
+def _read_index(folder: Path, *, mmap: bool, verify: bool) -> tuple[Contents, float | None, bool]:
     if not (folder / "index.json").exists():
         raise StorageError(f"there is no index at {folder}; make one: cl-adapters index build, or AdapterIndex.build")
     plain = read_json(folder / "index.json", schema_version=SCHEMA_VERSION)
@@ -143,7 +146,7 @@ def _read_index(folder: Path, *, mmap: bool, verify: bool) -> tuple[Contents, fl
         elif (record >= 0).any():
             raise StorageError("its vectors are missing")
         threshold = plain["threshold"]
-        return contents, None if threshold is None else float(threshold)
+        return contents, None if threshold is None else float(threshold), plain.get("threshold_stale") is True
     except (ClAdaptersError, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
         what = str(error) if isinstance(error, ClAdaptersError) else f"index.json: {type(error).__name__} {error}"
         raise StorageError(f"{folder} is no usable index: {what}; rebuild it from the pool") from error

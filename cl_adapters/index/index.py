@@ -39,19 +39,44 @@ class AdapterIndex:
     Attributes:
         pool: where the keys come from.
         config: what was asked for.
-        threshold: score below which the best hit means "none of these"; None: not calibrated, which
-            :func:`cl_adapters.index.calibration.calibrate` does. It is saved, and does not change what is found.
         threads: CPU threads of a search; None: as many as torch uses.
     """
 
     def __init__(self, pool: KeySource, config: IndexConfig, contents: Contents) -> None:
         self.pool = pool
         self.config = config
-        self.threshold: float | None = None
+        self._threshold: float | None = None
+        self._calibrated_on: dict[str, str] | None = None  # digests by record
+        self._warned = False
         self.threads: int | None = None
         self._contents = contents
         self._lock = ReadersWriter()
         self._names: tuple[Sequence[KeyRecord], dict[tuple[str, int], str | None]] = ((), {})
+
+    @property
+    def threshold(self) -> float | None:
+        """Score below which the best hit means "none of these".
+
+        None: not calibrated, which :func:`cl_adapters.index.calibration.calibrate` does. It is saved, and does not
+        change what is found. Who reads it when it was calibrated on other keys is warned, once.
+        """
+        if self.threshold_stale and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "the threshold of this index was calibrated on other keys, so that it may refuse too much or too "
+                "little: calibrate it again",
+                stacklevel=2,
+            )
+        return self._threshold
+
+    @threshold.setter
+    def threshold(self, value: float | None) -> None:
+        self._threshold, self._calibrated_on, self._warned = value, dict(self._contents.table.digests), False
+
+    @property
+    def threshold_stale(self) -> bool:
+        """Whether the records or their keys have changed since the threshold was set; it is saved too."""
+        return self._threshold is not None and self._calibrated_on != self._contents.table.digests
 
     @classmethod
     def build(
@@ -198,6 +223,9 @@ class AdapterIndex:
         pool = self.pool if pool is None else pool
         contents = Contents.of_records(pool, wanted(pool, self.config), self.config)
         with self._lock.writing():
+            before, after = self._contents.space, contents.space
+            if before and after and not np.array_equal(before.whitening_DD, after.whitening_DD):  # type: ignore[arg-type]
+                self._calibrated_on = None  # the same keys, but other distances
             self.pool, self._contents = pool, contents
 
     def __len__(self) -> int:
@@ -219,9 +247,9 @@ class AdapterIndex:
         return self._contents.backend
 
     def stats(self) -> IndexStats:
-        """Figures: sizes, choices, and whether the pool has changed."""
+        """Figures: sizes, choices, and whether pool or threshold are those of then."""
         with self._lock.reading():
-            return self._contents.stats(self.changes(), self.threshold)
+            return self._contents.stats(self.changes(), self._threshold, self.threshold_stale)
 
     # --- files ---------------------------------------------------------------------------------------------------
 
@@ -247,7 +275,7 @@ class AdapterIndex:
                     f"{folder} was not written: since this index was made, the pool has lost {some(outdated)}, or has "
                     "other keys of it; call refresh() first, or build the index again"
                 )
-            save_index(self._contents, folder, overwrite, self.threshold)
+            save_index(self._contents, folder, overwrite, self._threshold, self.threshold_stale)
         return folder
 
     @classmethod
@@ -276,9 +304,11 @@ class AdapterIndex:
         if stale not in get_args(Stale):
             raise UnknownName.of("choice for a stale index", stale, get_args(Stale))
         folder = default_folder(pool) if folder is None else Path(folder)
-        contents, threshold = open_index(folder, mmap=mmap, verify=verify)
+        contents, threshold, threshold_stale = open_index(folder, mmap=mmap, verify=verify)
         index = cls(pool, contents.config, contents)
         index.threshold = threshold
+        if threshold_stale:
+            index._calibrated_on = None  # nobody knows any more on which
         changes = index.changes()
         found = f"{folder} does not fit its pool any more: {changes}"
         if changes and stale == "error":

@@ -28,6 +28,8 @@ Kind = Literal["prototypes", "centroids", "features"]
 DEFAULT_CENTROIDS = 4
 ROUNDS = 25
 """Of k-means, at most."""
+TEMPERATURE = 0.07
+"""By which cosines are divided before a softmax (Wu et al. 2018)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -70,6 +72,11 @@ class KeyLookup(ABC):
     :class:`Keys` compares with every key. A model of a pool may have an index in its place, which is no part that is
     saved (:mod:`cl_adapters.pool.indexed_keys`).
     """
+
+    @property
+    def metric(self) -> str:
+        """What the scores are."""
+        return "cosine"
 
     @abstractmethod
     def nearest(self, f_BD: Tensor, k: int) -> tuple[Tensor, Tensor]:
@@ -327,6 +334,21 @@ def check_neighbours(k: int, temperature: float) -> None:
     """
     if k < 1 or temperature <= 0:
         raise ValueError(f"k must be at least 1 and temperature positive, got k={k}, temperature={temperature}")
+
+
+def weights_of(scores_BK: Tensor, keys: KeyLookup, temperature: float) -> Tensor:
+    """Softmax [B, K] of scores / temperature; 0 where there is no score.
+
+    Raises:
+        ConfigError: the default temperature, with scores of an index that are no cosines: squared distances or inner
+            products are so much larger that the nearest would have all the weight.
+    """
+    if keys.metric != "cosine" and temperature == TEMPERATURE and scores_BK.shape[1] > 1:
+        raise ConfigError(
+            f"temperature {temperature} is for cosines, but the index scores by {keys.metric!r}: give this predictor a "
+            "temperature of about the difference that counts between two scores, or take an index with metric='cosine'"
+        )
+    return (scores_BK / temperature).softmax(1)
 
 
 def answered(model: ModelState, f_BD: Tensor, bare_BD: Tensor) -> Tensor:

@@ -91,7 +91,7 @@ def _forget(pool: AdapterPool, target: str | int) -> Forgotten:
             removed.append(f"index {place.name!r}, which could not be made anew: build it again")
             continue
         removed.append(f"entries of index {place.name!r}, which was made anew")
-        if index.threshold is not None:
+        if index.threshold_stale:
             traces.append(
                 f"the threshold of index {place.name!r} was calibrated when {what} was known; calibrate it again"
             )

@@ -53,6 +53,11 @@ class IndexedKeys(nn.Module, KeyLookup):
         self._ids = frozenset(record.id for record in self.records)
         self._seen: tuple[tuple[str | None, ...], Tensor] | None = None
 
+    @property
+    def metric(self) -> str:
+        """The index's."""
+        return self.index.config.metric
+
     def nearest(self, f_BD: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Scores and class columns of the k nearest keys that the index finds.
 
