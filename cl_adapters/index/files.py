@@ -98,9 +98,12 @@ def save_index(
 
 
 def open_index(folder: Path, *, mmap: bool, verify: bool) -> tuple[Contents, float | None, bool]:
-    """Read the contents of an index, its threshold, and whether that was calibrated on other keys; the options are those of :meth:`AdapterIndex.open`.
+    """Read an index; the options are those of :meth:`AdapterIndex.open`.
 
     All files are of one state: where another process has saved the index meanwhile, it is read anew.
+
+    Returns:
+        Its contents, its threshold, and whether that was calibrated on other keys.
 
     Raises:
         StorageError: missing, altered or contradictory files; or it is saved over and over.

@@ -246,7 +246,9 @@ def test_an_index_from_before_does_not_bring_it_back(pool: AdapterPool, target: 
     before = [AdapterIndex.open(None, other), AdapterIndex.build(other, keys="features", backend="exact")]
     forget(pool, target)
     for index in before:
-        with pytest.raises(StorageError, match=r"the pool has lost task-001, or has other keys of it; call refresh\(\)"):
+        with pytest.raises(
+            StorageError, match=r"the pool has lost task-001, or has other keys of it; call refresh\(\)"
+        ):
             index.save()
         with pytest.raises(StorageError, match="call refresh"):
             index.save(pool.path.parent / "elsewhere")
