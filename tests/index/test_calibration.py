@@ -113,13 +113,11 @@ def test_a_threshold_of_other_keys_is_said_to_be(held: MemoryPool) -> None:
     held.put("more", with_held_out([20, 21]), [20, 21])
     assert quiet(index) == threshold
     for change in (lambda: index.add(["more"]), index.rebuild, index.refresh):
-        index.remove(["more"]) if "more" in index.records else None
+        index.remove(set(index.records) & {"more"})
         calibrate(index, 0.05)
-        assert not index.threshold_stale
-        assert not index.stats().threshold_stale
+        before = (index.threshold_stale, index.stats().threshold_stale)
         change()
-        assert index.threshold_stale
-        assert index.stats().threshold_stale
+        assert (*before, index.threshold_stale, index.stats().threshold_stale) == (False, False, True, True)
         with pytest.warns(UserWarning, match="calibrated on other keys.*calibrate it again"):
             assert index.threshold is not None
         assert quiet(index) is not None, "once"
@@ -143,7 +141,7 @@ def test_the_same_keys_under_another_covariance(held: MemoryPool) -> None:
     index.rebuild()
     calibrate(index, 0.05)
     index.rebuild()
-    assert not index.threshold_stale, "nothing has changed"
+    assert quiet(index) is not None, "nothing has changed"
     held.put("more", with_held_out([20, 21]), [20, 21])
     index.add(["more"])  # the whitening stays
     calibrate(index, 0.05)

@@ -245,7 +245,7 @@ def test_more_neighbours_than_keys(pool: MemoryPool) -> None:
     index = AdapterIndex.build(pool)
     for classes in (False, True):
         assert index.query(QUERIES, 10**12, classes=classes) == index.query(QUERIES, 10, classes=classes)
-    assert index.query(QUERIES, np.int64(2)) == index.query(QUERIES, 2)
+    assert index.query(QUERIES, np.int64(2)) == index.query(QUERIES, 2)  # type: ignore[arg-type]
     assert index.search_features(QUERIES, 12).scores.shape == (30, 12)
     assert bool((index.search_features(QUERIES, 12).records[:, 10:] == -1).all())
     empty = AdapterIndex.build(MemoryPool(pool.path))
@@ -288,8 +288,9 @@ def test_no_covariance_of_centroids(tmp_path: Path) -> None:
     pool = MemoryPool(tmp_path)
     pool.put("a", knowledge_of([0]), [0])
     pool.put("b", centroids_of(1, (90, 10))[0], [1])
+    keys: Any
     for keys in ("prototypes", "features"):
         with pytest.raises(DataError, match=r"'b' keeps centroids of class 1.*Train with keys='features'"):
-            AdapterIndex.build(pool, metric="mahalanobis", keys=keys)  # type: ignore[arg-type]
+            AdapterIndex.build(pool, metric="mahalanobis", keys=keys)
     pool.put("b", centroids_of(1, (1, 1, 1))[0], [1])  # so few features that each is its own centroid
     assert len(AdapterIndex.build(pool, metric="mahalanobis")) == 2

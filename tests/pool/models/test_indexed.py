@@ -224,7 +224,7 @@ def test_places_of_records_beside_a_change_in_another_thread(pool: AdapterPool, 
         def __setattr__(self, name: str, value: Any) -> None:
             super().__setattr__(name, value)
             if name == "_seen" and value is not None:  # at once another thread does the same for another state
-                super().__setattr__(name, ((), torch.full_like(value[1], -2)))
+                super().__setattr__(name, ((), torch.full_like(value[1], -2)))  # type: ignore[arg-type]
 
     model = AdapterModel.from_pool(pool, index=whole_index(pool))
     keys = keys_of(model)
