@@ -27,6 +27,8 @@ if TYPE_CHECKING:
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".ppm", ".pgm", ".jp2", ".avif")
 BATCH = 64
+ANEW = ", calibrated on other keys: calibrate it again (cl-adapters index build --false-reject 0.05)"
+"""What is said of the threshold of an index that has changed since."""
 
 Name = Annotated[str, typer.Option(help="Which of the pool's indexes: its folder below index/.")]
 Stale = Annotated[str, typer.Option(help="If the pool has changed since: error, warn, refresh or ignore.")]
@@ -139,6 +141,7 @@ def _describe(index: AdapterIndex, folder: Path, as_json: bool) -> None:
     if as_json:
         print_json(dataclasses.asdict(stats) | {"folder": str(folder)})
         return
+    stale = stats.threshold_stale
     per_key = "" if stats.bytes_per_key is None else f" ({stats.bytes_per_key:,.0f} per key)"
     rows = {
         "folder": str(folder),
@@ -148,7 +151,7 @@ def _describe(index: AdapterIndex, folder: Path, as_json: bool) -> None:
         "metric": stats.metric,
         "back-end": stats.backend or "none yet",
         "bytes": f"{stats.nbytes:,}{per_key}",
-        "threshold": "not calibrated" if stats.threshold is None else f"{stats.threshold:.4f}",
+        "threshold": "not calibrated" if stats.threshold is None else f"{stats.threshold:.4f}{ANEW * stale}",
         "changes since": str(stats.changes),
     }
     table = Table(show_header=False)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -107,7 +107,7 @@ class Changes:
         return bool(self.added or self.removed or self.altered)
 
     def __str__(self) -> str:
-        parts = [f"{len(ids)} {what} ({_some(ids)})" for what, ids in vars(self).items() if ids]
+        parts = [f"{len(ids)} {what} ({some(ids)})" for what, ids in vars(self).items() if ids]
         return "; ".join(parts) or "none"
 
 
@@ -127,7 +127,8 @@ class IndexStats:
         bytes_per_key: ``nbytes`` per key.
         without_keys: adapters whose knowledge has no features.
         changes: how the pool differs from the index.
-        threshold: see :class:`~cl_adapters.index.index.AdapterIndex`.
+        threshold: see :attr:`cl_adapters.index.index.AdapterIndex.threshold`.
+        threshold_stale: whether it was calibrated on other keys.
     """
 
     keys: int
@@ -142,7 +143,9 @@ class IndexStats:
     without_keys: tuple[str, ...]
     changes: Changes
     threshold: float | None
+    threshold_stale: bool = False
 
 
-def _some(ids: tuple[str, ...]) -> str:
+def some(ids: Sequence[str]) -> str:
+    """A few of these ids, for a message."""
     return ", ".join(ids[:3]) + (", ..." if len(ids) > 3 else "")

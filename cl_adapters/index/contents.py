@@ -109,7 +109,12 @@ class Contents:
             altered=tuple(id for id in now if id in then and then[id] != now[id]),
         )
 
-    def stats(self, changes: Changes, threshold: float | None) -> IndexStats:
+    def outdated(self, pool: KeySource) -> list[str]:
+        """Ids of the records that a pool does not have any more, or of which it has other keys now."""
+        now = {record.id: digest(record) for record in pool.records}
+        return [id for id, then in self.table.digests.items() if now.get(id) != then]
+
+    def stats(self, changes: Changes, threshold: float | None, threshold_stale: bool) -> IndexStats:
         """Figures."""
         table, backend, rule = self.table, self.backend, self.config.rule
         live = table.record_of_key >= 0
@@ -130,6 +135,7 @@ class Contents:
             without_keys=tuple(bare),
             changes=changes,
             threshold=threshold,
+            threshold_stale=threshold_stale,
         )
 
     def _keys(

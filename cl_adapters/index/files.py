@@ -12,6 +12,8 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import time
 from pathlib import Path
 from typing import Any
 
@@ -33,13 +35,37 @@ SCHEMA_VERSION = 1
 ALWAYS = 64 << 20
 """Bytes up to which a file is compared with its SHA-256 whenever it is opened; larger ones are raw numbers."""
 
+SCRATCH = re.compile(r"\..+\.(old-)?[0-9a-f]{8}")
+"""Names of the folders that :func:`cl_adapters._io.new_folder` makes beside the one that it writes."""
+
+TRIES = 60
+"""How often an index that is replaced while it is read is read anew: with the pauses, for up to 9 s."""
+
 
 def default_folder(pool: KeySource, name: str = "default") -> Path:
     """Where an index of a pool lives unless told otherwise."""
     return Path(pool.path) / "index" / name
 
 
-def save_index(contents: Contents, folder: Path, overwrite: bool, threshold: float | None) -> None:
+def index_folders(pool: Path) -> list[Path]:
+    """Folders of the indexes in a pool's folder, by name; without links, and without unfinished ones."""
+    return [place for place in _folders(pool) if (place / "index.json").is_file() and not SCRATCH.fullmatch(place.name)]
+
+
+def unfinished_folders(pool: Path) -> list[Path]:
+    """What was being written when its writer was killed, as long as the pool's lock keeps all others out."""
+    return [place for place in _folders(pool) if (place / "record.npy").is_file() and SCRATCH.fullmatch(place.name)]
+
+
+def _folders(pool: Path) -> list[Path]:
+    folder = pool / "index"
+    found = sorted(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else []
+    return [place for place in found if place.is_dir() and not place.is_symlink()]
+
+
+def save_index(
+    contents: Contents, folder: Path, overwrite: bool, threshold: float | None, threshold_stale: bool
+) -> None:
     """Write an index atomically; whoever has the old one open keeps it.
 
     Raises:
@@ -63,6 +89,7 @@ def save_index(contents: Contents, folder: Path, overwrite: bool, threshold: flo
                 "schema_version": SCHEMA_VERSION,
                 "config": configs.to_plain(contents.config),
                 "threshold": threshold,
+                **({"threshold_stale": True} if threshold_stale else {}),
                 "shrinkage": None if space is None else space.shrinkage,
                 **contents.table.to_plain(),
                 "files": {name: [path.stat().st_size, _sha256(path)] for name, path in _files(scratch).items()},
@@ -70,12 +97,41 @@ def save_index(contents: Contents, folder: Path, overwrite: bool, threshold: flo
         )
 
 
-def open_index(folder: Path, *, mmap: bool, verify: bool) -> tuple[Contents, float | None]:
-    """Read the contents of an index and its threshold; the options are those of :meth:`AdapterIndex.open`.
+def open_index(folder: Path, *, mmap: bool, verify: bool) -> tuple[Contents, float | None, bool]:
+    """Read an index; the options are those of :meth:`AdapterIndex.open`.
+
+    All files are of one state: where another process has saved the index meanwhile, it is read anew.
+
+    Returns:
+        Its contents, its threshold, and whether that was calibrated on other keys.
 
     Raises:
-        StorageError: missing, altered or contradictory files.
+        StorageError: missing, altered or contradictory files; or it is saved over and over.
     """
+    for tried in range(TRIES):
+        before = _state(folder)
+        try:
+            found = _read_index(folder, mmap=mmap, verify=verify)
+        except StorageError:
+            if _state(folder) == before:
+                raise
+        else:
+            if _state(folder) == before:
+                return found
+        time.sleep(0.005 * tried)
+    raise StorageError(f"{folder} is saved again and again while it is read; open it when the writer has finished")
+
+
+def _state(folder: Path) -> list[tuple[int, ...]]:
+    """Tells an index from the one that takes its place, which is another folder with another index.json."""
+    try:
+        found = [folder.stat(), (folder / "index.json").stat()]
+    except OSError:
+        return []
+    return [(now.st_dev, now.st_ino, now.st_mtime_ns, now.st_ctime_ns) for now in found]
+
+
+def _read_index(folder: Path, *, mmap: bool, verify: bool) -> tuple[Contents, float | None, bool]:
     if not (folder / "index.json").exists():
         raise StorageError(f"there is no index at {folder}; make one: cl-adapters index build, or AdapterIndex.build")
     plain = read_json(folder / "index.json", schema_version=SCHEMA_VERSION)
@@ -93,7 +149,7 @@ def open_index(folder: Path, *, mmap: bool, verify: bool) -> tuple[Contents, flo
         elif (record >= 0).any():
             raise StorageError("its vectors are missing")
         threshold = plain["threshold"]
-        return contents, None if threshold is None else float(threshold)
+        return contents, None if threshold is None else float(threshold), plain.get("threshold_stale") is True
     except (ClAdaptersError, KeyError, TypeError, ValueError, AttributeError, OSError) as error:
         what = str(error) if isinstance(error, ClAdaptersError) else f"index.json: {type(error).__name__} {error}"
         raise StorageError(f"{folder} is no usable index: {what}; rebuild it from the pool") from error

@@ -6,6 +6,7 @@ pool's knowledge: it holds nothing that :meth:`AdapterIndex.rebuild` would not f
 
 from __future__ import annotations
 
+import operator
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -15,13 +16,13 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cl_adapters.errors import DataError, StorageError, UnknownName
-from cl_adapters.index.answers import Changes, Hit, IndexConfig, IndexStats, Neighbours
+from cl_adapters.errors import ConfigError, DataError, StorageError, UnknownName
+from cl_adapters.index.answers import Changes, Hit, IndexConfig, IndexStats, Neighbours, some
 from cl_adapters.index.backends.base import Ids, IndexBackend
 from cl_adapters.index.classes import nearest_classes
 from cl_adapters.index.contents import Contents, wanted
 from cl_adapters.index.files import default_folder, open_index, save_index
-from cl_adapters.index.keys import KeyRecord, KeyRule, KeySource
+from cl_adapters.index.keys import KeyRecord, KeyRule, KeySource, writing_into
 from cl_adapters.index.locks import ReadersWriter
 from cl_adapters.index.space import Similarity, Space
 from cl_adapters.parts.keys import Kind
@@ -38,19 +39,44 @@ class AdapterIndex:
     Attributes:
         pool: where the keys come from.
         config: what was asked for.
-        threshold: score below which the best hit means "none of these"; None: not calibrated, which
-            :func:`cl_adapters.index.calibration.calibrate` does. It is saved, and does not change what is found.
         threads: CPU threads of a search; None: as many as torch uses.
     """
 
     def __init__(self, pool: KeySource, config: IndexConfig, contents: Contents) -> None:
         self.pool = pool
         self.config = config
-        self.threshold: float | None = None
+        self._threshold: float | None = None
+        self._calibrated_on: dict[str, str] | None = None  # digests by record
+        self._warned = False
         self.threads: int | None = None
         self._contents = contents
         self._lock = ReadersWriter()
         self._names: tuple[Sequence[KeyRecord], dict[tuple[str, int], str | None]] = ((), {})
+
+    @property
+    def threshold(self) -> float | None:
+        """Score below which the best hit means "none of these".
+
+        None: not calibrated, which :func:`cl_adapters.index.calibration.calibrate` does. It is saved, and does not
+        change what is found. Who reads it when it was calibrated on other keys is warned, once.
+        """
+        if self.threshold_stale and not self._warned:
+            self._warned = True
+            warnings.warn(
+                "the threshold of this index was calibrated on other keys, so that it may refuse too much or too "
+                "little: calibrate it again",
+                stacklevel=2,
+            )
+        return self._threshold
+
+    @threshold.setter
+    def threshold(self, value: float | None) -> None:
+        self._threshold, self._calibrated_on, self._warned = value, dict(self._contents.table.digests), False
+
+    @property
+    def threshold_stale(self) -> bool:
+        """Whether the records or their keys have changed since the threshold was set; it is saved too."""
+        return self._threshold is not None and self._calibrated_on != self._contents.table.digests
 
     @classmethod
     def build(
@@ -101,7 +127,7 @@ class AdapterIndex:
         Args:
             x: features float [B, D] under the bare backbone; or what the backbone takes (images float32 [B, C, H, W],
                 tokens int64 [B, N], a mapping of tensors); or a list of texts.
-            k: at least 1.
+            k: at least 1; more than there are keys is as many as there are.
             classes: the k nearest classes of adapters, each by its best key, instead of the k nearest keys.
             tags: only records that have all of these in the pool now.
             records: only these.
@@ -111,9 +137,10 @@ class AdapterIndex:
 
         Raises:
             DataError: features of another width, or not finite.
+            ConfigError: k is no whole number, or below 1.
             UnknownName: a record that the index does not have.
         """
-        f_BD = _bare_features(self.pool, x)
+        f_BD, k = _bare_features(self.pool, x), min(_checked_k(k), max(1, len(self)))
         return self.hits(self.search_features(f_BD, k, classes=classes, tags=tags, records=records))
 
     def search_features(
@@ -125,7 +152,11 @@ class AdapterIndex:
         tags: Iterable[str] = (),
         records: Iterable[str] | None = None,
     ) -> Neighbours:
-        """As :meth:`query`, for features float32 [B, D] (tensor or array), with arrays for an answer."""
+        """As :meth:`query`, for features float32 [B, D] (tensor or array), with arrays for an answer.
+
+        They have k places per feature however few keys there are, so a large k asks for the memory of as many.
+        """
+        k = _checked_k(k)
         features = f_BD.detach().float().cpu().numpy() if isinstance(f_BD, Tensor) else np.asarray(f_BD)
         with self._lock.reading():
             allowed = self._allowed(set(tags), records)
@@ -138,10 +169,11 @@ class AdapterIndex:
     def hits(self, neighbours: Neighbours) -> list[list[Hit]]:
         """The same answers with names, without the places where fewer than k were found."""
         records = self.pool.records
-        if records is not self._names[0]:  # the pool has changed
+        seen, names = self._names  # read once: another thread may replace it
+        if records is not seen:  # the pool has changed
             names = {(record.id, known.label): known.name for record in records for known in record.classes}
             self._names = (records, names)
-        return neighbours.named(self._names[1])
+        return neighbours.named(names)
 
     # --- changing ------------------------------------------------------------------------------------------------
 
@@ -191,6 +223,9 @@ class AdapterIndex:
         pool = self.pool if pool is None else pool
         contents = Contents.of_records(pool, wanted(pool, self.config), self.config)
         with self._lock.writing():
+            before, after = self._contents.space, contents.space
+            if before and after and not np.array_equal(before.whitening_DD, after.whitening_DD):  # type: ignore[arg-type]
+                self._calibrated_on = None  # the same keys, but other distances
             self.pool, self._contents = pool, contents
 
     def __len__(self) -> int:
@@ -212,25 +247,35 @@ class AdapterIndex:
         return self._contents.backend
 
     def stats(self) -> IndexStats:
-        """Figures: sizes, choices, and whether the pool has changed."""
+        """Figures: sizes, choices, and whether pool or threshold are those of then."""
         with self._lock.reading():
-            return self._contents.stats(self.changes(), self.threshold)
+            return self._contents.stats(self.changes(), self._threshold, self.threshold_stale)
 
     # --- files ---------------------------------------------------------------------------------------------------
 
     def save(self, folder: str | Path | None = None, *, overwrite: bool = True) -> Path:
         """Write the index atomically, and return its folder.
 
+        In the pool's folder this is done as the pool's only writer, so that nothing comes back that was forgotten.
+
         Args:
             folder: default index/default in the pool's folder.
             overwrite: replace an index that is there.
 
         Raises:
-            StorageError: the place cannot be written, or holds something that is no index.
+            StorageError: the place cannot be written, or holds something that is no index; or the index has records
+                that its pool does not have any more, or has with other keys.
+            PoolError: another writer of the pool took longer than its timeout.
         """
         folder = default_folder(self.pool) if folder is None else Path(folder)
-        with self._lock.reading():
-            save_index(self._contents, folder, overwrite, self.threshold)
+        with writing_into(folder, self.pool), self._lock.reading():
+            outdated = self._contents.outdated(self.pool)
+            if outdated:
+                raise StorageError(
+                    f"{folder} was not written: since this index was made, the pool has lost {some(outdated)}, or has "
+                    "other keys of it; call refresh() first, or build the index again"
+                )
+            save_index(self._contents, folder, overwrite, self._threshold, self.threshold_stale)
         return folder
 
     @classmethod
@@ -259,9 +304,11 @@ class AdapterIndex:
         if stale not in get_args(Stale):
             raise UnknownName.of("choice for a stale index", stale, get_args(Stale))
         folder = default_folder(pool) if folder is None else Path(folder)
-        contents, threshold = open_index(folder, mmap=mmap, verify=verify)
+        contents, threshold, threshold_stale = open_index(folder, mmap=mmap, verify=verify)
         index = cls(pool, contents.config, contents)
         index.threshold = threshold
+        if threshold_stale:
+            index._calibrated_on = None  # nobody knows any more on which
         changes = index.changes()
         found = f"{folder} does not fit its pool any more: {changes}"
         if changes and stale == "error":
@@ -281,6 +328,17 @@ class AdapterIndex:
         if tags:
             ids &= {record.id for record in self.pool.records if tags <= set(record.tags)}
         return self._contents.table.keys_of(ids)
+
+
+def _checked_k(k: Any) -> int:
+    """A number of neighbours, also one of NumPy's."""
+    try:
+        number = 0 if isinstance(k, bool) else operator.index(k)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ConfigError(f"k has to be a whole number, at least 1; got {k!r}")
+    return number
 
 
 def _bare_features(pool: KeySource, x: Any) -> Any:

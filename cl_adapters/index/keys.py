@@ -5,9 +5,10 @@ from __future__ import annotations
 import hashlib
 import json
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol, get_args
+from typing import Any, Protocol, get_args, runtime_checkable
 
 import numpy as np
 from torch import Tensor
@@ -74,7 +75,25 @@ class KeySource(Protocol):
         """The frozen backbone, for queries by image."""
 
     def knowledge(self, id: str) -> dict[str, Tensor]:
-        """What belongs to the classes of an adapter: "keys" float32 [M, D] and "key_class" int64 [M] are read here."""
+        """What belongs to the classes of an adapter.
+
+        Read here: "keys" float32 [M, D] and "key_class" int64 [M]; and, where the keys are centroids, "key_size" int64
+        [M], how many features each is the mean of.
+        """
+
+
+@runtime_checkable
+class LockedSource(Protocol):
+    """A pool that has other writers, which can be kept out; one without this method has none."""
+
+    def locked(self) -> AbstractContextManager[object]:
+        """Be its only writer for a ``with`` block."""
+
+
+def writing_into(folder: Path, pool: KeySource) -> AbstractContextManager[object]:
+    """The lock of a pool, for who writes into its folder; of other places a pool knows nothing."""
+    inside = folder.resolve().is_relative_to(Path(pool.path).resolve())
+    return pool.locked() if inside and isinstance(pool, LockedSource) else nullcontext()
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -106,11 +125,12 @@ class KeyRule:
         return PER_CLASS[self.kind] if self.per_class is None else self.per_class
 
 
-def class_features(record: KeyRecord, knowledge: Mapping[str, Tensor]) -> Iterator[tuple[int, Floats]]:
+def class_features(record: KeyRecord, knowledge: Mapping[str, Tensor]) -> Iterator[tuple[int, Floats, Ids | None]]:
     """The features of each class of a record.
 
     Yields:
-        Label, and features float32 [n, D] under the bare backbone, n at least 1. Classes without features are left out.
+        Label; features float32 [n, D] under the bare backbone, n at least 1; and, where these are centroids, of how
+        many features each, int64 [n]. Classes without features are left out.
 
     Raises:
         DataError: keys that are not finite, or belong to no class.
@@ -122,10 +142,11 @@ def class_features(record: KeyRecord, knowledge: Mapping[str, Tensor]) -> Iterat
     place_M = knowledge["key_class"].cpu().numpy()
     if len(place_M) != len(keys_MD) or (len(place_M) and not 0 <= place_M.min() <= place_M.max() < len(record.classes)):
         raise DataError(f"knowledge of {record.id!r}: key_class must name one of {len(record.classes)} classes per key")
+    size_M = knowledge["key_size"].cpu().numpy() if "key_size" in knowledge else None
     for place, known in enumerate(record.classes):
         rows = place_M == place
         if rows.any():
-            yield known.label, keys_MD[rows]
+            yield known.label, keys_MD[rows], None if size_M is None else size_M[rows]
 
 
 def make_keys(record: KeyRecord, knowledge: Mapping[str, Tensor], rule: KeyRule, scaled: bool) -> tuple[Floats, Ids]:
@@ -135,8 +156,8 @@ def make_keys(record: KeyRecord, knowledge: Mapping[str, Tensor], rule: KeyRule,
         float32 [M, D] and labels int64 [M]; [0, 0] and [0] where the knowledge has no features.
     """
     parts = [
-        (label, _keys_of_class(f_ND, rule, scaled, derive(rule.seed, "keys", record.id, label)))
-        for label, f_ND in class_features(record, knowledge)
+        (label, _keys_of_class(f_ND, size_N, rule, scaled, derive(rule.seed, "keys", record.id, label)))
+        for label, f_ND, size_N in class_features(record, knowledge)
     ]
     if not parts:
         return np.empty((0, 0), np.float32), np.empty(0, np.int64)
@@ -145,9 +166,24 @@ def make_keys(record: KeyRecord, knowledge: Mapping[str, Tensor], rule: KeyRule,
 
 
 def space_of(pool: KeySource, records: list[KeyRecord], similarity: Any, keys_MD: Floats) -> Space:
-    """The space in which the keys of these records are compared."""
-    features = (f_ND for record in records for _, f_ND in class_features(record, pool.knowledge(record.id)))
-    return fit_space(similarity, keys_MD, features)
+    """The space in which the keys of these records are compared.
+
+    Raises:
+        DataError: "mahalanobis", and a record has centroids, around which the spread of the features is not known.
+    """
+
+    def features() -> Iterator[Floats]:
+        for record in records:
+            for label, f_ND, size_N in class_features(record, pool.knowledge(record.id)):
+                if size_N is not None and (size_N > 1).any():
+                    raise DataError(
+                        f"metric 'mahalanobis' needs the features of each class, but {record.id!r} keeps centroids of "
+                        f"class {label}, between which they vary less than features do. Train with keys='features', or "
+                        "take metric='cosine'"
+                    )
+                yield f_ND
+
+    return fit_space(similarity, keys_MD, features())
 
 
 def digest(record: KeyRecord) -> str:
@@ -156,18 +192,22 @@ def digest(record: KeyRecord) -> str:
     return hashlib.sha256(content.encode()).hexdigest()
 
 
-def _keys_of_class(f_ND: Floats, rule: KeyRule, scaled: bool, seed: int) -> Floats:
+def _keys_of_class(f_ND: Floats, size_N: Ids | None, rule: KeyRule, scaled: bool, seed: int) -> Floats:
     limit = len(f_ND) if rule.limit is None else min(rule.limit, len(f_ND))
     if rule.kind == "features":
         chosen = np.sort(np.random.default_rng(seed).choice(len(f_ND), limit, replace=False))
         return f_ND[chosen]
-    cluster_N = _clusters(f_ND, limit, scaled, seed)
-    means = [f_ND[cluster_N == c].mean(0, dtype=np.float64) for c in np.unique(cluster_N)]
+    cluster_N = _clusters(f_ND, size_N, limit, scaled, seed)
+    members = [cluster_N == c for c in np.unique(cluster_N)]
+    if size_N is None:
+        means = [f_ND[own].mean(0, dtype=np.float64) for own in members]
+    else:
+        means = [np.average(f_ND[own].astype(np.float64), 0, weights=size_N[own]) for own in members]
     return np.stack(means).astype(np.float32)
 
 
-def _clusters(f_ND: Floats, wanted: int, scaled: bool, seed: int) -> Ids:
-    """Number of the cluster of each feature, int64 [N].
+def _clusters(f_ND: Floats, size_N: Ids | None, wanted: int, scaled: bool, seed: int) -> Ids:
+    """Number of the cluster of each feature, int64 [N]; one with a size counts as often.
 
     Not :func:`cl_adapters.parts.keys.centroids`, whose single start and other draws would give an index other keys.
     """
@@ -177,6 +217,6 @@ def _clusters(f_ND: Floats, wanted: int, scaled: bool, seed: int) -> Ids:
         return np.zeros(len(f_ND), np.int64)
     from sklearn.cluster import KMeans  # half a second that prototypes do not need
 
-    found = KMeans(wanted, n_init=3, random_state=seed % 2**32).fit_predict(points_ND)
+    found = KMeans(wanted, n_init=3, random_state=seed % 2**32).fit_predict(points_ND, sample_weight=size_N)
     cluster_N: Ids = found.astype(np.int64)
     return cluster_N

@@ -28,6 +28,8 @@ Kind = Literal["prototypes", "centroids", "features"]
 DEFAULT_CENTROIDS = 4
 ROUNDS = 25
 """Of k-means, at most."""
+TEMPERATURE = 0.07
+"""By which cosines are divided before a softmax (Wu et al. 2018)."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -71,6 +73,11 @@ class KeyLookup(ABC):
     saved (:mod:`cl_adapters.pool.indexed_keys`).
     """
 
+    @property
+    def metric(self) -> str:
+        """What the scores are."""
+        return "cosine"
+
     @abstractmethod
     def nearest(self, f_BD: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """The k nearest keys, best first.
@@ -113,7 +120,17 @@ class KeyLookup(ABC):
 
     @abstractmethod
     def means(self) -> Tensor:
-        """Mean of each class's keys, float32 [C, D]."""
+        """Mean of what each class's keys stand for, float32 [C, D]."""
+
+
+def class_means(keys_MD: Tensor, column_M: Tensor, classes: int, size_M: Tensor | None = None) -> Tensor:
+    """Mean of each class's keys, float32 [C, D], a key counting as often as ``size_M`` says; None: all alike."""
+    sums_CD = keys_MD.new_zeros(classes, keys_MD.shape[1])
+    if size_M is None:
+        count_C = column_M.bincount(minlength=classes).clamp_min(1)
+        return sums_CD.index_add(0, column_M, keys_MD) / count_C[:, None]
+    total_C = size_M.new_zeros(classes).index_add(0, column_M, size_M)
+    return sums_CD.index_add(0, column_M, keys_MD * (size_M / total_C[column_M])[:, None])
 
 
 def best_of_owners(scores_BK: Tensor, owner_BK: Tensor, owners: int) -> Tensor:
@@ -133,12 +150,15 @@ class Keys(Part, KeyLookup):
     Attributes:
         keys_MD: float32 [M, D], not normalised.
         column_M: int64 [M], class column of each key.
+        size_M: int64 [M], how many features each centroid is the mean of; None: other keys, or centroids of a release
+            that did not keep it, which all count alike.
         held_out_HD: float32 [H, D], features of training images that became no key.
         held_out_column_H: int64 [H], their class columns.
     """
 
     keys_MD: Tensor
     column_M: Tensor
+    size_M: Tensor | None
     held_out_HD: Tensor
     held_out_column_H: Tensor
 
@@ -147,6 +167,7 @@ class Keys(Part, KeyLookup):
         self.config = config
         self.register_buffer("keys_MD", torch.empty(0, width))
         self.register_buffer("column_M", torch.empty(0, dtype=torch.long))
+        self.register_buffer("size_M", torch.empty(0, dtype=torch.long) if config.kind == "centroids" else None)
         self.register_buffer("held_out_HD", torch.empty(0, width))
         self.register_buffer("held_out_column_H", torch.empty(0, dtype=torch.long))
 
@@ -175,12 +196,9 @@ class Keys(Part, KeyLookup):
         return best_of_owners(self.class_scores(f_BD, len(owner_C)), owner_C, owners)
 
     def means(self) -> Tensor:
-        """Mean of each class's keys, float32 [C, D]."""
+        """Mean of what each class's keys stand for, float32 [C, D]."""
         self._check_any()
-        sums_CD = self.keys_MD.new_zeros(self.num_classes, self.keys_MD.shape[1]).index_add(
-            0, self.column_M, self.keys_MD
-        )
-        return sums_CD / self.column_M.bincount(minlength=self.num_classes).clamp_min(1)[:, None]
+        return class_means(self.keys_MD, self.column_M, self.num_classes, self.size_M)
 
     @torch.no_grad()
     def add_class(self, f_ND: Tensor, generator: torch.Generator) -> None:
@@ -202,7 +220,9 @@ class Keys(Part, KeyLookup):
         if config.kind == "prototypes":
             new_KD = kept_ND.mean(0, keepdim=True)
         elif config.kind == "centroids":
-            new_KD = centroids(kept_ND, config.per_class or DEFAULT_CENTROIDS, generator)
+            new_KD, size_K = _clustered(kept_ND, config.per_class or DEFAULT_CENTROIDS, generator)
+            if self.size_M is not None:
+                self.size_M = torch.cat([self.size_M, size_K.to(self.size_M)])
         else:
             new_KD = kept_ND[torch.randperm(len(kept_ND), generator=generator)[: config.per_class].sort().values]
         self._append("keys_MD", "column_M", new_KD, column)
@@ -216,6 +236,7 @@ class Keys(Part, KeyLookup):
     def restore(cls, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Keys:
         """The same keys."""
         made = cls(build(KeysConfig, description["config"], "keys"), tensors["keys_MD"].shape[1])
+        made.size_M = tensors.get("size_M")
         for name, _ in made.named_buffers():
             setattr(made, name, tensors[name])
         return made
@@ -250,8 +271,13 @@ def centroids(f_ND: Tensor, k: int, generator: torch.Generator) -> Tensor:
     Returns:
         float32 [min(k, N), D]. Fewer where features repeat; empty clusters are left out.
     """
+    return _clustered(f_ND, k, generator)[0]
+
+
+def _clustered(f_ND: Tensor, k: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
+    """:func:`centroids`, and how many features each is the mean of, int64 [K]."""
     if len(f_ND) <= k:
-        return f_ND
+        return f_ND, torch.ones(len(f_ND), dtype=torch.long)
     chosen = [int(torch.randint(len(f_ND), (1,), generator=generator))]
     while len(chosen) < k:
         far_N = torch.cdist(f_ND, f_ND[chosen]).amin(1).square()
@@ -270,7 +296,7 @@ def centroids(f_ND: Tensor, k: int, generator: torch.Generator) -> Tensor:
         filled = sizes_K > 0
         centres_KD = sums_KD[filled] / sizes_K[filled, None]
         of_N = filled.cumsum(0)[of_N] - 1  # numbers of the clusters that are left
-    return centres_KD
+    return centres_KD, of_N.bincount(minlength=len(centres_KD))
 
 
 def keys_of(model: ModelState) -> KeyLookup:
@@ -308,6 +334,21 @@ def check_neighbours(k: int, temperature: float) -> None:
     """
     if k < 1 or temperature <= 0:
         raise ValueError(f"k must be at least 1 and temperature positive, got k={k}, temperature={temperature}")
+
+
+def weights_of(scores_BK: Tensor, keys: KeyLookup, temperature: float) -> Tensor:
+    """Softmax [B, K] of scores / temperature; 0 where there is no score.
+
+    Raises:
+        ConfigError: the default temperature, with scores of an index that are no cosines: squared distances or inner
+            products are so much larger that the nearest would have all the weight.
+    """
+    if keys.metric != "cosine" and temperature == TEMPERATURE and scores_BK.shape[1] > 1:
+        raise ConfigError(
+            f"temperature {temperature} is for cosines, but the index scores by {keys.metric!r}: give this predictor a "
+            "temperature of about the difference that counts between two scores, or take an index with metric='cosine'"
+        )
+    return (scores_BK / temperature).softmax(1)
 
 
 def answered(model: ModelState, f_BD: Tensor, bare_BD: Tensor) -> Tensor:

@@ -7,6 +7,7 @@ logits = h (G + ridge I)^-1 S
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -59,13 +60,17 @@ class Ridge(Part):
 
     @property
     def resolution(self) -> float:
-        """What the rounding of the sums may amount to: float32 epsilon times the trace of G, a bound of its spectrum.
+        """What the rounding of the sums may amount to: float32 epsilon times the Frobenius norm of G.
 
-        A ridge below it does not guard against inverting noise.
+        Every entry is off by about one rounding of its own. Measured (features of mean 0 to 3 deviations, M 20 to 2000,
+        up to 300 calls of :meth:`add`), the spectral norm of the error is a half of this, where all features point one
+        way, to a fortieth, where they are centred. A ridge below it does not guard against inverting noise.
         """
-        m = self.width
-        diagonal_M = self.gram.cpu()[_starts(m)]
-        return float(diagonal_M.double().sum()) * torch.finfo(torch.float32).eps
+        packed = self.gram.cpu()
+        above, diagonal = (
+            float(torch.linalg.vector_norm(each, dtype=torch.float64)) for each in (packed, packed[_starts(self.width)])
+        )
+        return math.sqrt(2 * above**2 - diagonal**2) * torch.finfo(torch.float32).eps
 
     def forward(self, f_BD: Tensor) -> Tensor:
         """Logits [B, C] of features [B, D]."""

@@ -25,6 +25,7 @@ FLOATS = ("F32", "F16", "BF16")
 KNOWLEDGE: dict[str, tuple[str, tuple[str, ...]]] = {
     "keys": ("F32", ("M", "D")),
     "key_class": ("I64", ("M",)),
+    "key_size": ("I64", ("M",)),
     "head.weight": ("F32", ("C", "D")),
     "head.bias": ("F32", ("C",)),
     "prototypes": ("F32", ("C", "D")),
@@ -34,8 +35,9 @@ KNOWLEDGE: dict[str, tuple[str, tuple[str, ...]]] = {
 """Names, types and shapes of what a knowledge file may hold: a closed list, so that forgetting a class is whole."""
 PER_CLASS = ("head.weight", "head.bias", "prototypes")
 """Those with one row per class."""
-PER_KEY = (("keys", "key_class"), ("held_out", "held_out_class"))
-"""Those with any number of rows per class, and the class of each."""
+PER_KEY = {"key_class": ("keys", "key_size"), "held_out_class": ("held_out",)}
+"""The class of each row of those with any number of rows per class. ``key_size`` may be missing: how many features a
+centroid is the mean of."""
 TOGETHER = (("keys", "key_class"), ("head.weight", "head.bias"), ("held_out", "held_out_class"))
 
 
@@ -125,17 +127,22 @@ def check_knowledge(header: Header, num_classes: int, card: BackboneCard, where:
                 f"{where}: {key} has to be {wanted} [{', '.join(letters)}] = {list(expected)} for its "
                 f"{num_classes} classes and D = {card.num_features}; got {dtype} {list(shape)}"
             )
+    if "key_size" in header and "keys" not in header:
+        raise PoolError(f"{where}: key_size goes with keys")
     for one, other in TOGETHER:
         if (one in header) != (other in header):
             raise PoolError(f"{where}: {one} and {other} go together")
 
 
 def check_positions(knowledge: Mapping[str, Tensor], num_classes: int, where: str) -> None:
-    """Check that the keys' classes are positions in the record's classes.
+    """Check that the keys' classes are positions in the record's classes, and that no key stands for nothing.
 
     Raises:
-        PoolError: one is not.
+        PoolError: one is not, or does.
     """
+    sizes = knowledge.get("key_size")
+    if sizes is not None and sizes.numel() and int(sizes.min()) < 1:
+        raise PoolError(f"{where}: key_size has {int(sizes.min())}, but a key is the mean of at least 1 feature")
     for key in ("key_class", "held_out_class"):
         rows = knowledge.get(key)
         if rows is not None and rows.numel() and not 0 <= int(rows.min()) <= int(rows.max()) < num_classes:

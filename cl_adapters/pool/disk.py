@@ -5,10 +5,10 @@ from __future__ import annotations
 import dataclasses
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 
-from filelock import FileLock, Timeout
+from filelock import BaseFileLock, FileLock, Timeout
 
 from cl_adapters.errors import PoolError
 from cl_adapters.pool.blobs import delete
@@ -19,8 +19,13 @@ Change = Callable[[Manifest], Manifest]
 
 
 @contextmanager
-def locked(pool: Path, timeout: float) -> Iterator[None]:
-    """Be the pool's only writer for the ``with`` block; ``timeout``: seconds to wait for another one.
+def locked(pool: Path, timeout: float, lock: BaseFileLock | None = None) -> Iterator[None]:
+    """Be the pool's only writer for the ``with`` block.
+
+    Args:
+        pool: its folder.
+        timeout: seconds to wait for another writer.
+        lock: the pool's, which a thread that holds it may take again; default a new one.
 
     Raises:
         PoolError: the other writer took longer, or the pool cannot be written.
@@ -28,9 +33,9 @@ def locked(pool: Path, timeout: float) -> Iterator[None]:
     path = pool / LOCK
     if path.is_symlink():
         raise PoolError(f"{path} is a link; remove it")
-    lock = FileLock(str(path), timeout=timeout)
+    lock = FileLock(str(path)) if lock is None else lock
     try:
-        lock.acquire()
+        lock.acquire(timeout=timeout)
     except Timeout as error:
         raise PoolError(
             f"another process is writing to {pool}; waited {timeout:g} s for it. Try again, or open the pool with a "
@@ -53,9 +58,14 @@ class Disk:
     def __init__(self, path: Path, timeout: float) -> None:
         self.path = path
         self.timeout = timeout
+        self._lock = FileLock(str(path / LOCK))
         self._guard = threading.Lock()
         self._seen: tuple[bytes, Manifest] | None = None
         self._stamp: tuple[int, ...] | None = None
+
+    def locked(self) -> AbstractContextManager[None]:
+        """As :func:`locked`; this thread's changes within the ``with`` block are made under the same lock."""
+        return locked(self.path, self.timeout, self._lock)
 
     def manifest(self) -> Manifest:
         """The newest manifest: it is replaced as a whole, so it is always one that a writer finished.
@@ -81,7 +91,7 @@ class Disk:
             PoolError: another writer took longer than the timeout; or what ``edit`` raises.
             StorageError: it cannot be written; the old state still stands.
         """
-        with locked(self.path, self.timeout):
+        with self.locked():
             with self._guard:
                 before = self._read()
             after = dataclasses.replace(edit(before), schema_version=SCHEMA)

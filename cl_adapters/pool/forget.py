@@ -5,11 +5,13 @@ from __future__ import annotations
 import dataclasses
 import shutil
 from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cl_adapters.errors import ClAdaptersError, StorageError, UnknownName
+from cl_adapters.index.files import index_folders, unfinished_folders
 from cl_adapters.index.index import AdapterIndex
 from cl_adapters.index.keys import KeySource
 from cl_adapters.pool.checks import PER_CLASS, PER_KEY
@@ -41,7 +43,8 @@ def forget(pool: AdapterPool, target: str | int) -> Forgotten:
 
     Tensors, keys, prototypes, rows of the linear head and held-back features go, their files are deleted, and every
     index in the pool's folder is made anew, since its structure was shaped by the keys that go. What no other record
-    names is not kept anywhere in the pool. Exports, copies and runs elsewhere are not reached.
+    names is not kept anywhere in the pool. Exports, copies and runs elsewhere are not reached. Nobody else writes to
+    the pool meanwhile; an index that was opened or begun before refuses to be saved with what is gone.
 
     Args:
         pool: changed in place.
@@ -50,14 +53,23 @@ def forget(pool: AdapterPool, target: str | int) -> Forgotten:
     Raises:
         UnknownName: no such adapter or class.
         StorageError: an index can be neither made anew nor deleted.
+        PoolError: another writer took longer than the pool's timeout.
     """
+    with pool.locked():
+        return _forget(pool, target)
+
+
+def _forget(pool: AdapterPool, target: str | int) -> Forgotten:
     owners = [pool.get(target)] if isinstance(target, str) else list(pool.list(classes=[target]))
     if not owners:
         known = {str(label) for record in pool.records for label in record.labels}
         raise UnknownName.of("class label", str(target), known)
     removed, traces = [], []
     # Indexes first: killed on the way, they hold nothing of it, and it is still there to be forgotten again.
-    indexes = [(place, _made_anew(place, _Without(pool, owners), pool)) for place in _places(pool)]
+    for place in unfinished_folders(pool.path):
+        _delete(place)
+        removed.append(f"folder {place.name!r} of an index, left by a writer that was killed")
+    indexes = [(place, _made_anew(place, _Without(pool, owners), pool)) for place in index_folders(pool.path)]
     for owner in owners:
         whole = isinstance(target, str) or owner.labels == (target,)
         traces += list(_traces(pool, owner, None if whole else int(target)))
@@ -79,7 +91,7 @@ def forget(pool: AdapterPool, target: str | int) -> Forgotten:
             removed.append(f"index {place.name!r}, which could not be made anew: build it again")
             continue
         removed.append(f"entries of index {place.name!r}, which was made anew")
-        if index.threshold is not None:
+        if index.threshold_stale:
             traces.append(
                 f"the threshold of index {place.name!r} was calibrated when {what} was known; calibrate it again"
             )
@@ -94,10 +106,11 @@ def _without(pool: AdapterPool, record: Record, label: int) -> None:
     for key in PER_CLASS:
         if key in knowledge:
             knowledge[key] = knowledge[key][kept]
-    for rows, places in PER_KEY:
-        if rows in knowledge:
+    for places, rows in PER_KEY.items():
+        if places in knowledge:
             place_M = knowledge[places]
-            knowledge[rows] = knowledge[rows][place_M != gone]
+            for key in knowledge.keys() & set(rows):
+                knowledge[key] = knowledge[key][place_M != gone]
             place_M = place_M[place_M != gone]
             knowledge[places] = place_M - (place_M > gone).long()
     smaller = dataclasses.replace(record, classes=tuple(record.classes[place] for place in kept))
@@ -155,12 +168,9 @@ class _Without:
         """The pool's."""
         return self._pool.knowledge(id)
 
-
-def _places(pool: AdapterPool) -> list[Path]:
-    """Folders of the indexes in the pool's folder, unfinished ones of a killed writer too."""
-    folder = Path(pool.path) / "index"
-    found = sorted(folder.iterdir()) if folder.is_dir() and not folder.is_symlink() else []
-    return [place for place in found if place.is_dir() and not place.is_symlink()]
+    def locked(self) -> AbstractContextManager[None]:
+        """The pool's."""
+        return self._pool.locked()
 
 
 def _made_anew(place: Path, source: KeySource, pool: AdapterPool) -> AdapterIndex | None:
@@ -174,12 +184,16 @@ def _made_anew(place: Path, source: KeySource, pool: AdapterPool) -> AdapterInde
         index.rebuild(source)
         index.save(place)
     except ClAdaptersError:
-        try:
-            shutil.rmtree(place)
-        except OSError as error:
-            raise StorageError(f"{place} can be neither made anew nor deleted: {error.strerror or error}") from error
+        _delete(place)
         return None
     return index
+
+
+def _delete(place: Path) -> None:
+    try:
+        shutil.rmtree(place)
+    except OSError as error:
+        raise StorageError(f"{place} can be neither made anew nor deleted: {error.strerror or error}") from error
 
 
 def _named(label: int) -> str:

@@ -54,6 +54,11 @@ class IndexedKeys(nn.Module, KeyLookup):
         self._ids = frozenset(record.id for record in self.records)
         self._seen: tuple[tuple[str | None, ...], Tensor] | None = None
 
+    @property
+    def metric(self) -> str:
+        """The index's."""
+        return self.index.config.metric
+
     def nearest(self, f_BD: Tensor, k: int) -> tuple[Tensor, Tensor]:
         """Scores and class columns of the k nearest keys that the index finds.
 
@@ -102,10 +107,11 @@ class IndexedKeys(nn.Module, KeyLookup):
 
     def _columns(self, found: Neighbours) -> Tensor:
         """Class columns of what was found, int64 [B, K]; -1 where fewer were, or where it is not the model's."""
-        if self._seen is None or self._seen[0] is not found.ids:
+        seen = self._seen  # read once: another thread may replace it
+        if seen is None or seen[0] is not found.ids:
             place_of = {id: place for place, id in enumerate(found.ids) if id is not None}
-            self._seen = found.ids, torch.tensor([place_of.get(id, -2) for id in self._record_C])
-        _, place_C = self._seen
+            self._seen = seen = found.ids, torch.tensor([place_of.get(id, -2) for id in self._record_C])
+        place_C = seen[1]
         at_BK = torch.searchsorted(self._label_C, found.labels).clamp_max(len(self._label_C) - 1)
         own_BK = (self._label_C[at_BK] == found.labels) & (place_C[at_BK] == found.records)
         return self._column_C[at_BK].where(own_BK, -1)

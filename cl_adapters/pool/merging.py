@@ -154,13 +154,18 @@ def _joined(
                 )
     place_of = {label: place for place, label in enumerate(classes)}
     places = [torch.tensor([place_of[label] for label in record.labels]) for record, _ in known]
+    if any("key_size" in rows for _, rows in known):  # other keys count as one feature each
+        known = [
+            (record, {"key_size": torch.ones_like(rows["key_class"]), **rows} if "keys" in rows else rows)
+            for record, rows in known
+        ]
     joined: dict[str, Tensor] = {}
     for key in PER_CLASS:
         if known and all(key in rows for _, rows in known):
             joined[key] = _mean_rows([rows[key] for _, rows in known], places, len(classes))
-    for key, of_class in PER_KEY:
-        if known and all(key in rows for _, rows in known):
-            joined[key] = torch.cat([rows[key] for _, rows in known])
+    for of_class, keys in PER_KEY.items():
+        if known and all(of_class in rows for _, rows in known):
+            joined |= {key: torch.cat([rows[key] for _, rows in known]) for key in keys if key in known[0][1]}
             joined[of_class] = torch.cat(
                 [place[rows[of_class]] for place, (_, rows) in zip(places, known, strict=True)]
             )
@@ -176,7 +181,7 @@ def _mean_rows(rows: Sequence[Tensor], places: Sequence[Tensor], classes: int) -
 
 
 def _left_out(known: Sequence[tuple[Record, Mapping[str, Tensor]]], joined: Mapping[str, Tensor]) -> Iterator[str]:
-    seconds = {second for _, second in TOGETHER}
+    seconds = {"key_size", *(second for _, second in TOGETHER)}
     for key in dict.fromkeys(key for _, rows in known for key in rows if key not in seconds):
         if key not in joined:
             without = [record.id for record, rows in known if key not in rows]

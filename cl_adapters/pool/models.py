@@ -23,7 +23,7 @@ from cl_adapters.errors import ClAdaptersError, PoolError
 from cl_adapters.model.classifier import Classifier
 from cl_adapters.model.state import Origin
 from cl_adapters.parts.abstention import Abstention
-from cl_adapters.parts.keys import CLASS_KEYS, Keys, KeysConfig, check_own_keys
+from cl_adapters.parts.keys import CLASS_KEYS, Keys, KeysConfig, check_own_keys, class_means
 from cl_adapters.pool.checks import adapter_of
 from cl_adapters.pool.edit import NewAdapter
 from cl_adapters.pool.model_card import CARD, SCHEMA, anchor_of, read_card
@@ -162,9 +162,8 @@ def _rows(pool: AdapterPool, record: Record, indexed: bool) -> dict[str, Tensor]
     """Knowledge of a record; where an index has its keys, only the mean of each class's keys in their place."""
     found = pool.knowledge(record.id)
     if indexed and "keys" in found:
-        rows, of = found["keys"].float(), found["key_class"]
-        sums_CD = rows.new_zeros(len(record.classes), rows.shape[1]).index_add(0, of, rows)
-        means_CD = sums_CD / of.bincount(minlength=len(record.classes)).clamp_min(1)[:, None]
+        rows, of, sizes = found["keys"].float(), found["key_class"], found.get("key_size")
+        means_CD = class_means(rows, of, len(record.classes), sizes)
         found = {key: value for key, value in found.items() if not key.startswith(("key", "held_out"))}
         found["keys"] = means_CD
     return found
@@ -187,7 +186,10 @@ def _fill_keys(model: Classifier, known: list[tuple[Record, dict[str, Tensor]]],
         return
     alone = {"kind": "prototypes", "held_out": 0.0} if len(rows) == len(model.classes) else {"kind": "features"}
     model.parts[CLASS_KEYS] = keys = Keys(build(KeysConfig, card.get("keys") or alone, "keys"), rows.shape[1])
-    keys.keys_MD, keys.column_M = rows, _columns(known, "key_class")
+    keys.keys_MD, keys.column_M, keys.size_M = rows, _columns(known, "key_class"), None
+    if any("key_size" in knowledge for _, knowledge in known):  # other keys count as one feature each
+        sizes = [knowledge.get("key_size", torch.ones_like(knowledge["key_class"])) for _, knowledge in known]
+        keys.size_M = torch.cat(sizes)
     if any("held_out" in knowledge for _, knowledge in known):
         keys.held_out_HD = torch.cat([knowledge["held_out"] for _, knowledge in known if "held_out" in knowledge])
         keys.held_out_column_H = _columns(known, "held_out_class")
@@ -387,6 +389,8 @@ def _knowledge(model: Classifier, columns: list[int]) -> dict[str, Tensor]:
     if CLASS_KEYS in model.parts:
         keys = model.part(CLASS_KEYS, Keys)
         found["keys"], found["key_class"] = _rows_of_columns(keys.keys_MD, keys.column_M, columns)
+        if keys.size_M is not None:
+            found["key_size"], _ = _rows_of_columns(keys.size_M, keys.column_M, columns)
         found["held_out"], found["held_out_class"] = _rows_of_columns(keys.held_out_HD, keys.held_out_column_H, columns)
     elif "prototypes" in found and getattr(model.predictor, "slot", None) == BARE:
         found |= {"keys": found["prototypes"], "key_class": torch.arange(len(columns))}  # taken under the bare backbone

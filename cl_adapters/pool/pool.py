@@ -3,7 +3,7 @@
     manifest.json                  schema, backbone, one record per adapter
     adapters/<sha256>.safetensors  tensors keyed "blocks.3.ffn/down"; the same adapter twice is one file
     knowledge/<sha256>.safetensors rows of the record's classes: keys, heads, prototypes
-    index/                         derived from the rest, and not looked at here
+    index/                         derived from the rest, and looked at by ``verify`` only
 
 A change writes new files first, then the manifest in one step, then deletes what nothing names any more: a crash
 leaves the old state or the new one, and perhaps files without a record, which ``gc`` removes.
@@ -15,6 +15,7 @@ import dataclasses
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import AbstractContextManager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
@@ -381,13 +382,21 @@ class AdapterPool:
         """
         return transfer.import_folder(self._disk, Path(folder), id, self._loadable)
 
+    def locked(self) -> AbstractContextManager[None]:
+        """Keep all other writers out for a ``with`` block; this thread may change the pool in it, by this object.
+
+        Raises:
+            PoolError: another writer took longer than the timeout, or the pool cannot be written.
+        """
+        return self._disk.locked()
+
     def gc(self) -> tuple[str, ...]:
         """Delete the files that no record names; returns their paths below the pool.
 
         Raises:
             PoolError: a record is broken: its files cannot be told from orphans. Repair or remove it first.
         """
-        with locked(self.path, self._disk.timeout):
+        with self._disk.locked():
             manifest = self._disk.manifest()
             if manifest.broken:
                 raise PoolError(
@@ -400,7 +409,10 @@ class AdapterPool:
         return found
 
     def verify(self) -> Verification:
-        """Check the manifest, every file's SHA-256 and form, model.json, and shapes where the backbone is at hand."""
+        """Check the manifest, every file's SHA-256 and form, model.json, and shapes where the backbone is at hand.
+
+        An index in the pool's folder that holds keys which the pool does not have (any more) is a problem too.
+        """
         while True:
             try:
                 manifest = self._disk.manifest()

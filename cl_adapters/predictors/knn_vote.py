@@ -8,7 +8,7 @@ from typing import ClassVar
 from cl_adapters.bank.routes import BARE
 from cl_adapters.features import LazyFeatures
 from cl_adapters.model.state import ModelState
-from cl_adapters.parts.keys import answered, check_neighbours, keys_of
+from cl_adapters.parts.keys import TEMPERATURE, answered, check_neighbours, keys_of, weights_of
 from cl_adapters.predictors.base import Prediction, Predictor, predictors
 
 
@@ -23,14 +23,15 @@ class KNNVote(Predictor):
 
     Attributes:
         k: keys that vote.
-        temperature: small ones let the nearest decide, large ones count heads.
+        temperature: small ones let the nearest decide, large ones count heads. The default is for cosines; with an
+            index of another metric in the place of keys one has to be chosen.
     """
 
     summary: ClassVar[str] = "the nearest keys vote for adapters; at most two passes"
     by_class: ClassVar[bool] = True
 
     k: int = 10
-    temperature: float = 0.07
+    temperature: float = TEMPERATURE
 
     def __post_init__(self) -> None:
         check_neighbours(self.k, self.temperature)
@@ -43,8 +44,9 @@ class KNNVote(Predictor):
     def predict(self, model: ModelState, features: LazyFeatures) -> Prediction:
         """Linear logits under the elected adapters."""
         bare_BD = features.under(BARE)
-        best_BK, column_BK = keys_of(model).nearest(bare_BD, self.k)
-        weight_BK = (best_BK / self.temperature).softmax(1).cpu()  # 0 where fewer were found
+        keys = keys_of(model)
+        best_BK, column_BK = keys.nearest(bare_BD, self.k)
+        weight_BK = weights_of(best_BK, keys, self.temperature).cpu()  # 0 where fewer were found
         slot_BK = model.slot_of_column[column_BK.cpu()]
         votes_BT = weight_BK.new_zeros(len(weight_BK), model.num_slots + 1)  # the bare backbone stands first
         adapter_B = votes_BT.scatter_add(1, slot_BK + 1, weight_BK).argmax(1) - 1

@@ -10,7 +10,7 @@ import torch
 from cl_adapters.bank.routes import BARE, Route
 from cl_adapters.features import LazyFeatures
 from cl_adapters.model.state import ModelState
-from cl_adapters.parts.keys import answered, check_neighbours, keys_of
+from cl_adapters.parts.keys import TEMPERATURE, answered, check_neighbours, keys_of, weights_of
 from cl_adapters.predictors.base import Prediction, Predictor, predictors
 
 
@@ -25,7 +25,8 @@ class SoftTopK(Predictor):
 
     Attributes:
         k: adapters that are mixed.
-        temperature: small ones let the nearest decide.
+        temperature: small ones let the nearest decide. The default is for cosines; with an index of another metric in
+            the place of keys one has to be chosen.
     """
 
     summary: ClassVar[str] = "the k adapters with the nearest keys, mixed by similarity; two passes"
@@ -33,7 +34,7 @@ class SoftTopK(Predictor):
     by_class: ClassVar[bool] = True
 
     k: int = 3
-    temperature: float = 0.07
+    temperature: float = TEMPERATURE
 
     def __post_init__(self) -> None:
         check_neighbours(self.k, self.temperature)
@@ -47,9 +48,10 @@ class SoftTopK(Predictor):
         """Linear logits on the mixed features; the adapter that is named has the largest share."""
         bare_BD = features.under(BARE)
         owner_C = model.slot_of_column.to(bare_BD.device) + 1  # the bare backbone stands first
-        near_BT = keys_of(model).owner_scores(bare_BD, owner_C, model.num_slots + 1, self.k)
+        keys = keys_of(model)
+        near_BT = keys.owner_scores(bare_BD, owner_C, model.num_slots + 1, self.k)
         best_BK = near_BT.topk(min(self.k, near_BT.shape[1]), dim=1)
-        share_BK = (best_BK.values / self.temperature).softmax(1)  # 0 for adapters without a key
+        share_BK = weights_of(best_BK.values, keys, self.temperature)  # 0 for adapters without a key
         share_BT = torch.zeros_like(near_BT).scatter(1, best_BK.indices, share_BK)[:, 1:]
         mixes = bool((share_BT != 0).any())
         f_BD = features.mixed(Route.soft(share_BT)) if mixes else bare_BD

@@ -127,7 +127,7 @@ def test_packed_triangle(m: int) -> None:
     assert torch.equal(unpack(packed, m), square)
     part = Ridge(torch.empty(3, m))
     part.gram = packed
-    assert part.resolution == pytest.approx(float(square.trace()) * 2.0**-23)
+    assert part.resolution == pytest.approx(float(square.norm()) * 2.0**-23)
 
 
 # --- the strategy ---------------------------------------------------------------------------------------------------

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import warnings
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -96,3 +98,52 @@ def test_targets_that_cannot_be_kept(held: MemoryPool) -> None:
         with pytest.raises(DataError, match="0 held-back features"):
             calibrate(AdapterIndex.build(bare), **rates)
     assert index.threshold is None
+
+
+def quiet(index: AdapterIndex) -> float | None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        return index.threshold
+
+
+def test_a_threshold_of_other_keys_is_said_to_be(held: MemoryPool) -> None:
+    index = AdapterIndex.build(held)
+    assert not index.threshold_stale, "there is none"
+    threshold = calibrate(index, 0.05)
+    held.put("more", with_held_out([20, 21]), [20, 21])
+    assert quiet(index) == threshold
+    for change in (lambda: index.add(["more"]), index.rebuild, index.refresh):
+        index.remove(set(index.records) & {"more"})
+        calibrate(index, 0.05)
+        before = (index.threshold_stale, index.stats().threshold_stale)
+        change()
+        assert (*before, index.threshold_stale, index.stats().threshold_stale) == (False, False, True, True)
+        with pytest.warns(UserWarning, match="calibrated on other keys.*calibrate it again"):
+            assert index.threshold is not None
+        assert quiet(index) is not None, "once"
+    index.save()
+    opened = AdapterIndex.open(None, held)
+    assert opened.threshold_stale
+    with pytest.warns(UserWarning, match="calibrated on other keys"):
+        assert opened.threshold == quiet(index)
+    again = calibrate(opened, 0.05)
+    assert quiet(opened) == again
+    opened.save()
+    assert not AdapterIndex.open(None, held).threshold_stale
+    held.drop("more")
+    with pytest.warns(UserWarning, match="calibrated on other keys"):
+        assert AdapterIndex.open(None, held, stale="refresh").threshold == again
+
+
+def test_the_same_keys_under_another_covariance(held: MemoryPool) -> None:
+    index = AdapterIndex.build(held, metric="mahalanobis")
+    index.remove(["task-000"])
+    index.rebuild()
+    calibrate(index, 0.05)
+    index.rebuild()
+    assert quiet(index) is not None, "nothing has changed"
+    held.put("more", with_held_out([20, 21]), [20, 21])
+    index.add(["more"])  # the whitening stays
+    calibrate(index, 0.05)
+    index.rebuild()
+    assert index.threshold_stale

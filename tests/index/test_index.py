@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from torch import Tensor
 
 from cl_adapters import AdapterIndex
 from cl_adapters.errors import ConfigError, DataError, UnknownName
@@ -238,3 +239,58 @@ def test_without_faiss(pool: MemoryPool, monkeypatch: pytest.MonkeyPatch) -> Non
     assert AdapterIndex.build(pool).stats().backend == "exact"
     with pytest.warns(UserWarning, match="pip install faiss-cpu"):
         assert choose(10**6, 384) == "exact"
+
+
+def test_more_neighbours_than_keys(pool: MemoryPool) -> None:
+    index = AdapterIndex.build(pool)
+    for classes in (False, True):
+        assert index.query(QUERIES, 10**12, classes=classes) == index.query(QUERIES, 10, classes=classes)
+    assert index.query(QUERIES, np.int64(2)) == index.query(QUERIES, 2)  # type: ignore[arg-type]
+    assert index.search_features(QUERIES, 12).scores.shape == (30, 12)
+    assert bool((index.search_features(QUERIES, 12).records[:, 10:] == -1).all())
+    empty = AdapterIndex.build(MemoryPool(pool.path))
+    assert empty.query(QUERIES, 10**12) == [[]] * 30
+    for wrong in (0, -1, 2.0, "3", None, True):
+        for one in (index, empty):
+            with pytest.raises(ConfigError, match=r"k has to be a whole number, at least 1; got"):
+                one.query(QUERIES, wrong)  # type: ignore[arg-type]
+            with pytest.raises(ConfigError, match=r"k has to be a whole number, at least 1; got"):
+                one.search_features(QUERIES, wrong, classes=True)  # type: ignore[arg-type]
+
+
+def centroids_of(label: int, counts: tuple[int, ...]) -> tuple[dict[str, Tensor], Tensor]:
+    """Knowledge of one class whose keys are the centroids of groups of features far apart; and those features."""
+    groups = [features(label, n, seed=5 + place) + 4 * place for place, n in enumerate(counts)]
+    knowledge = {
+        "keys": torch.stack([group.mean(0) for group in groups]),
+        "key_class": torch.zeros(len(counts), dtype=torch.long),
+        "key_size": torch.tensor(counts),
+    }
+    return knowledge, torch.cat(groups)
+
+
+def test_centroids_in_the_pool_count_as_often_as_they_stand_for(tmp_path: Path) -> None:
+    pool = MemoryPool(tmp_path)
+    knowledge, f = centroids_of(0, (90, 10))
+    pool.put("a", knowledge, [0])
+    index = AdapterIndex.build(pool, metric="l2")
+    (hit,) = index.query(f.mean(0, keepdim=True), 1)[0]
+    assert hit.score == pytest.approx(0, abs=1e-6), "the prototype is the mean of the features"
+    knowledge, f = centroids_of(0, (40, 5, 5, 50))
+    pool.put("a", knowledge, [0])
+    clusters = AdapterIndex.build(pool, metric="l2", keys="centroids", per_class=2)
+    low, high = f[:45].mean(0), f[45:].mean(0)
+    for mean in (low, high):
+        assert clusters.query(mean[None], 1)[0][0].score == pytest.approx(0, abs=1e-6)
+
+
+def test_no_covariance_of_centroids(tmp_path: Path) -> None:
+    pool = MemoryPool(tmp_path)
+    pool.put("a", knowledge_of([0]), [0])
+    pool.put("b", centroids_of(1, (90, 10))[0], [1])
+    keys: Any
+    for keys in ("prototypes", "features"):
+        with pytest.raises(DataError, match=r"'b' keeps centroids of class 1.*Train with keys='features'"):
+            AdapterIndex.build(pool, metric="mahalanobis", keys=keys)
+    pool.put("b", centroids_of(1, (1, 1, 1))[0], [1])  # so few features that each is its own centroid
+    assert len(AdapterIndex.build(pool, metric="mahalanobis")) == 2

@@ -8,6 +8,8 @@ import json
 import os
 import re
 import signal
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +17,7 @@ import pytest
 
 from cl_adapters import AdapterIndex
 from cl_adapters.errors import StorageError, UnknownName
-from cl_adapters.index import indexes
+from cl_adapters.index import files, indexes
 from tests.index.conftest import QUERIES, MemoryPool, knowledge_of, labels_found
 
 METRICS = ("cosine", "ip", "l2", "mahalanobis")
@@ -199,3 +201,66 @@ def test_saving_leaves_other_things_alone(pool: MemoryPool, tmp_path: Path) -> N
     index.save()
     assert held.query(QUERIES, 3) == wanted  # whoever has the old one open keeps it
     assert os.listdir(pool.path / "index") == ["default"]
+
+
+SAVES = """
+import sys
+from pathlib import Path
+from cl_adapters.index.files import open_index, save_index
+
+folder, *states = map(Path, sys.argv[1:])
+opened = [open_index(state, mmap=True, verify=False)[0] for state in states]
+print(flush=True)
+while True:
+    for contents in opened:
+        save_index(contents, folder, True, None, False)
+"""
+
+
+def test_opened_while_another_process_saves_it(pool: MemoryPool, tmp_path: Path) -> None:
+    """Every time as one of the two states that the other process saves in turn."""
+    states = [tmp_path / "one", tmp_path / "other"]
+    for state, per_class in zip(states, (2, 9), strict=True):
+        AdapterIndex.build(pool, keys="features", per_class=per_class, backend="exact").save(state)
+    wanted = [AdapterIndex.open(state, pool).query(QUERIES, 3) for state in states]
+    folder = AdapterIndex.build(pool, keys="features", per_class=2, backend="exact").save()
+    writer = subprocess.Popen([sys.executable, "-c", SAVES, folder, *states], stdout=subprocess.PIPE)
+    try:
+        assert writer.stdout is not None
+        assert writer.stdout.readline() == b"\n"
+        found = [AdapterIndex.open(folder, pool) for _ in range(60)]
+    finally:
+        writer.kill()
+        writer.communicate()
+    assert {len(index) for index in found} == {20, 90}
+    for index in found[::10]:
+        assert index.query(QUERIES, 3) == wanted[len(index) == 90]
+
+
+def test_an_index_that_never_stands_still(pool: MemoryPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = AdapterIndex.build(pool).save()
+    monkeypatch.setattr("cl_adapters.index.files.TRIES", 3)
+    real, read = files._read_index, []
+
+    def replaced(*args: Any, **options: Any) -> Any:
+        read.append(real(*args, **options))
+        AdapterIndex.build(pool).save()
+        return read[-1]
+
+    monkeypatch.setattr(files, "_read_index", replaced)
+    with pytest.raises(StorageError, match="saved again and again while it is read"):
+        AdapterIndex.open(folder, pool)
+    assert len(read) == 3
+
+
+def test_saving_refuses_what_the_pool_has_no_more(pool: MemoryPool) -> None:
+    index = AdapterIndex.build(pool)
+    pool.retag("task-003")
+    index.save()
+    pool.drop("task-004")
+    pool.put("task-001", knowledge_of([2, 3], n=5), [2, 3])
+    with pytest.raises(StorageError, match="the pool has lost task-001, task-004"):
+        index.save()
+    index.refresh()
+    index.save()
+    assert set(AdapterIndex.open(None, pool).records) == {record.id for record in pool.records}

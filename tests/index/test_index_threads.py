@@ -102,3 +102,16 @@ def test_queries_do_meet(pool: MemoryPool, monkeypatch: pytest.MonkeyPatch) -> N
     monkeypatch.setattr(index._contents, "search", lambda *args: next(calls)(*args))
     run_beside(meeting, lambda: index.query(QUERIES, 1), lambda: index.query(QUERIES, 1))
     assert meeting.met
+
+
+def test_names_beside_a_change_in_another_thread(pool: MemoryPool) -> None:
+    """Names that were looked up are used, though another thread has put its own in the same place."""
+
+    class Raced(AdapterIndex):
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value)
+            if name == "_names":  # at once another thread does the same for another state of the pool
+                super().__setattr__(name, ((), {}))
+
+    wanted = AdapterIndex.build(pool, backend="exact").query(QUERIES, 2)
+    assert Raced.build(pool, backend="exact").query(QUERIES, 2) == wanted

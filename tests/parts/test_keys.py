@@ -269,3 +269,17 @@ def test_memory_and_late_adapters(make_model: Make) -> None:
     for answer in (first, again):
         assert torch.allclose(answer.logits, plain.logits, atol=1e-6)
         assert torch.equal(answer.passes, plain.passes), "what it costs without memory"
+
+
+def test_the_mean_of_centroids_is_that_of_the_features() -> None:
+    """Nine tenths around one point, one tenth far away."""
+    draw = torch.Generator().manual_seed(0)
+    f = torch.cat([torch.randn(90, 8, generator=draw), 30 + torch.randn(10, 8, generator=draw)])
+    keys = Keys(KeysConfig(kind="centroids", per_class=2, held_out=0), 8)
+    keys.add_class(f, torch.Generator().manual_seed(0))
+    keys.add_class(f[:3], torch.Generator().manual_seed(0))
+    keys.add_class(torch.ones(9, 8), torch.Generator().manual_seed(0))
+    assert keys.size_M is not None
+    assert sorted(keys.size_M.tolist()[:2]) == [10, 90]
+    wanted = torch.stack([f.mean(0), f[:3].mean(0), torch.ones(8)])
+    assert torch.allclose(keys.means(), wanted, atol=1e-4)

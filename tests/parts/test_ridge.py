@@ -18,7 +18,7 @@ from cl_adapters.adapters import adapters
 from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.errors import ClAdaptersError, ConfigError, IncompatibleBackbone
 from cl_adapters.model.facade import AdapterModel
-from cl_adapters.parts.ridge import Ridge, random_projection
+from cl_adapters.parts.ridge import Ridge, random_projection, unpack
 from cl_adapters.predictors.ridge import RidgeClassifier
 from cl_adapters.strategies.ranpac import RanPAC, RanPACConfig, hold_back
 
@@ -162,3 +162,19 @@ def test_predictor_without_its_part(tiny_vit: Callable[..., nn.Module]) -> None:
     model.predictor = RidgeClassifier(slot=-1)
     with pytest.raises(ClAdaptersError, match="no part 'ridge'"):
         model.predict(torch.zeros(1, 3, 32, 32))
+
+
+@pytest.mark.parametrize(("shift", "calls"), [(0.0, 1), (0.0, 8), (1.0, 80), (3.0, 1)])
+def test_resolution_is_near_the_real_rounding_of_the_sums(shift: float, calls: int) -> None:
+    """Not below it, and at most 24 times as much: a bound by the trace would be 37 times as much."""
+    draw = torch.Generator().manual_seed(0)
+    part = Ridge(random_projection(64, 200, draw))
+    part.grow(1)
+    exact = torch.zeros(200, 200, dtype=torch.float64)
+    for _ in range(calls):
+        f = shift + torch.randn(1600 // calls, 64, generator=draw)
+        part.add(f, torch.zeros(len(f), dtype=torch.long))
+        h = part.expand(f).double()
+        exact += h.T @ h
+    rounding = float(torch.linalg.matrix_norm(unpack(part.gram.double(), 200) - exact, 2))
+    assert rounding < part.resolution < 24 * rounding

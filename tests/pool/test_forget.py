@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
+import threading
 from collections.abc import Callable, Iterable
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_adapters.backbones.frozen import FrozenBackbone
-from cl_adapters.errors import StorageError, UnknownName
+from cl_adapters.errors import PoolError, StorageError, UnknownName
 from cl_adapters.index.calibration import calibrate
 from cl_adapters.index.index import AdapterIndex
 from cl_adapters.model.facade import AdapterModel
@@ -229,3 +232,115 @@ def test_what_is_not_there(pool: AdapterPool) -> None:
     with pytest.raises(UnknownName, match="unknown class label '9'"):
         forget(pool, 9)
     assert contents(pool) == before
+
+
+# --- others who use the pool ------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("target", ["task-001", 4])
+def test_an_index_from_before_does_not_bring_it_back(pool: AdapterPool, target: str | int) -> None:
+    """Neither one that was opened before, nor one whose keys were read before."""
+    knowledge = pool.knowledge("task-001")
+    own = [knowledge["keys"][knowledge["key_class"] == 1]]
+    other = AdapterPool.open(pool.path, backbone=pool.backbone)
+    before = [AdapterIndex.open(None, other), AdapterIndex.build(other, keys="features", backend="exact")]
+    forget(pool, target)
+    for index in before:
+        with pytest.raises(
+            StorageError, match=r"the pool has lost task-001, or has other keys of it; call refresh\(\)"
+        ):
+            index.save()
+        with pytest.raises(StorageError, match="call refresh"):
+            index.save(pool.path.parent / "elsewhere")
+        assert not traces(pool, own)
+        index.refresh()
+        index.save()
+        assert not traces(pool, own)
+        assert not AdapterIndex.open(None, pool).changes()
+    assert pool.verify().ok
+
+
+@pytest.mark.parametrize("target", ["task-001", 4])
+def test_verify_tells_of_an_index_that_has_it_still(pool: AdapterPool, target: str | int, tmp_path: Path) -> None:
+    place = pool.path / "index" / "default"
+    shutil.copytree(place, tmp_path / "copy")
+    forget(pool, target)
+    assert pool.verify().ok
+    shutil.copytree(tmp_path / "copy", pool.path / "index" / "backup")
+    found = pool.verify()
+    assert not found.ok
+    (problem,) = found.problems
+    assert problem.startswith("index 'backup' holds keys that the pool does not have, of 'task-001': build it again")
+    (pool.path / "index" / "backup" / "index.json").write_text("{")
+    (problem,) = pool.verify().problems
+    assert problem.startswith("index 'backup' cannot be read")
+
+
+def test_only_indexes_are_touched(pool: AdapterPool) -> None:
+    """Another folder stays; what a writer left who was killed while he saved an index goes."""
+    keys, folder = pool.knowledge("task-001")["keys"], pool.path / "index"
+    (folder / "notes").mkdir()
+    (folder / "notes" / "todo.txt").write_text("buy milk")
+    left = shutil.copytree(folder / "default", folder / ".default.0123abcd")
+    (left / "index.json").unlink()  # written last
+    found = forget(pool, "task-001")
+    assert (folder / "notes" / "todo.txt").read_text() == "buy milk"
+    assert sorted(path.name for path in folder.iterdir()) == ["default", "notes"]
+    assert "folder '.default.0123abcd' of an index, left by a writer that was killed" in found.removed
+    assert not traces(pool, [keys])
+
+
+def test_nobody_else_writes_meanwhile(pool: AdapterPool, monkeypatch: pytest.MonkeyPatch) -> None:
+    other, refused = AdapterPool.open(pool.path, backbone=pool.backbone, timeout=0.05), []
+
+    def write(change: Callable[[], object]) -> None:
+        with pytest.raises(PoolError, match="another process is writing"):
+            change()
+        refused.append(change)
+
+    real = AdapterPool.remove
+
+    def remove(self: AdapterPool, id: str) -> None:
+        index = AdapterIndex.open(None, other, stale="ignore")
+        for change in (index.save, partial(other.tag, "task-000", ["late"])):
+            worker = threading.Thread(target=write, args=(change,))
+            worker.start()
+            worker.join(30)
+        real(self, id)
+
+    monkeypatch.setattr(AdapterPool, "remove", remove)
+    forget(pool, "task-001")
+    assert len(refused) == 2
+    assert other.tag("task-000", ["late"]).tags == ("late",), "the lock is free again"
+
+
+def test_beside_a_writer_that_makes_the_index_again_and_again(pool: AdapterPool) -> None:
+    own = [pool.knowledge(f"task-00{task}")["keys"] for task in (1, 2)]
+    stop, saved, wrong = threading.Event(), threading.Event(), []
+
+    def rebuild() -> None:
+        other = AdapterPool.open(pool.path, backbone=pool.backbone)
+        while not stop.is_set():
+            try:
+                AdapterIndex.build(other, keys="features", backend="exact").save()
+                saved.set()
+            except (StorageError, UnknownName):
+                pass  # a record was forgotten while its keys were read
+            except BaseException as error:
+                wrong.append(error)
+                raise
+
+    worker = threading.Thread(target=rebuild)
+    worker.start()
+    try:
+        for target in (3, 4, "task-001", 6, "task-002"):
+            saved.clear()
+            assert saved.wait(30)
+            forget(pool, target)
+            assert pool.verify().ok
+    finally:
+        stop.set()
+        worker.join(30)
+    assert not wrong
+    assert not traces(pool, own)
+    assert AdapterIndex.open(None, pool).records == ("task-000",)

@@ -11,7 +11,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from cl_adapters.errors import ClAdaptersError, PoolError, StorageError
+from cl_adapters.errors import ClAdaptersError, ConfigError, PoolError, StorageError
 from cl_adapters.index import indexes
 from cl_adapters.index.answers import Neighbours
 from cl_adapters.index.calibration import calibrate
@@ -205,3 +205,32 @@ def test_such_a_model_is_kept_as_pool_and_index(pool: AdapterPool, tmp_path: Pat
         ):
             save(tmp_path / "saved")
         assert not (tmp_path / "saved").exists()
+
+
+@pytest.mark.parametrize("cls", [KNNVote, SoftTopK])
+def test_the_temperature_of_cosines_is_for_cosines(pool: AdapterPool, x: Tensor, cls: Any) -> None:
+    model = AdapterModel.from_pool(pool, index=whole_index(pool, metric="l2"))
+    with pytest.raises(ConfigError, match=r"temperature 0\.07 is for cosines, but the index scores by 'l2'"):
+        model.answer(x, predictor=cls(k=3))
+    model.answer(x, predictor=cls(k=3, temperature=20.0))
+    one, nearest = model.answer(x, predictor=cls(k=1)), model.answer(x, predictor=NearestKey())
+    assert torch.equal(one.adapter, nearest.adapter), "one alone is not weighed"
+
+
+def test_places_of_records_beside_a_change_in_another_thread(pool: AdapterPool, x: Tensor) -> None:
+    """What was looked at is used, though another thread has put its own in the same place."""
+
+    class Raced(IndexedKeys):
+        def __setattr__(self, name: str, value: Any) -> None:
+            super().__setattr__(name, value)
+            if name == "_seen" and value is not None:  # at once another thread does the same for another state
+                super().__setattr__(name, ((), torch.full_like(value[1], -2)))  # type: ignore[arg-type]
+
+    model = AdapterModel.from_pool(pool, index=whole_index(pool))
+    keys = keys_of(model)
+    assert isinstance(keys, IndexedKeys)
+    with torch.no_grad():
+        f = model.backbone(x)
+    wanted = keys.nearest(f, 3)
+    found = Raced(keys.index, keys.records, keys.means_CD).nearest(f, 3)
+    assert torch.equal(found[1], wanted[1])
