@@ -27,10 +27,10 @@ from cl_adapters.backbones.hf_forward import (
     probe_input,
     upcast,
 )
-from cl_adapters.backbones.inputs import Inputs
+from cl_adapters.backbones.inputs import Inputs, as_inputs
 from cl_adapters.backbones.preprocessing import Preprocessing
 from cl_adapters.backbones.tokens import from_mapping, is_tokens, mask_of, padded, unpadded
-from cl_adapters.errors import ClAdaptersError, IncompatibleBackbone
+from cl_adapters.errors import ClAdaptersError, DataError, IncompatibleBackbone
 
 _LOCK = threading.RLock()
 """Held while blocks are bypassed: that is a change of the encoder, undone at once."""
@@ -73,7 +73,9 @@ def begin_pass(encoder: nn.Module, x: Inputs, preprocessing: Any, name: str) -> 
 
     Raises:
         ClAdaptersError: the input is not the encoder's.
+        DataError: numbers in it that are not finite.
     """
+    x = as_inputs(x)
     modality = modality_of(encoder)
     if modality == "text" and (isinstance(x, Tensor) or is_tokens(x)):
         tokens_BN = x if isinstance(x, Tensor) else from_mapping(x)
@@ -81,9 +83,11 @@ def begin_pass(encoder: nn.Module, x: Inputs, preprocessing: Any, name: str) -> 
         mask_BN = mask_of(packed_BN)
         return ForwardPass(partial(call, encoder, packed_BN, mask_BN), mask_BN, tokens_BN.shape[1])
     if isinstance(x, Mapping):
+        pixels = x.get(str(getattr(encoder, "main_input_name", None)))
+        if modality != "text" and isinstance(pixels, Tensor):
+            _check_finite(pixels, name)
         return ForwardPass(lambda: encoder(**x), x.get("attention_mask"), whole=modality == "text")
-    if isinstance(preprocessing, Preprocessing):
-        _check_image(x, preprocessing.input_size, name)
+    x = _checked_numbers(encoder, x, preprocessing, name)
     return ForwardPass(partial(_encode if modality is None else call, encoder, x))
 
 
@@ -242,9 +246,58 @@ def _encode(encoder: Any, x: Tensor) -> Any:
     return encoder(x)
 
 
-def _check_image(x: Tensor, expected: tuple[int, ...], name: str) -> None:
-    if x.ndim != 4 or tuple(x.shape[1:]) != expected:
-        raise ClAdaptersError(
-            f"backbone {name!r} takes images [B, {', '.join(map(str, expected))}], got {list(x.shape)}; "
-            "use backbone.preprocessing.eval_transform() on each image"
+def _checked_numbers(encoder: nn.Module, x: Tensor, preprocessing: Any, name: str) -> Tensor:
+    """Images or spectrograms in numbers that the encoder takes; of own modules only what is certain.
+
+    Raises:
+        DataError: another shape, whole numbers, or numbers that are not finite.
+    """
+    expected = _shape_of_input(encoder, preprocessing)
+    if expected is not None and not (x.is_floating_point() and _fits(x, expected)):
+        raise DataError(
+            f"backbone {name!r} takes {'images' if len(expected) == 3 else 'spectrograms'} "
+            f"[B, {', '.join(map(str, expected))}], got {list(x.shape)} of type {str(x.dtype).removeprefix('torch.')}: "
+            "they are batches of float32, scaled and normalised as the model was trained (a single one needs a first "
+            "axis, x[None]); use backbone.preprocessing.eval_transform() on each image"
+        )
+    if x.is_floating_point():
+        # an encoder of transformers is handed its own type anyway
+        if modality_of(encoder) is None and x.dtype not in (torch.float32, dtype_of(encoder)):
+            x = x.float()
+        _check_finite(x, name)
+    return x
+
+
+def _fits(x: Tensor, expected: tuple[int | str, ...]) -> bool:
+    """Whether the axes behind the first are the expected ones; a name stands for any length."""
+    sizes = tuple(x.shape[1:])
+    return len(sizes) == len(expected) and all(
+        isinstance(want, str) or want == size for want, size in zip(expected, sizes, strict=True)
+    )
+
+
+def _shape_of_input(encoder: nn.Module, preprocessing: Any) -> tuple[int | str, ...] | None:
+    """Shape of one image or spectrogram, with names where any length may do; None: an encoder that may take anything."""
+    if isinstance(preprocessing, Preprocessing):
+        return preprocessing.input_size
+    if modality_of(encoder) == "audio":
+        return ("T", "F")
+    of_timm = any(kind.__module__.startswith("timm.") for kind in type(encoder).__mro__)
+    return ("C", "H", "W") if of_timm or modality_of(encoder) == "image" else None
+
+
+def _check_finite(x: Tensor, name: str) -> None:
+    """Check that all numbers are finite: NaN would run through the encoder and come out as an answer.
+
+    Raises:
+        DataError: says how many inputs have others, and where they stand in the batch.
+    """
+    if bool(x.detach().sum().isfinite()):  # one pass over the memory; a sum may overflow, so the rest looks closely
+        return
+    wrong = (~x.isfinite().reshape(len(x), -1).all(1)).nonzero().flatten().tolist()
+    if wrong:
+        shown = ", ".join(map(str, wrong[:10])) + (", ..." if len(wrong) > 10 else "")
+        raise DataError(
+            f"{len(wrong)} of {len(x)} inputs of backbone {name!r} have numbers that are not finite (NaN or infinite), at "
+            f"positions {shown} of the batch: leave them out, or mend how they are read and normalised"
         )
