@@ -162,9 +162,13 @@ class BenchmarkData:
         if self.train.modality != self.test.modality:
             raise DataError(f"{self.name}: {self.train.modality}s to train on, but {self.test.modality}s to test")
         for split, part in (("train", self.train), ("test", self.test)):
+            highest = int(np.max(part.labels, initial=0))
+            if highest >= len(self.classes):
+                raise DataError(
+                    f"{self.name}: a {split} {self.modality} has label {highest}, but there are only "
+                    f"{len(self.classes)} classes, labelled from 0"
+                )
             counts = np.bincount(part.labels, minlength=len(self.classes))
-            if len(counts) > len(self.classes):
-                raise DataError(f"{self.name}: {split} label {len(counts) - 1}, but {len(self.classes)} classes")
             empty = [self.classes[label] for label in np.flatnonzero(counts == 0)]
             if empty:
                 raise DataError(f"{self.name}: no {split} {self.modality} of class {', '.join(empty[:5])}")

@@ -53,6 +53,23 @@ def _converted(value: Any, what: str) -> Any:
         raise DataError(f"{what} came as an array of {value.dtype}, which is no type of numbers here") from error
 
 
+def check_finite(x: Tensor, name: str) -> None:
+    """Check that all numbers are finite: NaN would run through backbone ``name`` and come out as an answer.
+
+    Raises:
+        DataError: says how many inputs have others, and where they stand.
+    """
+    if not x.is_floating_point() or bool(x.detach().sum().isfinite()):  # one pass over the memory
+        return
+    wrong = (~x.isfinite().reshape(len(x), -1).all(1)).nonzero().flatten().tolist()
+    if wrong:  # else the sum was too large
+        shown = ", ".join(map(str, wrong[:10])) + (", ..." if len(wrong) > 10 else "")
+        raise DataError(
+            f"{len(wrong)} of {len(x)} inputs of backbone {name!r} have numbers that are not finite (NaN or "
+            f"infinite), at positions {shown} of the batch: leave them out, or mend how they are read and normalised"
+        )
+
+
 def checked_batch(batch: Any, name: str = "batch") -> int:
     """A number of samples at a time.
 

@@ -27,7 +27,7 @@ from cl_adapters.backbones.hf_forward import (
     probe_input,
     upcast,
 )
-from cl_adapters.backbones.inputs import Inputs, as_inputs
+from cl_adapters.backbones.inputs import Inputs, as_inputs, check_finite
 from cl_adapters.backbones.preprocessing import Preprocessing
 from cl_adapters.backbones.tokens import from_mapping, is_tokens, mask_of, padded, unpadded
 from cl_adapters.errors import ClAdaptersError, DataError, IncompatibleBackbone
@@ -85,7 +85,7 @@ def begin_pass(encoder: nn.Module, x: Inputs, preprocessing: Any, name: str) -> 
     if isinstance(x, Mapping):
         pixels = x.get(str(getattr(encoder, "main_input_name", None)))
         if modality != "text" and isinstance(pixels, Tensor):
-            _check_finite(pixels, name)
+            check_finite(pixels, name)
         return ForwardPass(lambda: encoder(**x), x.get("attention_mask"), whole=modality == "text")
     x = _checked_numbers(encoder, x, preprocessing, name)
     return ForwardPass(partial(_encode if modality is None else call, encoder, x))
@@ -257,14 +257,14 @@ def _checked_numbers(encoder: nn.Module, x: Tensor, preprocessing: Any, name: st
         raise DataError(
             f"backbone {name!r} takes {'images' if len(expected) == 3 else 'spectrograms'} "
             f"[B, {', '.join(map(str, expected))}], got {list(x.shape)} of type {str(x.dtype).removeprefix('torch.')}: "
-            "they are batches of float32, scaled and normalised as the model was trained (a single one needs a first "
-            "axis, x[None]); use backbone.preprocessing.eval_transform() on each image"
+            "batches of float32 (a single one needs a first axis, x[None]), pixels scaled to [0, 1] and normalised "
+            "as in the model's training; use backbone.preprocessing.eval_transform() on each image"
         )
     if x.is_floating_point():
         # an encoder of transformers is handed its own type anyway
         if modality_of(encoder) is None and x.dtype not in (torch.float32, dtype_of(encoder)):
             x = x.float()
-        _check_finite(x, name)
+        check_finite(x, name)
     return x
 
 
@@ -277,27 +277,10 @@ def _fits(x: Tensor, expected: tuple[int | str, ...]) -> bool:
 
 
 def _shape_of_input(encoder: nn.Module, preprocessing: Any) -> tuple[int | str, ...] | None:
-    """Shape of one image or spectrogram, with names where any length may do; None: an encoder that may take anything."""
+    """Shape of one image or spectrogram, with names for any length; None: an encoder that may take anything."""
     if isinstance(preprocessing, Preprocessing):
         return preprocessing.input_size
     if modality_of(encoder) == "audio":
         return ("T", "F")
     of_timm = any(kind.__module__.startswith("timm.") for kind in type(encoder).__mro__)
     return ("C", "H", "W") if of_timm or modality_of(encoder) == "image" else None
-
-
-def _check_finite(x: Tensor, name: str) -> None:
-    """Check that all numbers are finite: NaN would run through the encoder and come out as an answer.
-
-    Raises:
-        DataError: says how many inputs have others, and where they stand in the batch.
-    """
-    if bool(x.detach().sum().isfinite()):  # one pass over the memory; a sum may overflow, so the rest looks closely
-        return
-    wrong = (~x.isfinite().reshape(len(x), -1).all(1)).nonzero().flatten().tolist()
-    if wrong:
-        shown = ", ".join(map(str, wrong[:10])) + (", ..." if len(wrong) > 10 else "")
-        raise DataError(
-            f"{len(wrong)} of {len(x)} inputs of backbone {name!r} have numbers that are not finite (NaN or infinite), at "
-            f"positions {shown} of the batch: leave them out, or mend how they are read and normalised"
-        )

@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cl_adapters.backbones.inputs import as_inputs, to_device
+from cl_adapters.backbones.inputs import as_inputs
 from cl_adapters.errors import DataError, StorageError, UnknownName
 from cl_adapters.index.answers import Changes, Hit, IndexConfig, IndexStats, Neighbours
 from cl_adapters.index.backends.base import Ids, IndexBackend
@@ -298,7 +298,7 @@ def _bare_features(pool: KeySource, x: Any) -> Any:
     elif not isinstance(x, Mapping) and np.ndim(x) == 2 and not _whole_numbers(x):
         return x
     with torch.no_grad():
-        return pool.backbone.features(to_device(as_inputs(x), pool.backbone.device))
+        return pool.backbone.features(as_inputs(x))
 
 
 def _whole_numbers(x: Any) -> bool:

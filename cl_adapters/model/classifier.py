@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from cl_adapters.backbones.frozen import FrozenBackbone
-from cl_adapters.backbones.inputs import Inputs, as_inputs, batch_size, checked_batch, take, to_device
+from cl_adapters.backbones.inputs import Inputs, as_inputs, batch_size, check_finite, checked_batch, take, to_device
 from cl_adapters.bank.bank import AdapterBank
 from cl_adapters.errors import ClAdaptersError
 from cl_adapters.features import FeatureMemory, LazyFeatures
@@ -75,6 +75,8 @@ class Classifier(ModelState):
             DataError, ClAdaptersError: as :meth:`answer`.
         """
         x = as_inputs(x)
+        if isinstance(x, Tensor):  # here too, so that the message counts in all of x
+            check_finite(x, self.backbone.name)
         rows = torch.arange(batch_size(x)).split(checked_batch(batch))
         return torch.cat([self.answer(take(x, part), predictor=predictor).logits.float().cpu() for part in rows])
 
