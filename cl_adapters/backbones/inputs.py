@@ -48,7 +48,8 @@ def _converted(value: Any, what: str) -> Any:
     if not isinstance(value, np.ndarray):
         return value
     try:
-        return torch.from_numpy(np.array(value))  # a copy: arrays may be read-only, reversed or of another byte order
+        # a copy: arrays may be read-only, reversed or of another byte order
+        return torch.from_numpy(np.array(value, value.dtype.newbyteorder("="), order="C"))
     except (TypeError, ValueError) as error:
         raise DataError(f"{what} came as an array of {value.dtype}, which is no type of numbers here") from error
 

@@ -72,10 +72,9 @@ def begin_pass(encoder: nn.Module, x: Inputs, preprocessing: Any, name: str) -> 
     """The pass over an input; see ``FrozenBackbone.forward``.
 
     Raises:
-        ClAdaptersError: the input is not the encoder's.
-        DataError: numbers in it that are not finite.
+        DataError: the input is not the encoder's, or has numbers that are not finite.
     """
-    x = as_inputs(x)
+    x = checked_inputs(encoder, x, preprocessing, name)
     modality = modality_of(encoder)
     if modality == "text" and (isinstance(x, Tensor) or is_tokens(x)):
         tokens_BN = x if isinstance(x, Tensor) else from_mapping(x)
@@ -83,11 +82,7 @@ def begin_pass(encoder: nn.Module, x: Inputs, preprocessing: Any, name: str) -> 
         mask_BN = mask_of(packed_BN)
         return ForwardPass(partial(call, encoder, packed_BN, mask_BN), mask_BN, tokens_BN.shape[1])
     if isinstance(x, Mapping):
-        pixels = x.get(str(getattr(encoder, "main_input_name", None)))
-        if modality != "text" and isinstance(pixels, Tensor):
-            check_finite(pixels, name)
         return ForwardPass(lambda: encoder(**x), x.get("attention_mask"), whole=modality == "text")
-    x = _checked_numbers(encoder, x, preprocessing, name)
     return ForwardPass(partial(_encode if modality is None else call, encoder, x))
 
 
@@ -246,12 +241,20 @@ def _encode(encoder: Any, x: Tensor) -> Any:
     return encoder(x)
 
 
-def _checked_numbers(encoder: nn.Module, x: Tensor, preprocessing: Any, name: str) -> Tensor:
-    """Images or spectrograms in numbers that the encoder takes; of own modules only what is certain.
+def checked_inputs(encoder: nn.Module, x: Any, preprocessing: Any, name: str) -> Inputs:
+    """Inputs in tensors and types of numbers that the encoder takes; of texts and own modules only what is certain.
 
     Raises:
         DataError: another shape, whole numbers, or numbers that are not finite.
     """
+    x = as_inputs(x)
+    if modality_of(encoder) == "text":
+        return x
+    if isinstance(x, Mapping):
+        pixels = x.get(str(getattr(encoder, "main_input_name", None)))
+        if isinstance(pixels, Tensor):
+            check_finite(pixels, name)
+        return x
     expected = _shape_of_input(encoder, preprocessing)
     if expected is not None and not (x.is_floating_point() and _fits(x, expected)):
         raise DataError(

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from cl_adapters.backbones.frozen import FrozenBackbone
-from cl_adapters.backbones.inputs import Inputs, as_inputs, batch_size, check_finite, checked_batch, take, to_device
+from cl_adapters.backbones.inputs import Inputs, as_inputs, batch_size, checked_batch, take, to_device
+from cl_adapters.backbones.partial import checked_inputs
 from cl_adapters.bank.bank import AdapterBank
 from cl_adapters.errors import ClAdaptersError
 from cl_adapters.features import FeatureMemory, LazyFeatures
@@ -74,9 +75,8 @@ class Classifier(ModelState):
             ConfigError: ``batch`` is less than 1.
             DataError, ClAdaptersError: as :meth:`answer`.
         """
-        x = as_inputs(x)
-        if isinstance(x, Tensor):  # here too, so that the message counts in all of x
-            check_finite(x, self.backbone.name)
+        backbone = self.backbone  # the whole is checked here, so that messages count in it and not in a batch
+        x = checked_inputs(backbone.encoder, x, backbone.preprocessing, backbone.name)
         rows = torch.arange(batch_size(x)).split(checked_batch(batch))
         return torch.cat([self.answer(take(x, part), predictor=predictor).logits.float().cpu() for part in rows])
 

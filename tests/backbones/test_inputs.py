@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -48,8 +49,9 @@ def images(n: int = 5) -> Tensor:
 
 def ways(model: AdapterModel, tmp_path: Path) -> dict[str, Callable[[Any], Any]]:
     """Everything that runs inputs through a backbone."""
-    index = AdapterIndex.build(model.save_pool(tmp_path / "pool"))
-    index.pool.backbone = model.backbone  # type: ignore[misc]  # the pool cannot load a backbone of a test
+    pool: Any = model.save_pool(tmp_path / "pool")
+    index = AdapterIndex.build(pool)
+    index.pool = SimpleNamespace(backbone=model.backbone, records=pool.records)  # type: ignore[assignment]
     return {
         "predict": lambda x: model.predict(x, batch=2),
         "answer": model.answer,
