@@ -557,7 +557,7 @@ class AdapterStrategy(SupervisedTemplate):
         Raises:
             DataError: a class that the experiences did not name.
         """
-        columns_B = self.model.columns_of(labels_B)
+        columns_B: Tensor = self.model.columns_of(labels_B)
         if bool((columns_B < 0).any()):
             label = labels_B[columns_B.to(labels_B.device) < 0][0].item()
             raise DataError(

@@ -241,13 +241,13 @@ def _encode(encoder: Any, x: Tensor) -> Any:
     return encoder(x)
 
 
-def checked_inputs(encoder: nn.Module, x: Any, preprocessing: Any, name: str) -> Inputs:
+def checked_inputs(encoder: nn.Module, given: Any, preprocessing: Any, name: str) -> Inputs:
     """Inputs in tensors and types of numbers that the encoder takes; of texts and own modules only what is certain.
 
     Raises:
         DataError: another shape, whole numbers, or numbers that are not finite.
     """
-    x = as_inputs(x)
+    x = as_inputs(given)
     if modality_of(encoder) == "text":
         return x
     if isinstance(x, Mapping):

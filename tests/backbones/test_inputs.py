@@ -51,7 +51,7 @@ def ways(model: AdapterModel, tmp_path: Path) -> dict[str, Callable[[Any], Any]]
     """Everything that runs inputs through a backbone."""
     pool: Any = model.save_pool(tmp_path / "pool")
     index = AdapterIndex.build(pool)
-    index.pool = SimpleNamespace(backbone=model.backbone, records=pool.records)  # type: ignore[assignment]
+    index.pool = SimpleNamespace(backbone=model.backbone, records=pool.records)
     return {
         "predict": lambda x: model.predict(x, batch=2),
         "answer": model.answer,
@@ -116,12 +116,13 @@ def test_floats_of_any_type_and_arrays_are_converted(model: AdapterModel, tmp_pa
         for given in (x.double(), x.half(), x.bfloat16(), x.numpy(), x.double().numpy(), x.numpy().astype(">f4")):
             run(given), name
         run(reversed_view)
-    plain = model.predict(x)
-    assert torch.equal(model.predict(x.double()), plain)
-    assert torch.equal(model.predict(x.numpy()), plain)
-    assert torch.equal(model.predict(x.numpy().astype(">f4")), plain)
-    assert torch.equal(model.predict(reversed_view), plain.flip(0))
-    assert torch.allclose(model.predict(x.half()), model.predict(x.half().float()), atol=0)
+    predict: Callable[[Any], Tensor] = model.predict
+    plain = predict(x)
+    assert torch.equal(predict(x.double()), plain)
+    assert torch.equal(predict(x.numpy()), plain)
+    assert torch.equal(predict(x.numpy().astype(">f4")), plain)
+    assert torch.equal(predict(reversed_view), plain.flip(0))
+    assert torch.allclose(predict(x.half()), predict(x.half().float()), atol=0)
 
 
 def test_double_precision_stays_where_the_backbone_has_it(tiny_vit: Callable[..., nn.Module]) -> None:
@@ -184,7 +185,8 @@ def test_no_input_gives_no_answer(model: AdapterModel, tmp_path: Path) -> None:
 
 def test_token_ids_of_every_type_of_whole_numbers(text_model: AdapterModel) -> None:
     tokens = torch.tensor([[3, 4, 5], [6, 7, -1]])
-    plain = text_model.predict(tokens)
+    predict: Callable[[Any], Tensor] = text_model.predict
+    plain = predict(tokens)
     mask = (tokens >= 0).long()
     for given in (
         tokens.int(),
@@ -193,13 +195,13 @@ def test_token_ids_of_every_type_of_whole_numbers(text_model: AdapterModel) -> N
         {"input_ids": tokens.clamp_min(0).numpy(), "attention_mask": mask.numpy()},
         {"input_ids": tokens.clamp_min(0).int(), "attention_mask": mask},
     ):
-        assert torch.equal(text_model.predict(given), plain)
-    assert text_model.predict(tokens[:0]).shape == (0, 3)
+        assert torch.equal(predict(given), plain)
+    assert predict(tokens[:0]).shape == (0, 3)
     for wrong in (tokens.float(), tokens.double().numpy(), {"input_ids": tokens.float()}, {"input_ids": tokens > 3}):
         with pytest.raises(DataError, match="takes token ids int64"):
-            text_model.predict(wrong)
+            predict(wrong)
     with pytest.raises(DataError, match="'input_ids' of the inputs came as a list"):
-        text_model.predict({"input_ids": [[3, 4], [5, 6]]})  # type: ignore[dict-item]
+        predict({"input_ids": [[3, 4], [5, 6]]})
 
 
 # --- batches --------------------------------------------------------------------------------------------------------

@@ -27,7 +27,7 @@ def trains(name: str) -> bool:
 
 
 class Plain(Dataset[tuple[Tensor, int]]):
-    def __init__(self, x: Tensor, targets: list[int]) -> None:
+    def __init__(self, x: Tensor, targets: list[Any]) -> None:
         self.x, self.targets = x, targets
 
     def __len__(self) -> int:
@@ -37,7 +37,7 @@ class Plain(Dataset[tuple[Tensor, int]]):
         return self.x[index], self.targets[index]
 
 
-def experience_of(lab: Any, x: Tensor, labels: list[int], classes: list[int] | None = None) -> Any:
+def experience_of(lab: Any, x: Tensor, labels: list[Any], classes: list[int] | None = None) -> Any:
     (experience,) = benchmark_from_datasets(train=[lab.experience_data(Plain(x, labels))]).train_stream
     if classes is not None:
         experience.classes_in_this_experience = classes
