@@ -71,6 +71,7 @@ class ImageSet:
     def __post_init__(self) -> None:
         if len(self.images) != len(self.labels):
             raise DataError(f"{len(self.images)} images but {len(self.labels)} labels")
+        _check_labels(self.labels, self.names)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -95,6 +96,7 @@ class TextSet:
     def __post_init__(self) -> None:
         if len(self.texts) != len(self.labels):
             raise DataError(f"{len(self.texts)} texts but {len(self.labels)} labels")
+        _check_labels(self.labels, self.names)
 
     def __len__(self) -> int:
         return len(self.labels)
@@ -107,6 +109,24 @@ class TextSet:
             DataError: always.
         """
         raise DataError("these samples are texts, which have no images")
+
+
+def _check_labels(labels: npt.ArrayLike, names: Sequence[str]) -> None:
+    """Check that labels are places of classes.
+
+    Raises:
+        DataError: names the first sample whose label is none.
+    """
+    values = np.asarray(labels)
+    if not values.size:
+        return
+    if values.ndim != 1 or values.dtype.kind not in "iub":
+        raise DataError(f"labels are whole numbers, int64 [N], got {values.dtype} {list(values.shape)}: {values[:3]!r}")
+    wrong = np.flatnonzero(values < 0)
+    if len(wrong):
+        place = int(wrong[0])
+        named = f" ({names[place]})" if place < len(names) else ""
+        raise DataError(f"sample {place}{named} has label {values[place]}; labels count from 0")
 
 
 SampleSet: TypeAlias = ImageSet | TextSet
@@ -142,6 +162,12 @@ class BenchmarkData:
         if self.train.modality != self.test.modality:
             raise DataError(f"{self.name}: {self.train.modality}s to train on, but {self.test.modality}s to test")
         for split, part in (("train", self.train), ("test", self.test)):
+            highest = int(np.max(part.labels, initial=0))
+            if highest >= len(self.classes):
+                raise DataError(
+                    f"{self.name}: a {split} {self.modality} has label {highest}, but there are only "
+                    f"{len(self.classes)} classes, labelled from 0"
+                )
             counts = np.bincount(part.labels, minlength=len(self.classes))
             empty = [self.classes[label] for label in np.flatnonzero(counts == 0)]
             if empty:

@@ -284,7 +284,7 @@ class AdapterStrategy(SupervisedTemplate):
             float32 [N, D] on the CPU, and the column of each sample, int64 [N].
 
         Raises:
-            DataError: a feature is not a finite number.
+            DataError: a feature is not a finite number, or a sample is of no known class.
         """
         workers = self._loader_options.get("num_workers", 0)
         loader, back_N = reading_loader(self.experience.dataset.eval(), self.config.eval_mb_size, workers)
@@ -296,7 +296,7 @@ class AdapterStrategy(SupervisedTemplate):
         if not all(f_BD.isfinite().all() for f_BD in features):
             raise DataError("features of the training images are not finite: check the images and the learning rate")
         # out of inference mode, so that later code may save or differentiate through what is built from them
-        return torch.cat(features)[back_N].clone(), self.model.columns_of(torch.cat(labels)[back_N])
+        return torch.cat(features)[back_N].clone(), self._known_columns(torch.cat(labels)[back_N])
 
     def next_order(self) -> torch.Generator:
         """The generator that shuffles the next pass over this task's images."""
@@ -488,7 +488,8 @@ class AdapterStrategy(SupervisedTemplate):
 
     def criterion(self) -> Tensor:
         """The phase's loss in training; in evaluation cross-entropy over the samples of known classes."""
-        columns_B = self.model.columns_of(self.mb_y).to(self.device)
+        columns_of = self._known_columns if self.is_training else self.model.columns_of
+        columns_B = columns_of(self.mb_y).to(self.device)
         assert self._output is not None
         unread = self._output is self._logits
         logits_BC = self._output if unread else self._output[:, self.model.classes]
@@ -549,6 +550,21 @@ class AdapterStrategy(SupervisedTemplate):
             draw = self.generator("keys", self.task)
             for f_ND in self.per_class(*self.training_features(None)):
                 keys.add_class(f_ND, draw)
+
+    def _known_columns(self, labels_B: Tensor) -> Tensor:
+        """Columns of the labels of training samples, int64 [B].
+
+        Raises:
+            DataError: a class that the experiences did not name.
+        """
+        columns_B: Tensor = self.model.columns_of(labels_B)
+        if bool((columns_B < 0).any()):
+            label = labels_B[columns_B.to(labels_B.device) < 0][0].item()
+            raise DataError(
+                f"a training sample came with label {label!r}, but the classes so far are {self.model.classes}: the "
+                "labels that a data set gives and its targets must agree"
+            )
+        return columns_B
 
     def _training_config(self) -> TrainingConfig:
         assert isinstance(self.config, TrainingConfig)

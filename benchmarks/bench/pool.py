@@ -34,7 +34,7 @@ CLASSES = 2
 def main(
     adapters: int = 500,
     backbone: str = "vit_glyph_tiny",
-    batch: int = 32,
+    batch: Annotated[int, typer.Option(min=1)] = 32,
     limit: Annotated[int, typer.Option(help="Adapters in memory.")] = 64,
     repeats: int = 25,
     pool: Annotated[Path | None, typer.Option(help="Measure this one; default a new one of random adapters.")] = None,

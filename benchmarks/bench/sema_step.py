@@ -33,7 +33,9 @@ CLASSES = 10
 
 
 def main(
-    batch: int = 32, side: Annotated[int, typer.Option(help="Of the images, in pixels.")] = 112, repeats: int = 15
+    batch: Annotated[int, typer.Option(min=1)] = 32,
+    side: Annotated[int, typer.Option(help="Of the images, in pixels.")] = 112,
+    repeats: int = 15,
 ) -> None:
     """Print both medians and their ratio, and how often evaluation asks a descriptor."""
     torch.set_num_threads(1)

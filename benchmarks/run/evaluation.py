@@ -9,6 +9,7 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
+from cl_adapters.backbones.inputs import checked_batch
 from cl_adapters.benchmarks.base import BenchmarkData
 from cl_adapters.benchmarks.streams.datasets import TextDataset, Transform, as_dataset, task_indices
 from cl_adapters.features import FeatureMemory
@@ -52,8 +53,10 @@ def evaluate(
         memory: features of these test samples under adapters that have not changed since.
 
     Raises:
+        ConfigError: ``batch_size`` is less than 1.
         DataError: texts without tokens.
     """
+    batch_size = checked_batch(batch_size, "batch_size")
     task_of_label = {label: task for task in tasks for label in data.tasks[task]}
     indices = [index for task in tasks for index in task_indices(data.test, data.tasks[task])]
     dataset = as_dataset(data.test, indices, transform)

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.backbones.inputs import checked_batch
 from cl_adapters.backbones.preprocessing import Preprocessing
 from cl_adapters.backbones.text import TextPreprocessing
 from cl_adapters.errors import ClAdaptersError
@@ -75,8 +76,10 @@ def encode(backbone: FrozenBackbone, inputs: Sequence[str] | Sequence[Path], bat
 
     Raises:
         ClAdaptersError: the backbone takes no such inputs.
+        ConfigError: ``batch`` is less than 1.
         DataError: a file that is no image, or something else than texts.
     """
+    batch = None if batch is None else checked_batch(batch)
     parts = [torch.empty(0, backbone.num_features, device=backbone.device)]
     with torch.no_grad():
         for start in range(0, len(inputs), batch or len(inputs) or 1):

@@ -26,10 +26,10 @@ from cl_adapters.backbones.hf_forward import (
     probe_input,
     upcast,
 )
-from cl_adapters.backbones.inputs import Inputs
+from cl_adapters.backbones.inputs import Inputs, as_inputs, check_finite
 from cl_adapters.backbones.preprocessing import Preprocessing
 from cl_adapters.backbones.tokens import from_mapping, is_tokens, mask_of, padded, unpadded
-from cl_adapters.errors import ClAdaptersError, IncompatibleBackbone
+from cl_adapters.errors import ClAdaptersError, DataError, IncompatibleBackbone
 
 
 @dataclass(frozen=True)
@@ -68,8 +68,9 @@ def begin_pass(encoder: nn.Module, x: Inputs, preprocessing: Any, name: str) -> 
     """The pass over an input; see ``FrozenBackbone.forward``.
 
     Raises:
-        ClAdaptersError: the input is not the encoder's.
+        DataError: the input is not the encoder's, or has numbers that are not finite.
     """
+    x = checked_inputs(encoder, x, preprocessing, name)
     modality = modality_of(encoder)
     if modality == "text" and (isinstance(x, Tensor) or is_tokens(x)):
         tokens_BN = x if isinstance(x, Tensor) else from_mapping(x)
@@ -78,8 +79,6 @@ def begin_pass(encoder: nn.Module, x: Inputs, preprocessing: Any, name: str) -> 
         return ForwardPass(partial(call, encoder, packed_BN, mask_BN), mask_BN, tokens_BN.shape[1])
     if isinstance(x, Mapping):
         return ForwardPass(lambda: encoder(**x), x.get("attention_mask"), whole=modality == "text")
-    if isinstance(preprocessing, Preprocessing):
-        _check_image(x, preprocessing.input_size, name)
     return ForwardPass(partial(_encode if modality is None else call, encoder, x))
 
 
@@ -229,9 +228,49 @@ def _encode(encoder: Any, x: Tensor) -> Any:
     return encoder(x)
 
 
-def _check_image(x: Tensor, expected: tuple[int, ...], name: str) -> None:
-    if x.ndim != 4 or tuple(x.shape[1:]) != expected:
-        raise ClAdaptersError(
-            f"backbone {name!r} takes images [B, {', '.join(map(str, expected))}], got {list(x.shape)}; "
-            "use backbone.preprocessing.eval_transform() on each image"
+def checked_inputs(encoder: nn.Module, given: Any, preprocessing: Any, name: str) -> Inputs:
+    """Inputs in tensors and types of numbers that the encoder takes; of texts and own modules only what is certain.
+
+    Raises:
+        DataError: another shape, whole numbers, or numbers that are not finite.
+    """
+    x = as_inputs(given)
+    if modality_of(encoder) == "text":
+        return x
+    if isinstance(x, Mapping):
+        pixels = x.get(str(getattr(encoder, "main_input_name", None)))
+        if isinstance(pixels, Tensor):
+            check_finite(pixels, name)
+        return x
+    expected = _shape_of_input(encoder, preprocessing)
+    if expected is not None and not (x.is_floating_point() and _fits(x, expected)):
+        raise DataError(
+            f"backbone {name!r} takes {'images' if len(expected) == 3 else 'spectrograms'} "
+            f"[B, {', '.join(map(str, expected))}], got {list(x.shape)} of type {str(x.dtype).removeprefix('torch.')}: "
+            "batches of float32 (a single one needs a first axis, x[None]), pixels scaled to [0, 1] and normalised "
+            "as in the model's training; use backbone.preprocessing.eval_transform() on each image"
         )
+    if x.is_floating_point():
+        # an encoder of transformers is handed its own type anyway
+        if modality_of(encoder) is None and x.dtype not in (torch.float32, dtype_of(encoder)):
+            x = x.float()
+        check_finite(x, name)
+    return x
+
+
+def _fits(x: Tensor, expected: tuple[int | str, ...]) -> bool:
+    """Whether the axes behind the first are the expected ones; a name stands for any length."""
+    sizes = tuple(x.shape[1:])
+    return len(sizes) == len(expected) and all(
+        isinstance(want, str) or want == size for want, size in zip(expected, sizes, strict=True)
+    )
+
+
+def _shape_of_input(encoder: nn.Module, preprocessing: Any) -> tuple[int | str, ...] | None:
+    """Shape of one image or spectrogram, with names for any length; None: an encoder that may take anything."""
+    if isinstance(preprocessing, Preprocessing):
+        return preprocessing.input_size
+    if modality_of(encoder) == "audio":
+        return ("T", "F")
+    of_timm = any(kind.__module__.startswith("timm.") for kind in type(encoder).__mro__)
+    return ("C", "H", "W") if of_timm or modality_of(encoder) == "image" else None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, ClassVar, TypeAlias
@@ -57,11 +58,56 @@ class Preprocessing:
         height, width = self.input_size[1:]
         short = round(min(height, width) / self.crop_pct)
         size: int | tuple[int, int] = short if height == width else (height, width)
-        resize = transforms.Resize(size, interpolation=transforms.InterpolationMode(self.interpolation))
+        resize: Any = transforms.Resize(size, interpolation=transforms.InterpolationMode(self.interpolation))
+        if height == width:
+            resize = _ShortSide(resize, short, height, self.interpolation)
         transform: Transform = transforms.Compose(
             [*self.image_steps(), resize, transforms.CenterCrop((height, width)), *self.tensor_steps()]
         )
         return transform
+
+
+LONG = 8
+"""Images of which the long side is more than so many times the short one are not resized as a whole."""
+
+
+class _ShortSide:
+    """Resizes the short side of a PIL image, the other in proportion; of a very long image only what a crop will see.
+
+    Otherwise an image of 1 x 400,000 pixels, a file of a kilobyte, would be resized to 256 x 102,400,000.
+
+    Args:
+        whole: resizes an image of ordinary proportions.
+        short: the short side afterwards.
+        crop: side of the square that is then cut from the middle, at most ``short``.
+        interpolation: as of :class:`Preprocessing`.
+    """
+
+    def __init__(self, whole: Any, short: int, crop: int, interpolation: str) -> None:
+        self.whole = whole
+        self.short = short
+        self.crop = crop
+        self.interpolation = interpolation
+
+    def __call__(self, image: Any) -> Any:
+        from PIL import Image
+
+        narrow, long = sorted(image.size)
+        if long <= LONG * narrow:
+            return self.whole(image)
+        resized = self.short * long // narrow  # what the whole image's long side would be
+        scale = long / resized
+        first = round((resized - self.crop) / 2) * scale  # where the crop begins in the source
+        margin = 3 * max(1.0, narrow / self.short) + 1  # half the width of the widest filter, Lanczos
+        low, high = math.floor(first - margin), math.ceil(first + self.crop * scale + margin)
+        low, high = max(0, low), min(long, high)
+        part = first - low, first - low + self.crop * scale
+        method = Image.Resampling[self.interpolation.upper()]
+        if image.width == narrow:
+            cut = image.crop((0, low, narrow, high))
+            return cut.resize((self.short, self.crop), method, (0, part[0], narrow, part[1]))
+        cut = image.crop((low, 0, high, narrow))
+        return cut.resize((self.crop, self.short), method, (part[0], 0, part[1], narrow))
 
 
 class _ToPil:

@@ -42,9 +42,13 @@ def is_tokens(x: Mapping[str, Tensor]) -> bool:
 
 
 def from_mapping(x: Mapping[str, Tensor]) -> Tensor:
-    """What a tokenizer of transformers gives (ids int64 [B, N], perhaps a mask) as tokens_BN: -1 where that is 0."""
-    mask = x.get("attention_mask")
-    ids_BN = x["input_ids"].long()
+    """What a tokenizer of transformers gives (ids int64 [B, N], perhaps a mask) as tokens_BN: -1 where that is 0.
+
+    Ids of another type than whole numbers stay as they are, for whoever checks the tokens.
+    """
+    mask, ids_BN = x.get("attention_mask"), x["input_ids"]
+    if not ids_BN.is_floating_point() and ids_BN.dtype is not torch.bool:
+        ids_BN = ids_BN.long()
     return ids_BN if mask is None else ids_BN.masked_fill(mask == 0, NO_TOKEN)
 
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from cl_adapters.backbones.inputs import as_inputs
 from cl_adapters.errors import ConfigError, DataError, StorageError, UnknownName
 from cl_adapters.index.answers import Changes, Hit, IndexConfig, IndexStats, Neighbours, some
 from cl_adapters.index.backends.base import Ids, IndexBackend
@@ -355,9 +356,9 @@ def _bare_features(pool: KeySource, x: Any) -> Any:
     elif not isinstance(x, Mapping) and np.ndim(x) == 2 and not _whole_numbers(x):
         return x
     with torch.no_grad():
-        return pool.backbone.features(x)
+        return pool.backbone.features(as_inputs(x))
 
 
 def _whole_numbers(x: Any) -> bool:
     """Whether these are token ids."""
-    return isinstance(x, Tensor) and not x.is_floating_point()
+    return (isinstance(x, Tensor) and not x.is_floating_point()) or (isinstance(x, np.ndarray) and x.dtype.kind in "iu")

@@ -25,6 +25,7 @@ from cl_adapters.backbones.encode import encode, text_preprocessing
 from cl_adapters.backbones.exclusive import exclusive
 from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.backbones.hf_forward import Pooling, pad_token_of, vocabulary_of
+from cl_adapters.backbones.inputs import checked_batch
 from cl_adapters.bank.bank import AdapterBank
 from cl_adapters.bank.routes import Route, Routes, check_prompts, has_router, summed, taken
 from cl_adapters.errors import ClAdaptersError, ConfigError, DataError
@@ -277,7 +278,11 @@ class LanguageModel(nn.Module):
 
         Returns:
             float32 [B] on the CPU; what else is in the batch makes no difference.
+
+        Raises:
+            ConfigError: ``batch`` is less than 1.
         """
+        batch = checked_batch(batch)
         check_prompts(routes, len(prompts))
         pairs = self.tokens.pairs(prompts, answers, end=end)
         found_B = self._scores(pairs, routes, batch)
@@ -383,8 +388,10 @@ class LanguageModel(nn.Module):
             batch: rows computed at a time.
 
         Raises:
+            ConfigError: ``batch`` is less than 1.
             DataError: a prompt without choices, or not one list per prompt.
         """
+        batch = checked_batch(batch)
         check_prompts(routes, len(prompts))
         lists = choice_lists(choices, len(prompts))
         rows_M = torch.tensor([row for row, answers in enumerate(lists) for _ in answers], dtype=torch.long)
@@ -427,11 +434,12 @@ class LanguageModel(nn.Module):
             B texts without their end tokens, and without spaces around them.
 
         Raises:
-            ConfigError: fewer than one token or beam.
+            ConfigError: fewer than one token, beam or prompt at a time.
             DataError: no room for the prompts.
         """
         if max_new_tokens < 1 or num_beams < 1:
             raise ConfigError(f"max_new_tokens={max_new_tokens} and num_beams={num_beams} must be at least 1")
+        batch = checked_batch(batch)
         check_prompts(routes, len(prompts))
         ids = self.tokens.prompts(prompts, max_new_tokens)
         order_B = torch.tensor([len(row) for row in ids]).argsort(descending=True)

@@ -8,7 +8,8 @@ import torch
 from torch import Tensor
 
 from cl_adapters.backbones.frozen import FrozenBackbone
-from cl_adapters.backbones.inputs import Inputs, batch_size, take, to_device
+from cl_adapters.backbones.inputs import Inputs, as_inputs, batch_size, checked_batch, take, to_device
+from cl_adapters.backbones.partial import checked_inputs
 from cl_adapters.bank.bank import AdapterBank
 from cl_adapters.errors import ClAdaptersError
 from cl_adapters.features import FeatureMemory, LazyFeatures
@@ -40,18 +41,22 @@ class Classifier(ModelState):
         """Predict one batch and say how; changes no state.
 
         Args:
-            x: B inputs.
+            x: B inputs, as :meth:`FrozenBackbone.forward` takes them.
             memory: features known from earlier evaluations, and
             samples: the B numbers under which it knows them.
             predictor: another predictor than the model's own.
 
         Raises:
             ClAdaptersError: no task was learned yet, or the memory is of another model or another batch.
+            DataError: inputs that the backbone does not take, or numbers in them that are not finite.
         """
         if not self.classes:
             raise ClAdaptersError("this model knows no class yet: train it on a task first")
+        x = as_inputs(x)
         if memory is not None:
             memory.check(self, batch_size(x), samples)
+        if not batch_size(x):
+            return self._no_answer()
         with torch.inference_mode():
             lazy = LazyFeatures(self, to_device(x, self.device), memory, samples)
             prediction = (predictor or self.predictor).predict(self, lazy)
@@ -64,6 +69,22 @@ class Classifier(ModelState):
         return self.answer(x).logits.float()
 
     def predict(self, x: Inputs, batch: int = 64, *, predictor: Predictor | None = None) -> Tensor:
-        """Logits float32 [B, C] on the CPU, in batches of ``batch``; columns are ``classes``."""
-        rows = torch.arange(batch_size(x)).split(batch)
+        """Logits float32 [B, C] on the CPU, in batches of ``batch``; columns are ``classes``.
+
+        Raises:
+            ConfigError: ``batch`` is less than 1.
+            DataError, ClAdaptersError: as :meth:`answer`.
+        """
+        backbone = self.backbone  # the whole is checked here, so that messages count in it and not in a batch
+        x = checked_inputs(backbone.encoder, x, backbone.preprocessing, backbone.name)
+        rows = torch.arange(batch_size(x)).split(checked_batch(batch))
         return torch.cat([self.answer(take(x, part), predictor=predictor).logits.float().cpu() for part in rows])
+
+    def _no_answer(self) -> Prediction:
+        """The prediction for no input."""
+        return Prediction(
+            logits=torch.empty(0, len(self.classes), device=self.device),
+            adapter=torch.empty(0, dtype=torch.long),
+            passes=torch.empty(0),
+            abstained=torch.empty(0, dtype=torch.bool) if "abstention" in self.parts else None,
+        )

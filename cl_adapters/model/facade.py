@@ -34,7 +34,8 @@ class AdapterModel(Classifier):
         """Classify image files, ``batch`` at a time, by the model's predictor or another ``predictor``.
 
         Raises:
-            DataError: a file that is no readable image, by name.
+            ConfigError: ``batch`` is less than 1.
+            DataError: a file that is no readable image, by name; or one file instead of a list.
             ClAdaptersError: the backbone takes no images.
         """
         return answer_files(self, files, batch, predictor)
@@ -45,6 +46,7 @@ class AdapterModel(Classifier):
         """Classify texts, ``batch`` of similar length at a time; the answers are in the order of the texts.
 
         Raises:
+            ConfigError: ``batch`` is less than 1.
             ClAdaptersError: the backbone takes no texts.
         """
         return answer_texts(self, texts, batch, predictor)

@@ -20,6 +20,28 @@ from cl_adapters.parts.base import Part
 
 P = TypeVar("P", bound=Part)
 
+LABELS = "labels are whole numbers from 0 to 2**63 - 1: number the classes, and leave out samples without one"
+
+
+def class_label(value: Any, owner: str) -> int:
+    """A class label as a Python int: of an int, bool, whole float, or a tensor or array of one such number.
+
+    Args:
+        value: the label.
+        owner: whose it is, for the message.
+
+    Raises:
+        DataError: it is something else, negative, or does not fit int64.
+    """
+    try:
+        label = -1 if isinstance(value, str | bytes) else int(value)
+        fits = 0 <= label < 2**63 and bool(label == value)
+    except (OverflowError, RuntimeError, TypeError, ValueError):  # NaN, None, tensors of several numbers
+        fits = False
+    if not fits:
+        raise DataError(f"{owner} has label {value!r}; {LABELS}")
+    return label
+
 
 @dataclass(frozen=True, kw_only=True)
 class Origin:
@@ -108,10 +130,12 @@ class ModelState(AdaptedEncoder):
         """Check that these labels can be the next task.
 
         Raises:
-            DataError: no label, or one that is already known.
+            DataError: no label, one that cannot be a label, or one that is already known.
         """
         if not labels:
             raise DataError("a task needs at least one class")
+        for place, label in enumerate(labels):
+            class_label(label, f"class {place} of the task")
         known = sorted(set(labels) & set(self.classes))
         if known:
             raise DataError(
@@ -120,9 +144,17 @@ class ModelState(AdaptedEncoder):
             )
 
     def columns_of(self, labels_B: Tensor) -> Tensor:
-        """Columns (int64 [B]) of class labels (int64 [B]); -1 where the class is not known."""
+        """Columns (int64 [B]) of class labels (int64 [B]); -1 where the class is not known.
+
+        Raises:
+            DataError: a label that is no whole number.
+        """
         table = {label: column for column, label in enumerate(self.classes)}
-        return torch.tensor([table.get(label, -1) for label in labels_B.tolist()], dtype=torch.long)
+        labels = labels_B.tolist()
+        for place, label in enumerate(labels):
+            if isinstance(label, float) and not label.is_integer():
+                raise DataError(f"sample {place} of the batch has label {label!r}; {LABELS}")
+        return torch.tensor([table.get(label, -1) for label in labels], dtype=torch.long)
 
     def name_of(self, label: int) -> str:
         """Class name of a label, or its number as text."""

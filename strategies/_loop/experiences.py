@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from cl_adapters.errors import ClAdaptersError, DataError
+from cl_adapters.model.state import class_label
 
 
 def experience_classes(experience: Any) -> list[int]:
@@ -12,28 +14,30 @@ def experience_classes(experience: Any) -> list[int]:
 
     Raises:
         ClAdaptersError: it has neither classes nor targets.
+        DataError: a label that cannot be one.
     """
     classes = getattr(experience, "classes_in_this_experience", None)
-    if classes is None:
-        targets = getattr(experience.dataset, "targets", None)
-        if targets is None:
-            raise ClAdaptersError("this experience has neither classes_in_this_experience nor dataset.targets")
-        classes = getattr(targets, "uniques", None) or set(targets)
-    return sorted({int(label) for label in classes})
+    if classes is not None:
+        return sorted({class_label(label, "a class of this experience") for label in classes})
+    targets = getattr(experience.dataset, "targets", None)
+    if targets is None:
+        raise ClAdaptersError("this experience has neither classes_in_this_experience nor dataset.targets")
+    return sorted(_labels(targets))
 
 
 def check_experience(experience: Any) -> list[int]:
     """Class labels of an experience that can be trained on, sorted.
 
     Raises:
-        DataError: it has no sample, a class without any, or samples of a class that it does not name.
+        DataError: it has no sample, a class without any, samples of a class that it does not name, or a label that
+            cannot be one.
     """
     if not len(experience.dataset):
         raise DataError("this experience has no training sample: drop the empty task from the stream")
-    labels = experience_classes(experience)
     targets = getattr(experience.dataset, "targets", None)
-    if targets is not None:
-        present = {int(label) for label in getattr(targets, "uniques", None) or set(targets)}
+    present = None if targets is None else _labels(targets)  # first, since it can say which sample is wrong
+    labels = experience_classes(experience)
+    if present is not None:
         for wrong, text in (
             (set(labels) - present, "has no training sample of"),
             (present - set(labels), "does not name"),
@@ -41,3 +45,15 @@ def check_experience(experience: Any) -> list[int]:
             if wrong:
                 raise DataError(f"this experience {text} classes {sorted(wrong)}: its classes and its data must agree")
     return labels
+
+
+def _labels(targets: Iterable[Any]) -> set[int]:
+    """The different labels among those of the samples.
+
+    Raises:
+        DataError: names the first sample whose label cannot be one.
+    """
+    try:
+        return {class_label(label, "a sample") for label in getattr(targets, "uniques", None) or set(targets)}
+    except (DataError, TypeError):  # the latter of labels without a hash, such as lists; now one by one, for the place
+        return {class_label(label, f"training sample {place}") for place, label in enumerate(targets)}

@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
+from typing import Any
+
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 from torch.utils.data import DataLoader
 
-from cl_adapters.benchmarks.base import BenchmarkData, ImageSet
+from cl_adapters.benchmarks.base import BenchmarkData, ImageSet, TextSet
 from cl_adapters.benchmarks.streams.avalanche import to_avalanche
 from cl_adapters.benchmarks.streams.datasets import ImageDataset, task_indices
+from cl_adapters.errors import DataError
 
 ORDER, SIZES = (3, 0, 6, 5, 1, 2, 4), (3, 1, 2, 1)
 
@@ -78,6 +82,28 @@ def test_image_dataset_loads_in_workers(data: BenchmarkData) -> None:
 def test_images_of_several_sizes() -> None:
     dataset = ImageDataset(image_set(2, 0, sides=(3, 8)))
     assert [dataset[i][0].size for i in range(4)] == [(3, 3), (8, 8), (3, 3), (8, 8)]
+
+
+@pytest.mark.parametrize(
+    ("labels", "message"),
+    [
+        ([0.5, 1.0, 2.0], r"labels are whole numbers, int64 \[N\], got float64 \[3\]"),
+        (["a", "b", "c"], r"labels are whole numbers, .*got <U1"),
+        ([[0], [1], [2]], r"got int64 \[3, 1\]"),
+        ([0, 1, -1], r"sample 2 \(c\.png\) has label -1; labels count from 0"),
+    ],
+)
+def test_labels_that_are_no_places_of_classes(labels: Any, message: str) -> None:
+    with pytest.raises(DataError, match=message):
+        ImageSet(np.zeros((3, 4, 4, 3), np.uint8), np.array(labels), ["a.png", "b.png", "c.png"])
+    with pytest.raises(DataError, match=message):
+        TextSet(["a", "b", "c"], np.array(labels), ["a.png", "b.png", "c.png"])
+
+
+def test_a_label_without_a_class(data: BenchmarkData) -> None:
+    wrong = ImageSet(data.test.images, np.where(data.test.labels == 6, 2**40, data.test.labels))
+    with pytest.raises(DataError, match=r"toy: a test image has label 1099511627776, .* only 7 classes"):
+        dataclasses.replace(data, test=wrong)
 
 
 def test_task_indices(data: BenchmarkData) -> None:

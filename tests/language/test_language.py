@@ -236,6 +236,21 @@ def test_taken_rows(mixed: Route) -> None:
     assert taken(None, rows) is None and taken(Route.single(2), rows) == Route.single(2)
 
 
+def test_a_batch_is_a_whole_number_from_one_on(make: Make) -> None:
+    language = make("gpt2")
+    for batch in (-1, 0, 1.5):
+        runs: tuple[Callable[[Any], Any], ...] = (
+            lambda size: language.generate(["what"], 2, batch=size),
+            lambda size: language.log_likelihood(["what"], ["blue"], batch=size),
+            lambda size: language.choose(["what"], ["blue", "red"], batch=size),
+            lambda size: language.features(["what"], size),
+            lambda size: language.model.predict_texts(["what"], size),
+        )
+        for run in runs:
+            with pytest.raises(ConfigError, match=rf"batch is how many samples .*; got {batch}"):
+                run(batch)
+
+
 def test_refusals(make: Make, mixed: Route, tiny_decoder: Callable[[str], Path], tmp_path: Path) -> None:
     language = make("gpt2")
     with pytest.raises(ClAdaptersError, match="the route has 4 samples, but there are 2 prompts"):

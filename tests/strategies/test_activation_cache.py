@@ -13,7 +13,7 @@ from torch.utils.data import Dataset
 from cl_adapters.adapters.bottleneck import Bottleneck
 from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.bank.bank import AdapterBank, Route
-from cl_adapters.errors import ClAdaptersError, IncompatibleBackbone
+from cl_adapters.errors import ClAdaptersError, ConfigError, IncompatibleBackbone
 from cl_adapters.model.facade import AdapterModel
 from cl_adapters.strategies import MOS, SEMA
 from cl_adapters.strategies._loop.activation_cache import ActivationCache, CachedLoader, HiddenStore
@@ -80,6 +80,11 @@ def test_store_refuses_what_half_precision_cannot_hold() -> None:
     store = HiddenStore(1, 1, (2,), 1e-9)
     with pytest.raises(ClAdaptersError, match="cache_memory_mb"):
         store.write(0, 0, torch.tensor([[1.0, 1e6]]))
+
+
+def test_a_batch_of_less_than_one_is_refused(model: AdapterModel) -> None:
+    with pytest.raises(ConfigError, match=r"batch is how many samples .*; got 0"):
+        ActivationCache(model, Pictures([3], 0.0), seeds=[0], batch=0, memory_mb=1.0)
 
 
 # --- the views ----------------------------------------------------------------------------------------------

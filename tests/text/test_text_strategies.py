@@ -18,6 +18,7 @@ from cl_adapters.benchmarks.data.text import Text
 from cl_adapters.benchmarks.run.evaluation import evaluate
 from cl_adapters.benchmarks.streams.datasets import as_dataset
 from cl_adapters.benchmarks.streams.prepared import prepare
+from cl_adapters.errors import ConfigError
 from cl_adapters.features import FeatureMemory
 
 
@@ -44,6 +45,12 @@ def trained(name: str, backbone: FrozenBackbone, table: Path, **options: Any) ->
         strategy.train(experience)
     model: AdapterModel = strategy.model
     return model
+
+
+def test_evaluation_wants_a_batch_of_one_or_more(backbone: FrozenBackbone, table: Path) -> None:
+    for batch in (-1, 0, 2.5):
+        with pytest.raises(ConfigError, match=rf"batch_size is how many samples .*; got {batch}"):
+            evaluate(AdapterModel(backbone), prepared_data(table, backbone), [0], batch_size=batch)  # type: ignore[arg-type]
 
 
 @pytest.mark.parametrize("name", list(FAST))

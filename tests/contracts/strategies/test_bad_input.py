@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from avalanche.benchmarks import benchmark_from_datasets
@@ -26,7 +27,7 @@ def trains(name: str) -> bool:
 
 
 class Plain(Dataset[tuple[Tensor, int]]):
-    def __init__(self, x: Tensor, targets: list[int]) -> None:
+    def __init__(self, x: Tensor, targets: list[Any]) -> None:
         self.x, self.targets = x, targets
 
     def __len__(self) -> int:
@@ -36,7 +37,7 @@ class Plain(Dataset[tuple[Tensor, int]]):
         return self.x[index], self.targets[index]
 
 
-def experience_of(lab: Any, x: Tensor, labels: list[int], classes: list[int] | None = None) -> Any:
+def experience_of(lab: Any, x: Tensor, labels: list[Any], classes: list[int] | None = None) -> Any:
     (experience,) = benchmark_from_datasets(train=[lab.experience_data(Plain(x, labels))]).train_stream
     if classes is not None:
         experience.classes_in_this_experience = classes
@@ -152,6 +153,49 @@ def test_leaf_that_requires_a_gradient_is_caught(name: str, lab: Any) -> None:
 
 
 # --- experiences ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("label", [0.5, float("nan"), float("inf"), "cat", None, 2**64, -1, 1j, [1]])
+def test_labels_that_are_no_class(name: str, lab: Any, label: Any) -> None:
+    """Refused before anything grows, with the first such sample; training goes on as if it had not been tried."""
+    strategy = lab.make(name)
+    before = lab.state(strategy)
+    message = r"training sample 2 has label .*; labels are whole numbers from 0 to 2\*\*63 - 1: number the classes"
+    with pytest.raises(DataError, match=message):
+        strategy.train(experience_of(lab, images(4), [1, 1, label, 2]))
+    assert not lab.differing(before, lab.state(strategy))
+    if label != [1]:
+        with pytest.raises(DataError, match=r"a class of this experience has label .*; labels are whole numbers"):
+            strategy.train(experience_of(lab, images(4), [1, 1, 2, 2], classes=[1, 2, label]))
+    strategy.train(lab.benchmark("sets").train_stream[0])
+
+
+def test_labels_of_other_types_that_say_the_same(name: str, lab: Any) -> None:
+    """Whole floats, numpy numbers, tensors and bools were taken always."""
+    found = []
+    for kind in (int, float, np.int64, np.float32, torch.tensor, bool):
+        strategy = lab.make(name)
+        strategy.train(experience_of(lab, images(4), [kind(label) for label in (0, 0, 1, 1)]))
+        found.append(strategy.model.predict(lab.probe()))
+        assert strategy.model.classes == [0, 1]
+    assert all(torch.equal(logits, found[0]) for logits in found)
+
+
+def test_labels_of_the_samples_that_contradict_the_targets(name: str, lab: Any) -> None:
+    """What the data set says class 1 and 2 are, comes as 1 and 7, or as 1 and 1.5."""
+
+    class Lying(Plain):
+        wrong: Any
+
+        def __getitem__(self, index: int) -> tuple[Tensor, Any]:
+            return self.x[index], self.wrong if self.targets[index] == 2 else type(self.wrong)(1)
+
+    for wrong, message in ((7, "came with label 7, but the classes so far are"), (1.5, r"has label 1\.5; labels are")):
+        data = Lying(images(4), [1, 1, 2, 2])
+        data.wrong = wrong
+        (experience,) = benchmark_from_datasets(train=[lab.experience_data(data)]).train_stream
+        with pytest.raises(DataError, match=message):
+            lab.make(name).train(experience)
 
 
 def test_class_that_comes_back(name: str, lab: Any) -> None:
