@@ -11,7 +11,6 @@ from cl_adapters.adapters.bottleneck import Bottleneck
 from cl_adapters.config import build, check_blocks, check_range, to_plain
 from cl_adapters.errors import ConfigError, suggestion
 
-
 LARGEST_BATCH = 2**20
 """Samples; a loader sets aside a list of that length."""
 

@@ -91,8 +91,13 @@ def main() -> None:
         print_error(str(error))
         sys.exit(2)
     except OSError as error:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # so that nothing is flushed there again
+        _silence_output()
         if error.errno == errno.EPIPE:
             sys.exit(1)
         print_error(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
         sys.exit(2)
+
+
+def _silence_output() -> None:
+    """Let nothing be flushed again where it could not be written: the interpreter would say so once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

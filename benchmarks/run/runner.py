@@ -101,9 +101,7 @@ class _Runner:
         if self.data.modality == "text":
             packages += ["transformers", "tokenizers"]
         plain = {"experiment": experiment.to_plain()}
-        self.description = describe(
-            plain, self.backbone.fingerprint, data_fingerprint(self.data), packages, device
-        )
+        self.description = describe(plain, self.backbone.fingerprint, data_fingerprint(self.data), packages, device)
 
     @property
     def model(self) -> AdapterModel:
