@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -54,8 +54,22 @@ def build_named(registry: Registry[type[C]], value: str | Mapping[str, Any], whe
         UnknownName: no plug-in of that name.
         ConfigError: unknown option, wrong type or range.
     """
-    options = {"type": value} if isinstance(value, str) else dict(value)
-    return build(registry.get(str(options.pop("type", ""))), options, where)
+    name, options = split_name(value, where)
+    return build(registry.get(name), options, where)
+
+
+def split_name(value: Any, where: str, default: str = "") -> tuple[str, dict[str, Any]]:
+    """Name and options of a plug-in, from its name or a mapping with "type", which is ``default`` where it is left out.
+
+    Raises:
+        ConfigError: neither.
+    """
+    if isinstance(value, str):
+        return value, {}
+    if not isinstance(value, Mapping) or not isinstance(value.get("type", default), str):
+        raise ConfigError(f"{where} must be a name, or a mapping with 'type' and its options, got {value!r}")
+    options = dict(value)
+    return options.pop("type", default), options
 
 
 def to_plain(config: Any) -> dict[str, Any]:
@@ -140,19 +154,25 @@ def _check(cls: Any, values: Mapping[str, Any], prefix: str) -> None:
             raise ConfigError(f"unknown option {prefix}{key!s}{suggestion(str(key), known)} Known: {', '.join(known)}")
         hint = hints[key]
         types = set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}
-        if isinstance(value, bool) and bool not in types and types & {int, float}:
+        leaves = _leaves(hint)
+        if bool not in leaves and leaves & {int, float} and _holds(value, lambda entry: isinstance(entry, bool)):
             raise ConfigError(f"{prefix}{key}: input should be a number, got {value!r}")
-        if _too_large(value):
+        if _holds(value, lambda entry: isinstance(entry, int) and abs(entry) > LARGEST):
             raise ConfigError(f"{prefix}{key}: whole numbers must lie within +-2^63, got {value!r}")
         if isinstance(value, Mapping):
             for nested in filter(dataclasses.is_dataclass, types):
                 _check(nested, value, f"{prefix}{key}.")
 
 
-def _too_large(value: Any) -> bool:
-    if isinstance(value, list | tuple):
-        return any(map(_too_large, value))
-    return isinstance(value, int) and abs(value) > LARGEST
+def _leaves(hint: Any) -> set[Any]:
+    """The types of which an annotation is made."""
+    inner = get_args(hint)
+    return {leaf for part in inner for leaf in _leaves(part)} if inner else {hint}
+
+
+def _holds(value: Any, wrong: Callable[[Any], bool]) -> bool:
+    """Whether a value, or one in a list of values, is wrong."""
+    return any(_holds(entry, wrong) for entry in value) if isinstance(value, list | tuple) else wrong(value)
 
 
 def _on_defaults(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:

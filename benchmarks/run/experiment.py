@@ -79,8 +79,18 @@ class BackboneConfig:
         check_range(self, "[1, inf)", "max_length")
 
     def load(self) -> FrozenBackbone:
-        """Load it."""
-        return FrozenBackbone.load(**dataclasses.asdict(self))
+        """Load it.
+
+        Raises:
+            ConfigError: the network cannot be built for images of that size.
+        """
+        try:
+            return FrozenBackbone.load(**dataclasses.asdict(self))
+        except (RuntimeError, AssertionError) as error:
+            if self.img_size is None:
+                raise
+            reason = str(error).partition("\n")[0]
+            raise ConfigError(f"img_size={self.img_size} does not suit {self.name}: {reason}") from error
 
     def to_plain(self) -> dict[str, Any]:
         """JSON-ready; options of transformers models only where they are set, as in files of earlier runs."""

@@ -41,7 +41,7 @@ class TaskRow:
     adapters: int = 0
     adapter_parameters: int = 0
     adapters_per_block: dict[str, int] = dataclasses.field(default_factory=dict)
-    task_of_slot: tuple[int, ...] | None = None
+    task_of_slot: tuple[int, ...] = ()
     expansions: tuple[Expansion, ...] = ()
 
     def __post_init__(self) -> None:
@@ -50,7 +50,7 @@ class TaskRow:
         widths = {len(line) for line in self.routing}
         if len(self.routing) != self.task + 1 or len(widths) != 1 or min(map(min, self.routing), default=-1) < 0:
             raise ValueError(f"routing needs {self.task + 1} lines of equally many counts")
-        if self.task_of_slot is not None and {len(self.task_of_slot) + 1} != widths:
+        if self.task_of_slot and {len(self.task_of_slot) + 1} != widths:
             raise ValueError("task_of_slot needs one task for each adapter of routing")
         if any(entry.task != self.task for entry in self.expansions):
             raise ValueError(f"expansions must be of task {self.task}")
@@ -136,7 +136,7 @@ def _routing(rows: Sequence[Plain]) -> Routing | None:
     """Which adapter answered, against the task for which it was made; None while there is no choice."""
     slots = len(rows[-1]["routing"][0]) - 1
     # rows written before adapters were dated come from strategies that made one per task
-    tasks = tuple(rows[-1].get("task_of_slot", range(slots)))
+    tasks = tuple(rows[-1].get("task_of_slot") or range(slots))
     if slots < 2:
         return None
     return Routing(
