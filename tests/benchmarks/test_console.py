@@ -10,12 +10,14 @@ import sys
 import time
 import warnings
 from pathlib import Path
-from typing import Any
+from types import SimpleNamespace
+from typing import Any, ClassVar
 
 import pytest
 from typer.testing import CliRunner
 
 from cl_adapters.benchmarks.cli import _console, listing, root
+from cl_adapters.benchmarks.cli import run as run_commands
 from cl_adapters.benchmarks.cli.options import check_device
 from cl_adapters.benchmarks.cli.root import app
 from cl_adapters.errors import ClAdaptersError, ConfigError
@@ -59,6 +61,28 @@ def test_names_of_plugins_are_shown_as_they_are(monkeypatch: pytest.MonkeyPatch)
     result = CliRunner(env={"COLUMNS": "200"}).invoke(app, ["list", "codecs"])
     assert result.exit_code == 0, result.exception
     assert result.output.count(VISIBLE) == 2
+
+
+def test_names_in_answers_and_results_are_shown_as_they_are(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    answer = SimpleNamespace(
+        input=HOSTILE, name=HOSTILE, label=0, score=0.5, adapter=0, abstained=False, ranking=[(HOSTILE, 0.5)] * 2
+    )
+    model = SimpleNamespace(predict_files=lambda files: [answer])
+    monkeypatch.setattr("cl_adapters.benchmarks.run.runner.latest_model", lambda *given: model)
+    words = ["predict", "--run", str(tmp_path), "x.png"]
+    result = CliRunner(env={"COLUMNS": "300"}).invoke(app, words)
+    assert result.exit_code == 0, result.exception
+    assert result.output.count(VISIBLE) == 3
+    assert strict(CliRunner().invoke(app, [*words, "--json"]).output)[0]["class"] == HOSTILE
+    seconds = SimpleNamespace(train=0.0, statistics=0.0, alignment=0.0, eval=0.0)
+    results: Any = SimpleNamespace(
+        strategy="[/x]", benchmark="[/y]", seed=0, task_classes=[(0,)], seconds_per_task=[seconds], a_curve=[None],
+        backbone_passes_per_image=SimpleNamespace(per_evaluation=[None]), forgetting=None, a_bar=None, a_last=None,
+    )  # fmt: skip
+    run_commands._finish(results, tmp_path)
+    assert "A-bar - %" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("device", ["meta", "nonsense", "", "cuda:99", "xla", "mps:3", "hpu", "lazy"])
@@ -105,7 +129,7 @@ def quick_run(monkeypatch: pytest.MonkeyPatch) -> None:
     class Nothing:
         row_type = object
         tasks = ()
-        description = {}  # noqa: RUF012
+        description: ClassVar[dict[str, Any]] = {}
 
         def __init__(self, *given: Any) -> None:
             pass
