@@ -10,7 +10,7 @@ from rich.table import Table
 
 from cl_adapters.benchmarks.cli._console import console, say, shown
 from cl_adapters.benchmarks.cli.options import Device, check_device, parse_settings
-from cl_adapters.benchmarks.cli.run import number, resumable
+from cl_adapters.benchmarks.cli.run import note_threads, number, resumable
 from cl_adapters.config import build
 from cl_adapters.errors import ConfigError
 
@@ -49,6 +49,7 @@ def instruct_command(
         if any(value is not None for value in (model, data, out, order)) or settings:
             raise ConfigError("--resume takes everything from the folder of the run: leave the other options out")
         folder = resume
+        note_threads(folder, None)
         with resumable(folder, f"cl-adapters instruct --resume {folder}"):
             results = instruct.resume(folder, device=device, listener=listener)
     else:

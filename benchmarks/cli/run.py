@@ -85,6 +85,7 @@ def resume_command(
     from cl_adapters.benchmarks.run.runner import resume
 
     check_device(device)
+    note_threads(folder, threads)
     with resumable(folder, f"cl-adapters resume {folder}"), _Live() as live:
         results = resume(folder, device=device, threads=threads, listener=live)
     _finish(results, folder)
@@ -184,6 +185,14 @@ def _finish(results: Results, out: Path) -> None:
     )
     say(f"results {out / 'results.json'}")
     say(f"report  {out / 'report.html'}")
+
+
+def note_threads(folder: Path, threads: int | None) -> None:
+    """Say so where a run does not tell with how many CPU threads it computed, and none are asked for."""
+    from cl_adapters.benchmarks.run.session import read_recorded, threads_of
+
+    if threads is None and threads_of(read_recorded(folder)) is None:
+        say("note: this run does not tell its CPU threads; with another number than before, bits may differ")
 
 
 def number(value: float | None) -> str:

@@ -231,20 +231,20 @@ def read_from(path: Path) -> Iterator[None]:
         raise StorageError(f"{path} is not what a run of this cl-adapters writes: {error}; restore a copy") from error
 
 
+def threads_of(recorded: Mapping[str, Any]) -> int | None:
+    """The CPU threads that a run computed with; None: it is of a release that did not record them."""
+    threads: int | None = recorded.get("hardware", {}).get("threads")
+    return threads
+
+
 @contextmanager
 def recorded_threads(recorded: Mapping[str, Any], threads: int | None) -> Iterator[None]:
-    """Compute with the CPU threads of the run, of whose number the last bits of sums depend; put them back after.
+    """Compute with the CPU threads of the run, on whose number the last bits of sums depend; put them back after.
 
     ``threads`` are those that were asked for, which win.
     """
-    before, then = torch.get_num_threads(), recorded.get("hardware", {}).get("threads")
-    if then is None:
-        warnings.warn(
-            f"this run does not say how many CPU threads it computed with; it goes on with {threads or before}, and "
-            "bits may differ if that is another number",
-            stacklevel=4,
-        )
-    elif threads not in (None, then):
+    before, then = torch.get_num_threads(), threads_of(recorded)
+    if then is not None and threads not in (None, then):
         warnings.warn(
             f"this run computed with {then} CPU threads and goes on with {threads}: bits may differ", stacklevel=4
         )
