@@ -19,10 +19,15 @@ from typing import ClassVar, TypeAlias
 import numpy as np
 import numpy.typing as npt
 
+from cl_adapters.config import check_range
 from cl_adapters.errors import ConfigError, DataError
 from cl_adapters.registry import Registry
 
 UInt8Images = Sequence[npt.NDArray[np.uint8]] | npt.NDArray[np.uint8]
+
+
+LARGEST_SCALE = 100
+"""Times the size of an image, as which augmentation may show it."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,6 +51,10 @@ class Augmentation:
     def __post_init__(self) -> None:
         if self.kind not in ("crop", "affine", "none"):
             raise ValueError(f"augmentation kind must be 'crop', 'affine' or 'none', not {self.kind!r}")
+        if not 0 < self.scale[0] <= self.scale[1] <= LARGEST_SCALE:
+            raise ValueError(f"scale must be two ascending numbers in (0, {LARGEST_SCALE}], got {list(self.scale)}")
+        check_range(self, "[0, 360]", "degrees")
+        check_range(self, "[0, 1]", "translate")
 
 
 CHARACTERS = Augmentation(kind="affine", scale=(0.9, 1.1), flip=False)

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+import math
+from collections.abc import Callable, Mapping, Sequence
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
 
@@ -14,6 +15,9 @@ from cl_adapters.errors import ConfigError, suggestion
 from cl_adapters.registry import Registry
 
 C = TypeVar("C")
+
+LARGEST = 2**63 - 1
+"""No whole number of a configuration is larger: NumPy, torch and faiss compute with 64 bits."""
 
 OMITTED_AT_DEFAULT = {"left out at its default": True}
 """Metadata of a dataclass field that came later than files in use: at its default these stay as they were."""
@@ -29,7 +33,8 @@ def build(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
         where: prefix of the field names in messages ("benchmark", "strategy").
 
     Raises:
-        ConfigError: an unknown key (with the nearest known one), a missing key, a wrong type or range.
+        ConfigError: an unknown key (with the nearest known one), a missing key, a wrong type or range, a number that
+            is not finite.
     """
     prefix = f"{where}." if where else ""
     _check(cls, values, prefix)
@@ -49,8 +54,22 @@ def build_named(registry: Registry[type[C]], value: str | Mapping[str, Any], whe
         UnknownName: no plug-in of that name.
         ConfigError: unknown option, wrong type or range.
     """
-    options = {"type": value} if isinstance(value, str) else dict(value)
-    return build(registry.get(str(options.pop("type", ""))), options, where)
+    name, options = split_name(value, where)
+    return build(registry.get(name), options, where)
+
+
+def split_name(value: Any, where: str, default: str = "") -> tuple[str, dict[str, Any]]:
+    """Name and options of a plug-in, from its name or a mapping with "type", which is ``default`` where it is left out.
+
+    Raises:
+        ConfigError: neither.
+    """
+    if isinstance(value, str):
+        return value, {}
+    if not isinstance(value, Mapping) or not isinstance(value.get("type", default), str):
+        raise ConfigError(f"{where} must be a name, or a mapping with 'type' and its options, got {value!r}")
+    options = dict(value)
+    return options.pop("type", default), options
 
 
 def to_plain(config: Any) -> dict[str, Any]:
@@ -67,6 +86,41 @@ def to_plain(config: Any) -> dict[str, Any]:
     plain = _adapter(cls).dump_python(config, mode="json", include=set(_options(cls)) - unsaid)
     assert isinstance(plain, dict)
     return plain
+
+
+def check_range(config: Any, interval: str, *names: str) -> None:
+    """Check fields of a dataclass against an interval such as "[0, 1)" or "(0, inf)"; None passes.
+
+    For ``__post_init__``, so that settings made in Python are checked as those from files; NaN lies in no interval.
+
+    Raises:
+        ConfigError: a field lies outside; names it.
+    """
+    low, high = map(float, interval[1:-1].split(","))
+    for name in names:
+        value = getattr(config, name)
+        if value is None:
+            continue
+        above = value > low if interval[0] == "(" else value >= low
+        below = value < high if interval[-1] == ")" else value <= high
+        if above and below:
+            continue
+        wanted = f"in {interval}"
+        if not above and interval[0] == "(":
+            wanted = "positive" if low == 0 and math.isinf(high) else wanted
+        elif math.isinf(high) or isinstance(value, int):
+            wanted = f"at least {low:.0f}" if not above else f"at most {high:.0f}"
+        raise ConfigError(f"{name} must be {wanted}, got {value}")
+
+
+def check_blocks(blocks: Sequence[int] | None, name: str = "blocks") -> None:
+    """Check a choice of blocks; None passes. Whether the backbone has them is seen where it is known.
+
+    Raises:
+        ConfigError: a block is named twice, or negative.
+    """
+    if blocks is not None and (len(set(blocks)) < len(blocks) or min(blocks, default=0) < 0):
+        raise ConfigError(f"{name} must name each block once, counted from 0, got {list(blocks)}")
 
 
 def put_nested(target: dict[str, Any], path: Sequence[str], value: Any, *, named: bool = False) -> None:
@@ -100,11 +154,25 @@ def _check(cls: Any, values: Mapping[str, Any], prefix: str) -> None:
             raise ConfigError(f"unknown option {prefix}{key!s}{suggestion(str(key), known)} Known: {', '.join(known)}")
         hint = hints[key]
         types = set(get_args(hint)) if get_origin(hint) in (Union, UnionType) else {hint}
-        if isinstance(value, bool) and bool not in types and types & {int, float}:
+        leaves = _leaves(hint)
+        if bool not in leaves and leaves & {int, float} and _holds(value, lambda entry: isinstance(entry, bool)):
             raise ConfigError(f"{prefix}{key}: input should be a number, got {value!r}")
+        if _holds(value, lambda entry: isinstance(entry, int) and abs(entry) > LARGEST):
+            raise ConfigError(f"{prefix}{key}: whole numbers must lie within +-2^63, got {value!r}")
         if isinstance(value, Mapping):
             for nested in filter(dataclasses.is_dataclass, types):
                 _check(nested, value, f"{prefix}{key}.")
+
+
+def _leaves(hint: Any) -> set[Any]:
+    """The types of which an annotation is made."""
+    inner = get_args(hint)
+    return {leaf for part in inner for leaf in _leaves(part)} if inner else {hint}
+
+
+def _holds(value: Any, wrong: Callable[[Any], bool]) -> bool:
+    """Whether a value, or one in a list of values, is wrong."""
+    return any(_holds(entry, wrong) for entry in value) if isinstance(value, list | tuple) else wrong(value)
 
 
 def _on_defaults(cls: Any, values: Mapping[str, Any]) -> dict[str, Any]:
@@ -134,7 +202,7 @@ def _hints(cls: Any, extras: bool = False) -> dict[str, Any]:
 
 @functools.cache
 def _adapter(cls: Any) -> TypeAdapter[Any]:
-    config = ConfigDict(extra="forbid", arbitrary_types_allowed=True)
+    config = ConfigDict(extra="forbid", arbitrary_types_allowed=True, allow_inf_nan=False)
     if not dataclasses.is_dataclass(cls):  # the annotation of a field
         return TypeAdapter(cls, config=config)
     owner: Any = cls

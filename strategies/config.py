@@ -8,8 +8,11 @@ from typing import Any
 
 from cl_adapters.adapters.base import AdapterField
 from cl_adapters.adapters.bottleneck import Bottleneck
-from cl_adapters.config import build, to_plain
+from cl_adapters.config import build, check_blocks, check_range, to_plain
 from cl_adapters.errors import ConfigError, suggestion
+
+LARGEST_BATCH = 2**20
+"""Samples; a loader sets aside a list of that length."""
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -26,7 +29,11 @@ class StrategyConfig:
 
     def __post_init__(self) -> None:
         if self.train_mb_size < 1 or self.eval_mb_size < 1:
-            raise ValueError("batch sizes must be at least 1")
+            raise ValueError(
+                f"batch sizes must be at least 1, got train_mb_size={self.train_mb_size}, "
+                f"eval_mb_size={self.eval_mb_size}"
+            )
+        check_range(self, f"[1, {LARGEST_BATCH}]", "train_mb_size", "eval_mb_size")
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -58,12 +65,14 @@ class TrainingConfig(StrategyConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
+        check_blocks(self.blocks)
         if self.cached_views < 0:
             raise ValueError(f"cached_views must be 0 (off) or more, got {self.cached_views}")
-        if self.train_epochs < 1:
-            raise ValueError(f"train_epochs must be at least 1, got {self.train_epochs}")
-        if self.lr <= 0:
-            raise ValueError(f"lr must be positive, got {self.lr}")
+        check_range(self, "[0, 1000]", "cached_views")
+        check_range(self, "[1, inf)", "train_epochs")
+        check_range(self, "(0, inf)", "lr", "cache_memory_mb")
+        check_range(self, "[0, inf)", "head_lr_factor", "weight_decay")
+        check_range(self, "[0, 1]", "momentum")
 
 
 def resolve(

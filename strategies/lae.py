@@ -21,6 +21,7 @@ from cl_adapters.adapters.base import AdapterField
 from cl_adapters.adapters.bottleneck import Bottleneck
 from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.bank.bank import AdapterBank, Route, sites_of
+from cl_adapters.config import check_range
 from cl_adapters.merge.ema import ema
 from cl_adapters.model.facade import AdapterModel
 from cl_adapters.model.heads import normal
@@ -74,17 +75,14 @@ class LAEConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.first_blocks < 1:
-            raise ValueError(f"first_blocks must be at least 1, got {self.first_blocks}")
+        check_range(self, "[1, inf)", "first_blocks")
         if self.frozen_epochs is not None and not 0 <= self.frozen_epochs <= self.train_epochs:
             raise ValueError(
                 f"frozen_epochs must lie between 0 and train_epochs ({self.train_epochs}), got {self.frozen_epochs}; "
                 "leave it out for three fifths of them"
             )
-        if not 0 <= self.decay <= 1:
-            raise ValueError(f"decay must be in [0, 1], got {self.decay}")
-        if not 0 <= self.momentum < 1:
-            raise ValueError(f"momentum must be in [0, 1), got {self.momentum}")
+        check_range(self, "[0, 1]", "decay")
+        check_range(self, "[0, 1)", "momentum")
 
     def frozen_in(self, task: int) -> int:
         """Epochs of task ``task`` (0-based) in which the adapter is frozen."""

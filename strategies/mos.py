@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cl_adapters.bank.bank import Route
+from cl_adapters.config import check_range
 from cl_adapters.merge.ema import ema
 from cl_adapters.merge.mean import mean
 from cl_adapters.model.alignment import Alignment, align
@@ -58,8 +59,10 @@ class MOSConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if not 0 <= self.adapter_momentum <= 1:
-            raise ValueError(f"adapter_momentum must be in [0, 1], got {self.adapter_momentum}")
+        check_range(self, "[0, 1]", "adapter_momentum")
+        check_range(self, "[0, inf)", "reg")
+        check_range(self, "(0, inf)", "temperature")
+        check_range(self, "[1, inf)", "max_steps")
 
 
 @strategies.register("mos")

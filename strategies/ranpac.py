@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.bank.bank import Route
+from cl_adapters.config import check_range
 from cl_adapters.model.facade import AdapterModel
 from cl_adapters.model.heads import LinearHead
 from cl_adapters.parts.ridge import Ridge, random_projection
@@ -53,8 +54,7 @@ class RanPACConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.projection < 1:
-            raise ValueError(f"projection must be at least 1, got {self.projection}")
+        check_range(self, "[1, 65536]", "projection")
         if not self.ridges or not all(0 < ridge < float("inf") for ridge in self.ridges):
             raise ValueError(f"ridges must be positive numbers, at least one, got {list(self.ridges)}")
         if not 0 < self.holdout < 1:

@@ -20,6 +20,7 @@ from cl_adapters.adapters.base import AdapterField
 from cl_adapters.adapters.bottleneck import Bottleneck
 from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.bank.bank import AdapterBank, Route
+from cl_adapters.config import check_blocks, check_range
 from cl_adapters.errors import ConfigError
 from cl_adapters.model.facade import AdapterModel
 from cl_adapters.model.heads import kaiming_uniform
@@ -29,7 +30,7 @@ from cl_adapters.predictors.base import Predictor
 from cl_adapters.predictors.mixture import MixtureOfAdapters
 from cl_adapters.strategies._loop.adapter_inputs import AdapterInputs
 from cl_adapters.strategies.base import AdapterStrategy, Expansion, strategies
-from cl_adapters.strategies.config import StrategyConfig, TrainingConfig
+from cl_adapters.strategies.config import LARGEST_BATCH, StrategyConfig, TrainingConfig
 from cl_adapters.strategies.phases import Loss, Phase, current_task_loss
 
 
@@ -77,14 +78,12 @@ class SEMAConfig(TrainingConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if min(self.last_blocks, self.descriptor_dim, self.descriptor_epochs, self.scan_mb_size) < 1:
-            raise ValueError("last_blocks, descriptor_dim, descriptor_epochs and scan_mb_size must be at least 1")
-        if self.threshold <= 0 or self.descriptor_lr <= 0:
-            raise ValueError("threshold and descriptor_lr must be positive")
-        if not 0 <= self.min_batch_share <= 1:
-            raise ValueError(f"min_batch_share must be in [0, 1], got {self.min_batch_share}")
-        if self.max_adapters is not None and self.max_adapters < 1:
-            raise ValueError(f"max_adapters must be at least 1, got {self.max_adapters}")
+        check_blocks(self.expandable, "expandable")
+        check_range(self, "[1, inf)", "last_blocks", "descriptor_epochs", "max_adapters")
+        check_range(self, "[1, 65536]", "descriptor_dim")
+        check_range(self, f"[1, {LARGEST_BATCH}]", "scan_mb_size", "buffer")
+        check_range(self, "(0, inf)", "threshold", "descriptor_lr")
+        check_range(self, "[0, 1]", "min_batch_share")
 
 
 @strategies.register("sema")

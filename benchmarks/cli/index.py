@@ -9,10 +9,9 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 import numpy as np
 import typer
-from rich.markup import escape
 from rich.table import Table
 
-from cl_adapters.benchmarks.cli._console import console, print_json, say
+from cl_adapters.benchmarks.cli._console import console, print_json, say, shown
 from cl_adapters.benchmarks.cli.options import Json, Pool, TextFile, Texts, Weights, given_texts, parse_settings
 from cl_adapters.benchmarks.cli.pool import opened
 from cl_adapters.errors import ConfigError, DataError
@@ -119,9 +118,9 @@ def query_command(
         answer = "" if ok is None else _class_of(hits[0]) if ok else "none of these"
         for place, hit in enumerate(hits):
             first = (input_, answer) if place == 0 else ("", "")
-            table.add_row(*map(escape, (first[0], _class_of(hit), hit.record, f"{hit.score:.4f}", first[1])))
+            table.add_row(*map(shown, (first[0], _class_of(hit), hit.record, f"{hit.score:.4f}", first[1])))
         if not hits:
-            table.add_row(escape(input_), "-", "-", "-", answer)
+            table.add_row(shown(input_), "-", "-", "-", answer)
     console.print(table)
     if threshold is not None:
         refused = sum(ok is False for ok in known)
@@ -157,7 +156,7 @@ def _describe(index: AdapterIndex, folder: Path, as_json: bool) -> None:
     table = Table(show_header=False)
     for key, value in rows.items():
         if value:
-            table.add_row(key, escape(value))
+            table.add_row(key, shown(value))
     console.print(table)
 
 

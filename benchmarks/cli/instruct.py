@@ -6,11 +6,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
-from cl_adapters.benchmarks.cli._console import console, say
-from cl_adapters.benchmarks.cli.options import Device, parse_settings
+from cl_adapters.benchmarks.cli._console import console, say, shown
+from cl_adapters.benchmarks.cli.options import Device, check_device, parse_settings
+from cl_adapters.benchmarks.cli.run import note_threads, number, resumable
+from cl_adapters.config import build
 from cl_adapters.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -42,26 +43,33 @@ def instruct_command(
     """Continual instruction tuning: learn task by task, judge by likelihood and by generation, save."""
     from cl_adapters.benchmarks.run import instruct
 
+    check_device(device)
     listener = _Told()
     if resume is not None:
         if any(value is not None for value in (model, data, out, order)) or settings:
             raise ConfigError("--resume takes everything from the folder of the run: leave the other options out")
-        folder, results = resume, instruct.resume(resume, device=device, listener=listener)
+        folder = resume
+        note_threads(folder, None)
+        with resumable(folder, f"cl-adapters instruct --resume {folder}"):
+            results = instruct.resume(folder, device=device, listener=listener)
     else:
         if model is None or data is None or out is None:
             raise ConfigError("give --model hf:FOLDER, --data FOLDER and --out RUN, or --resume RUN")
         given = parse_settings(settings or [])
-        experiment = instruct.InstructExperiment(
-            method=method,
-            model=model,
-            data=data,
-            order=None if order is None else tuple(name.strip() for name in order.split(",")),
-            benchmark={key.partition(".")[2]: value for key, value in given.items() if key.startswith("benchmark.")},
-            settings={k: v for k, v in given.items() if k not in LOADING and not k.startswith("benchmark.")},
-            seed=seed,
+        plain = {
+            "method": method,
+            "model": model,
+            "data": data,
+            "order": None if order is None else tuple(name.strip() for name in order.split(",")),
+            "benchmark": {key.partition(".")[2]: value for key, value in given.items() if key.startswith("benchmark.")},
+            "settings": {k: v for k, v in given.items() if k not in LOADING and not k.startswith("benchmark.")},
+            "seed": seed,
             **{key: given[key] for key in LOADING if key in given},
-        )
-        folder, results = out, instruct.run(experiment, out, device=device, listener=listener)
+        }
+        experiment = build(instruct.InstructExperiment, plain)
+        folder = out
+        with resumable(folder, f"cl-adapters instruct --resume {folder}"):
+            results = instruct.run(experiment, folder, device=device, listener=listener)
     show(results)
     say(f"results {folder / 'instruct.json'}")
 
@@ -84,7 +92,7 @@ class _Told:
 
     def task_finished(self, results: InstructResults) -> None:
         seconds = results.seconds_train[-1] + results.seconds_eval[-1]
-        last = _number(results.generation.a_last)
+        last = number(results.generation.a_last)
         say(f"  exact match on all tasks so far {last} %   ({seconds:.1f} s)", wrapped=True)
 
 
@@ -92,17 +100,13 @@ def _show(results: InstructResults, judged: Judged, how: str) -> None:
     say(f"{results.method} on {results.data}, seed {results.seed}: exact match {how}, %")
     table = Table("after task")
     for name in results.tasks:
-        table.add_column(escape(name), justify="right")
+        table.add_column(shown(name), justify="right")
     table.add_column("A_t", justify="right")
     for name, row, mean in zip(results.tasks, judged.accuracy_matrix, judged.a_curve, strict=True):
-        table.add_row(escape(name), *map(_number, row), _number(mean))
+        table.add_row(shown(name), *map(number, row), number(mean))
     console.print(table)
     say(
-        f"A-bar {_number(judged.a_bar)}   A_last {_number(judged.a_last)}   "
-        f"forgetting {_number(judged.forgetting)}   BWT {_number(judged.backward_transfer)}",
+        f"A-bar {number(judged.a_bar)}   A_last {number(judged.a_last)}   "
+        f"forgetting {number(judged.forgetting)}   BWT {number(judged.backward_transfer)}",
         wrapped=True,
     )
-
-
-def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.2f}"

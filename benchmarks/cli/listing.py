@@ -5,10 +5,9 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
-from cl_adapters.benchmarks.cli._console import console
+from cl_adapters.benchmarks.cli._console import console, shown
 from cl_adapters.errors import UnknownName
 
 if TYPE_CHECKING:
@@ -30,7 +29,7 @@ def list_command(
 
         table = Table("--strategy", "--preset", "")
         for preset in presets():
-            table.add_row(preset.strategy, preset.name, escape(preset.summary))
+            table.add_row(*map(shown, (preset.strategy, preset.name, preset.summary)))
         console.print(table)
         return
     registry = _registry(kind)
@@ -38,7 +37,7 @@ def list_command(
     for name in registry.names():
         entry = registry.get(name)
         summary = getattr(entry, "summary", "") or (entry.__doc__ or "").strip().partition("\n")[0]
-        table.add_row(name, summary)
+        table.add_row(shown(name), shown(summary))
     console.print(table)
 
 

@@ -14,6 +14,7 @@ from cl_adapters.errors import ConfigError, DataError
 Pool = Annotated[Path, typer.Argument(help="Folder of the pool.")]
 Json = Annotated[bool, typer.Option("--json", help="Print JSON.")]
 Weights = Annotated[Path | None, typer.Option(help="The backbone's weights, if their file (hf: folder) has moved.")]
+Threads = Annotated[int | None, typer.Option(help="CPU threads; default torch's own choice.", min=1, max=1024)]
 Device = Annotated[str, typer.Option(help="Where to compute: cpu, cuda, cuda:1, ...")]
 Texts = Annotated[list[str] | None, typer.Option("--text", help="A text instead of image files; may be repeated.")]
 TextFile = Annotated[Path | None, typer.Option("--text-file", help="A file with one text per line.")]
@@ -39,6 +40,21 @@ def parse_settings(pairs: Iterable[str]) -> dict[str, Any]:
         except yaml.YAMLError as error:
             raise ConfigError(f"--set {key}: {text!r} is no YAML value; quote it") from error
     return values
+
+
+def check_device(device: str) -> None:
+    """See whether one can compute on a device.
+
+    Raises:
+        ConfigError: no, with torch's reason.
+    """
+    import torch
+
+    try:
+        torch.zeros(1, device=torch.device(device)).add(1).item()
+    except (RuntimeError, AssertionError, ImportError) as error:
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise ConfigError(f"device {device!r} cannot be used here: {reason}") from error
 
 
 def given_texts(texts: Sequence[str] | None, file: Path | None) -> list[str]:

@@ -7,10 +7,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
-from cl_adapters.benchmarks.cli._console import console, print_json, say
+from cl_adapters.benchmarks.cli._console import console, print_json, say, shown
 from cl_adapters.benchmarks.cli.options import Json, Pool
 from cl_adapters.errors import ConfigError
 
@@ -45,7 +44,7 @@ def ls_command(
             f"{stored / 1024:,.0f} KiB" + (f" {record.compression}" if record.compression else ""),
             ", ".join(record.tags),
         )
-        table.add_row(*map(escape, row))
+        table.add_row(*map(shown, row))
     console.print(table)
     card = store.backbone_card
     say(f"{len(records)} of {len(store)} adapters of backbone {card.name} ({card.fingerprint[:16]})")
@@ -64,10 +63,10 @@ def show_command(pool: Pool, id: Id, as_json: Json = False) -> None:
     table = Table(show_header=False)
     for key, value in plain.items():
         if value not in (None, [], {}):
-            table.add_row(key, escape(value if isinstance(value, str) else json.dumps(value)))
+            table.add_row(shown(key), shown(value if isinstance(value, str) else json.dumps(value)))
     for file in record.files:
         size = (pool / file).stat().st_size if (pool / file).is_file() else None
-        table.add_row("file", f"{file}: " + ("missing" if size is None else f"{size:,} bytes"))
+        table.add_row("file", shown(f"{file}: " + ("missing" if size is None else f"{size:,} bytes")))
     console.print(table)
 
 

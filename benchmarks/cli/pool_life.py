@@ -8,10 +8,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
-from cl_adapters.benchmarks.cli._console import console, print_json, say
+from cl_adapters.benchmarks.cli._console import console, print_json, say, shown
 from cl_adapters.benchmarks.cli.options import BenchmarkSeed, Json, Limit, Pool, Weights, parse_settings
 from cl_adapters.benchmarks.cli.pool import opened, plain_record
 from cl_adapters.errors import ConfigError
@@ -145,7 +144,7 @@ def compress_command(
     table = Table("id", "stored before", "after", "ratio", "relative error")
     for one in done:
         ratio = f"{one.before / max(1, one.after):.1f}"
-        table.add_row(escape(one.id), f"{one.before:,}", f"{one.after:,}", ratio, f"{one.error:.2e}")
+        table.add_row(shown(one.id), f"{one.before:,}", f"{one.after:,}", ratio, f"{one.error:.2e}")
     console.print(table)
     before, after = sum(one.before for one in done), sum(one.after for one in done)
     where = "nothing written" if dry_run else f"written to {to or pool}"

@@ -6,10 +6,9 @@ from pathlib import Path
 from typing import Annotated
 
 import typer
-from rich.markup import escape
 from rich.table import Table
 
-from cl_adapters.benchmarks.cli._console import console, print_json
+from cl_adapters.benchmarks.cli._console import console, print_json, shown
 from cl_adapters.benchmarks.cli.options import Json, TextFile, Texts, Weights, given_texts
 from cl_adapters.errors import ConfigError
 
@@ -54,5 +53,5 @@ def predict_command(
         near = ", ".join(f"{name} {score:.3f}" for name, score in answer.ranking[not answer.abstained :][:2])
         adapter = "none" if answer.adapter < 0 else str(answer.adapter)
         said = (REFUSED, "-") if answer.abstained else (answer.name, f"{answer.score:.3f}")
-        table.add_row(*map(escape, (answer.input, *said, adapter, near)))
+        table.add_row(*map(shown, (answer.input, *said, adapter, near)))
     console.print(table)

@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import errno
+import os
 import sys
+import warnings
 from collections.abc import Callable, Mapping
 
 import typer
@@ -77,9 +80,24 @@ app.add_typer(
 
 
 def main() -> None:
-    """Entry point: the package's own errors become one line and exit code 2."""
+    """All commands: the package's own errors, and those of the system, become one line and exit code 2."""
+    warnings.showwarning = lambda message, *place: print_error(str(message), "warning")
     try:
-        app()
+        try:
+            app()
+        finally:
+            sys.stdout.flush()  # a full disk is found here, not by the interpreter when it ends
     except ClAdaptersError as error:
         print_error(str(error))
         sys.exit(2)
+    except OSError as error:
+        _silence_output()
+        if error.errno == errno.EPIPE:
+            sys.exit(1)
+        print_error(f"{error.strerror or error}" + (f": {error.filename}" if error.filename else ""))
+        sys.exit(2)
+
+
+def _silence_output() -> None:
+    """Let nothing be flushed again where it could not be written: the interpreter would say so once more."""
+    os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())

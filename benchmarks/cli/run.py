@@ -2,25 +2,24 @@
 
 from __future__ import annotations
 
+import signal
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 import typer
-from rich.markup import escape
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 from rich.table import Table
 
-from cl_adapters.benchmarks.cli._console import console, say
-from cl_adapters.benchmarks.cli.options import Device, parse_settings
-from cl_adapters.errors import ConfigError
+from cl_adapters.benchmarks.cli._console import console, say, shown
+from cl_adapters.benchmarks.cli.options import Device, Threads, check_device, parse_settings
 
 if TYPE_CHECKING:
     from cl_adapters.benchmarks.results.results import Results
 
 Out = Annotated[Path | None, typer.Option("--out", help="New folder; default runs/STRATEGY-PRESET|BENCHMARK-sSEED")]
-Threads = Annotated[int | None, typer.Option(help="CPU threads; default torch's own choice.", min=1)]
 RunFolder = Annotated[Path, typer.Argument(help="Folder of a run.")]
 
 
@@ -53,7 +52,11 @@ def run_command(
     from cl_adapters.benchmarks.run.experiment import resolve
     from cl_adapters.benchmarks.run.runner import run
 
-    _use(device, threads)
+    check_device(device)
+    if threads is not None:
+        import torch
+
+        torch.set_num_threads(threads)
     given = {"keys.kind": keys, "predictor.type": predictor}
     named = {key: value for key, value in given.items() if value is not None}
     experiment = resolve(
@@ -66,18 +69,25 @@ def run_command(
         settings=named | parse_settings(settings or []),
     )
     out = out or Path("runs") / f"{strategy}-{preset or experiment.benchmark}-s{seed}"
-    with _resumable(out), _Live() as live:
+    with resumable(out, f"cl-adapters resume {out}"), _Live() as live:
         results = run(experiment, out, device=device, listener=live)
     _finish(results, out)
 
 
-def resume_command(folder: RunFolder, device: Device = "cpu", threads: Threads = None) -> None:
+def resume_command(
+    folder: RunFolder,
+    device: Device = "cpu",
+    threads: Annotated[
+        int | None, typer.Option(help="CPU threads; default those of the run, for the same bits.", min=1, max=1024)
+    ] = None,
+) -> None:
     """Go on with an interrupted run after its last complete task."""
     from cl_adapters.benchmarks.run.runner import resume
 
-    _use(device, threads)
-    with _resumable(folder), _Live() as live:
-        results = resume(folder, device=device, listener=live)
+    check_device(device)
+    note_threads(folder, threads)
+    with resumable(folder, f"cl-adapters resume {folder}"), _Live() as live:
+        results = resume(folder, device=device, threads=threads, listener=live)
     _finish(results, folder)
 
 
@@ -91,14 +101,28 @@ def report_command(folder: RunFolder) -> None:
     _finish(results, folder)
 
 
+class _Terminated(KeyboardInterrupt):
+    """SIGTERM, which then ends a run as Ctrl-C does."""
+
+
 @contextmanager
-def _resumable(out: Path) -> Iterator[None]:
-    """Say how to go on after Ctrl-C."""
+def resumable(out: Path, command: str) -> Iterator[None]:
+    """Say how to go on after Ctrl-C or SIGTERM: with ``command`` if the run has begun in ``out``."""
+
+    def terminate(*signal: Any) -> None:
+        raise _Terminated
+
+    main = threading.current_thread() is threading.main_thread()  # no other can set what signals do
+    before = signal.signal(signal.SIGTERM, terminate) if main else None
     try:
         yield
-    except KeyboardInterrupt:
-        console.print(f"interrupted; go on with: cl-adapters resume {escape(str(out))}", soft_wrap=True)
-        raise typer.Exit(130) from None
+    except KeyboardInterrupt as stopped:
+        begun = (out / "config.json").is_file()
+        say(f"interrupted; go on with: {command}" if begun else "interrupted before anything was written")
+        raise typer.Exit(143 if isinstance(stopped, _Terminated) else 130) from None
+    finally:
+        if main:
+            signal.signal(signal.SIGTERM, before)
 
 
 class _Live:
@@ -106,7 +130,7 @@ class _Live:
 
     def __init__(self) -> None:
         self._bars = Progress(
-            TextColumn("{task.description}"),
+            TextColumn("{task.description}", markup=False),
             BarColumn(),
             MofNCompleteColumn(),
             TimeElapsedColumn(),
@@ -138,11 +162,11 @@ class _Live:
             self._bars.remove_task(self._bar)
             self._bar = None
         seconds = results.seconds_per_task[-1].total
-        say(f"  accuracy on all classes so far {results.a_last:.2f} %   ({seconds:.1f} s)", wrapped=True)
+        say(f"  accuracy on all classes so far {number(results.a_last)} %   ({seconds:.1f} s)", wrapped=True)
 
 
 def _finish(results: Results, out: Path) -> None:
-    table = Table(title=f"{results.strategy} on {results.benchmark}, seed {results.seed}")
+    table = Table(title=shown(f"{results.strategy} on {results.benchmark}, seed {results.seed}"))
     for column in ("after task", "classes", "A_t %", "passes", "train s", "eval s"):
         table.add_column(column, justify="right")
     classes = 0
@@ -152,20 +176,25 @@ def _finish(results: Results, out: Path) -> None:
         learning = seconds.train + seconds.statistics + seconds.alignment
         passes = results.backbone_passes_per_image.per_evaluation[task]
         row = (results.a_curve[task], passes, learning, seconds.eval)
-        table.add_row(str(task + 1), str(classes), *(f"{value:.2f}" for value in row if value is not None))
+        table.add_row(str(task + 1), str(classes), *map(number, row))
     console.print(table)
-    forgetting = "-" if results.forgetting is None else f"{results.forgetting:.2f}"
-    say(f"A-bar {results.a_bar:.2f} %   A_last {results.a_last:.2f} %   forgetting {forgetting}", wrapped=True)
+    say(
+        f"A-bar {number(results.a_bar)} %   A_last {number(results.a_last)} %   "
+        f"forgetting {number(results.forgetting)}",
+        wrapped=True,
+    )
     say(f"results {out / 'results.json'}")
     say(f"report  {out / 'report.html'}")
 
 
-def _use(device: str, threads: int | None) -> None:
-    import torch
+def note_threads(folder: Path, threads: int | None) -> None:
+    """Say so where a run does not tell with how many CPU threads it computed, and none are asked for."""
+    from cl_adapters.benchmarks.run.session import read_recorded, threads_of
 
-    try:
-        torch.empty(0, device=torch.device(device))
-    except (RuntimeError, AssertionError) as error:
-        raise ConfigError(f"device {device!r} cannot be used here: {str(error).splitlines()[0]}") from error
-    if threads is not None:
-        torch.set_num_threads(threads)
+    if threads is None and threads_of(read_recorded(folder)) is None:
+        say("note: this run does not tell its CPU threads; with another number than before, bits may differ")
+
+
+def number(value: float | None) -> str:
+    """With two decimals; a dash for what was not measured."""
+    return "-" if value is None else f"{value:.2f}"

@@ -25,6 +25,7 @@ from cl_adapters.benchmarks.base import (
 )
 from cl_adapters.benchmarks.glyphs.classes import glyph_classes
 from cl_adapters.benchmarks.glyphs.render import TEST_FACES, TRAIN_FACES, Style, render
+from cl_adapters.config import check_range
 from cl_adapters.errors import ConfigError
 
 LICENCE = (
@@ -82,6 +83,8 @@ class Glyphs(BenchmarkConfig):
                 raise ConfigError(f"glyphs: {name} must be at least 1, got {getattr(self, name)}")
         if self.size < 8:
             raise ConfigError(f"glyphs: size must be at least 8 pixels, got {self.size}")
+        check_range(self, "[1, 1024]", "size")
+        check_range(self, "[1, 100000]", "train_per_class", "test_per_class")
         if self.classes > (available := len(glyph_classes("benchmark"))):
             raise ConfigError(f"glyphs: {self.classes} classes asked for, but only {available} characters exist")
 

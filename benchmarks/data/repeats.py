@@ -26,6 +26,7 @@ from cl_adapters.benchmarks.base import (
 from cl_adapters.benchmarks.data.glyphs import LICENCE, class_name
 from cl_adapters.benchmarks.glyphs.classes import glyph_classes
 from cl_adapters.benchmarks.glyphs.render import TEST_FACES, TRAIN_FACES, Style, render
+from cl_adapters.config import check_range
 from cl_adapters.errors import ConfigError
 
 UInt8Image = npt.NDArray[np.uint8]
@@ -143,6 +144,8 @@ class Repeats(BenchmarkConfig):
                 raise ConfigError(f"repeats: {name} must be at least 1, got {getattr(self, name)}")
         if self.size < 16:
             raise ConfigError(f"repeats: size must be at least 16 pixels, or textures blur, got {self.size}")
+        check_range(self, "[1, 1024]", "size")
+        check_range(self, "[1, 100000]", "train_per_class", "test_per_class")
         if not 1 <= self.looks <= len(LOOKS):
             raise ConfigError(f"repeats: looks must be between 1 and {len(LOOKS)}, got {self.looks}")
 

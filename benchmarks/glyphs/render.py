@@ -16,6 +16,8 @@ import numpy as np
 import numpy.typing as npt
 from PIL import Image, ImageFilter, ImageFont
 
+from cl_adapters.config import check_range
+
 CANVAS = 64
 INK = 44
 """Longer side of the ink on the canvas, in pixels: all glyphs fill their box alike, as segmented characters do."""
@@ -64,6 +66,18 @@ class Style:
     tint: float = 20.0
     gradient: float = 40.0
     noise: tuple[float, float] = (0.0, 20.0)
+
+    def __post_init__(self) -> None:
+        check_range(self, "[0, 360]", "degrees")
+        check_range(self, "[0, 1)", "stretch")
+        check_range(self, "[0, 10]", "shear", "shift")
+        check_range(self, "[0, 1]", "dark_ink")
+        check_range(self, "[0, 255]", "tint", "gradient")
+        bounds = {"scale": (0.01, 100.0), "thickness": (-1.0, 1.0), "contrast": (0.0, 255.0), "noise": (0.0, 255.0)}
+        for name, (lowest, highest) in bounds.items():
+            low, high = getattr(self, name)
+            if not lowest <= low <= high <= highest:
+                raise ValueError(f"{name} must be two ascending numbers in [{lowest}, {highest}], got {[low, high]}")
 
     def towards(self, other: Style, share: float) -> Style:
         """Return a style ``share`` (0 to 1) of the way from this one to ``other``."""

@@ -15,7 +15,7 @@ from cl_adapters.backbones.frozen import FrozenBackbone, Pooling
 from cl_adapters.backbones.load import absolute_name
 from cl_adapters.benchmarks.base import BenchmarkConfig, BenchmarkData, TextSet
 from cl_adapters.benchmarks.spec import parse_benchmark
-from cl_adapters.config import build, put_nested, to_plain
+from cl_adapters.config import build, check_range, put_nested, to_plain
 from cl_adapters.errors import ConfigError, UnknownName
 from cl_adapters.parts.keys import KeysConfig
 from cl_adapters.predictors.base import Predictor, predictor_from, predictor_to_plain
@@ -73,14 +73,48 @@ class BackboneConfig:
     dtype: str | None = None
     quantization: str | None = None
 
+    def __post_init__(self) -> None:
+        check_range(self, "[1, 65536]", "img_size")
+        check_range(self, "(0, inf)", "crop_pct")
+        check_range(self, "[1, inf)", "max_length")
+
     def load(self) -> FrozenBackbone:
-        """Load it."""
-        return FrozenBackbone.load(**dataclasses.asdict(self))
+        """Load it.
+
+        Raises:
+            ConfigError: the network cannot be built for images of that size.
+        """
+        try:
+            return FrozenBackbone.load(**dataclasses.asdict(self))
+        except (RuntimeError, AssertionError) as error:
+            if self.img_size is None:
+                raise
+            reason = str(error).partition("\n")[0]
+            raise ConfigError(f"img_size={self.img_size} does not suit {self.name}: {reason}") from error
 
     def to_plain(self) -> dict[str, Any]:
         """JSON-ready; options of transformers models only where they are set, as in files of earlier runs."""
         later = ("pooling", "max_length", "dtype", "quantization")
         return {key: value for key, value in to_plain(self).items() if key not in later or value is not None}
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class _Sections:
+    """The plain values of an experiment, section by section."""
+
+    strategy: dict[str, Any]
+    benchmark: dict[str, Any]
+    backbone: dict[str, Any] = dataclasses.field(default_factory=dict)
+    seed: int = 0
+    keys: dict[str, Any] | None = None
+    predictor: dict[str, Any] | str | None = None
+
+    def __post_init__(self) -> None:
+        check_range(self, "[0, inf)", "seed")
+        for section in ("strategy", "benchmark"):
+            name = getattr(self, section).get("name")
+            if not isinstance(name, str):
+                raise ValueError(f"{section} needs the name of a {section}, got {name!r}")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,14 +160,15 @@ class Experiment:
         Raises:
             UnknownName, ConfigError: with the nearest valid name.
         """
-        strategy, benchmark = dict(plain["strategy"]), dict(plain["benchmark"])
+        sections = build(_Sections, plain, "experiment")
+        strategy, benchmark = dict(sections.strategy), dict(sections.benchmark)
         name = strategy.pop("name")
         config = build(strategies.get(name).Config, strategy, name)
         benchmark_name, benchmark_config = parse_benchmark(benchmark.pop("name"), benchmark)
-        backbone = build(BackboneConfig, plain.get("backbone", {}), "backbone")
-        keys = None if plain.get("keys") is None else build(KeysConfig, plain["keys"], "keys")
-        predictor = None if plain.get("predictor") is None else predictor_from(plain["predictor"])
-        return cls(name, config, benchmark_name, benchmark_config, backbone, int(plain.get("seed", 0)), keys, predictor)
+        backbone = build(BackboneConfig, sections.backbone, "backbone")
+        keys = None if sections.keys is None else build(KeysConfig, sections.keys, "keys")
+        predictor = None if sections.predictor is None else predictor_from(sections.predictor)
+        return cls(name, config, benchmark_name, benchmark_config, backbone, sections.seed, keys, predictor)
 
 
 def resolve(

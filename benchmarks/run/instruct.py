@@ -12,23 +12,26 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cl_adapters._io import read_json
 from cl_adapters.backbones.hf_forward import Pooling
 from cl_adapters.backbones.load import absolute_name
 from cl_adapters.benchmarks.data._instructions import read_tasks, tasks_fingerprint
 from cl_adapters.benchmarks.results.instruct import FILE_NAME, InstructResults, judged, write
 from cl_adapters.benchmarks.results.parts import BackboneInfo
+from cl_adapters.benchmarks.run.rows import check_percent
 from cl_adapters.benchmarks.run.session import (
-    SCHEMA,
     Listener,
     Progress,
     Row,
     changed_inputs,
     continue_run,
     describe,
+    read_from,
+    read_recorded,
+    recorded_threads,
+    refuse_taken,
     start,
 )
-from cl_adapters.config import build, put_nested, to_plain
+from cl_adapters.config import build, check_range, put_nested, to_plain
 from cl_adapters.errors import ConfigError, StorageError
 from cl_adapters.language.model import LanguageModel
 from cl_adapters.model.facade import AdapterModel
@@ -66,6 +69,10 @@ class InstructExperiment:
     quantization: str | None = None
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        check_range(self, "[0, inf)", "seed")
+        check_range(self, "[1, inf)", "max_length")
+
     @property
     def method_class(self) -> type[InstructMethod]:
         """The method.
@@ -101,31 +108,60 @@ def run(
         StorageError: ``out`` exists or cannot be written.
         ConfigError: settings that cannot be, or answers that are longer than what may be generated.
     """
-    if out.exists():
-        raise StorageError(f"{out} exists already: go on with `cl-adapters instruct --resume {out}`, or choose another")
+    refuse_taken(out, f"go on with `cl-adapters instruct --resume {out}`")
     runner = _Runner(dataclasses.replace(experiment, model=absolute_name(experiment.model)), device)
     check_answers(runner.language, runner.sequence, runner.config.max_new_tokens)
     return start(runner, out, listener)
 
 
 def resume(out: Path, *, device: str = "cpu", listener: Listener[InstructResults] | None = None) -> InstructResults:
-    """Go on after the last complete task of the run in ``out``; a finished run is left as it is.
+    """Go on after the last complete task of the run in ``out``, with its CPU threads; a finished run stays as it is.
 
     Raises:
-        StorageError: no such run there, or one that another process is writing.
+        StorageError: no such run there, an altered or incomplete one, or one that another process is writing.
         ConfigError: backbone or data are not those of the run.
     """
-    recorded = read_json(out / "config.json", schema_version=SCHEMA)
-    if "instruct" not in recorded:
+    recorded = read_recorded(out)
+    if recorded.get("instruct") is None:
         raise StorageError(f"{out} is no run of instruction tuning; go on with `cl-adapters resume {out}`")
-    runner = _Runner(build(InstructExperiment, recorded["instruct"], "run"), device)
-    for key, then, now in changed_inputs(recorded, runner.description):
-        raise ConfigError(f"this run cannot be resumed, its inputs changed: {key} was {then[:16]}, now {now[:16]}")
-    return continue_run(runner, out, listener, recorded)
+    with read_from(out / "config.json"):
+        experiment = build(InstructExperiment, recorded["instruct"], "run")
+        experiment.config  # noqa: B018 - checks the method and its settings
+    with recorded_threads(recorded, None):
+        runner = _Runner(experiment, device)
+        for key, then, now in changed_inputs(recorded, runner.description):
+            raise ConfigError(f"this run cannot be resumed, its inputs changed: {key} was {then[:16]}, now {now[:16]}")
+        return continue_run(runner, out, listener, recorded)
+
+
+@dataclass(frozen=True, kw_only=True)
+class InstructRow:
+    """What ``row.json`` holds, for checking what was read.
+
+    Raises:
+        ValueError: lists that do not belong to tasks 0..task, a share outside 0..100, a missing or negative time.
+    """
+
+    task: int
+    likelihood: tuple[float | None, ...]
+    generation: tuple[float, ...]
+    train_loss: float
+    trainable_parameters: int
+    stored_bytes: int
+    seconds: dict[str, float]
+
+    def __post_init__(self) -> None:
+        check_percent(self.likelihood, self.task + 1, "likelihood")
+        check_percent(self.generation, self.task + 1, "generation")
+        check_range(self, "[0, inf)", "trainable_parameters")
+        if set(self.seconds) != {"train", "eval"} or min(self.seconds.values()) < 0:
+            raise ValueError(f"seconds must be those of train and eval, got {self.seconds}")
 
 
 class _Runner:
     """The :class:`TaskRunner` of a method on a sequence of tasks."""
+
+    row_type = InstructRow
 
     def __init__(self, experiment: InstructExperiment, device: str) -> None:
         self.experiment = experiment
@@ -148,6 +184,7 @@ class _Runner:
             self.language.model.backbone.fingerprint,
             tasks_fingerprint(self.sequence),
             ["torch", "transformers", "tokenizers", "numpy", "safetensors"],
+            device,
         )
 
     @property

@@ -6,10 +6,11 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from cl_adapters._io import read_json
 from cl_adapters.benchmarks.run.experiment import Experiment
 from cl_adapters.benchmarks.run.pool_accuracy import benchmark_text
-from cl_adapters.benchmarks.run.session import SCHEMA, complete_tasks
+from cl_adapters.benchmarks.run.rows import TaskRow
+from cl_adapters.benchmarks.run.session import complete_tasks, read_from, read_recorded, read_row
+from cl_adapters.config import build
 from cl_adapters.errors import StorageError
 from cl_adapters.model.facade import AdapterModel
 from cl_adapters.model.files import moved_backbone
@@ -43,17 +44,22 @@ def pool_of_run(
         StorageError: no run there, no such task in it, or ``path`` exists.
         PoolError: the model is more than its adapters, so it cannot be a pool.
     """
-    recorded = read_json(run / "config.json", schema_version=SCHEMA)
+    recorded = read_recorded(run)
     done = complete_tasks(run)
     wanted = len(done) - 1 if task is None else task
     if not 0 <= wanted < len(done):
         raise StorageError(f"{run} has {len(done)} complete tasks, numbered from 0; asked for task {wanted}")
-    row = read_json(done[wanted] / "row.json", schema_version=SCHEMA)
-    if "instruct" in recorded:
-        benchmark, accuracy = recorded["instruct"]["data"], row["generation"]
+    if recorded.get("instruct") is not None:
+        from cl_adapters.benchmarks.run.instruct import InstructExperiment, InstructRow
+
+        with read_from(run / "config.json"):
+            benchmark = build(InstructExperiment, recorded["instruct"], "run").data
+        accuracy = read_row(done[wanted], InstructRow)["generation"]
     else:
-        experiment = Experiment.from_plain(recorded["experiment"])
-        benchmark, accuracy = benchmark_text(experiment.benchmark, experiment.benchmark_config), row["accuracy"]
+        with read_from(run / "config.json"):
+            experiment = Experiment.from_plain(recorded.get("experiment") or {})
+        benchmark = benchmark_text(experiment.benchmark, experiment.benchmark_config)
+        accuracy = read_row(done[wanted], TaskRow)["accuracy"]
     model = done[wanted] / "model"
     return AdapterModel.load(model, None if weights is None else moved_backbone(model, weights)).save_pool(
         path,

@@ -6,15 +6,69 @@ import dataclasses
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from cl_adapters.benchmarks.base import BenchmarkData
 from cl_adapters.benchmarks.results.results import BackboneInfo, Expansion, Passes, Results, Routing, Seconds
 from cl_adapters.benchmarks.run.experiment import Experiment
+from cl_adapters.config import check_range
 from cl_adapters.model.facade import AdapterModel
 from cl_adapters.strategies.base import AdapterStrategy
 
 Plain = dict[str, Any]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskRow:
+    """What ``row.json`` holds, for checking what was read; rows of earlier releases lack the fields with defaults.
+
+    Raises:
+        ValueError: lists that do not belong to tasks 0..task, an accuracy outside 0..100, a negative count.
+    """
+
+    task: int
+    accuracy: tuple[float, ...]
+    routing: tuple[tuple[int, ...], ...]
+    passes: float
+    computed: float = 0.0
+    trainable_parameters: int
+    stored_bytes: int
+    seconds: Seconds
+    cpu_seconds: Seconds
+    started: str
+    finished: str
+    adapters: int = 0
+    adapter_parameters: int = 0
+    adapters_per_block: dict[str, int] = dataclasses.field(default_factory=dict)
+    task_of_slot: tuple[int, ...] = ()
+    expansions: tuple[Expansion, ...] = ()
+
+    def __post_init__(self) -> None:
+        check_percent(self.accuracy, self.task + 1, "accuracy")
+        check_range(self, "[0, inf)", "passes", "computed", "trainable_parameters", "adapters", "adapter_parameters")
+        widths = {len(line) for line in self.routing}
+        if len(self.routing) != self.task + 1 or len(widths) != 1 or min(map(min, self.routing), default=-1) < 0:
+            raise ValueError(f"routing needs {self.task + 1} lines of equally many counts")
+        if self.task_of_slot and {len(self.task_of_slot) + 1} != widths:
+            raise ValueError("task_of_slot needs one task for each adapter of routing")
+        if any(entry.task != self.task for entry in self.expansions):
+            raise ValueError(f"expansions must be of task {self.task}")
+        for name in ("seconds", "cpu_seconds"):
+            if min(dataclasses.astuple(getattr(self, name))) < 0:
+                raise ValueError(f"{name} must not be negative")
+
+
+def check_percent(values: Sequence[float | None], length: int, name: str) -> None:
+    """Check percentages, one per task so far; None: not measured.
+
+    Raises:
+        ValueError: another number of them, or one outside 0..100.
+    """
+    if len(values) != length:
+        raise ValueError(f"{name} needs {length} numbers, one per task so far, got {len(values)}")
+    if not all(value is None or 0 <= value <= 100 for value in values):
+        raise ValueError(f"{name} must be percentages from 0 to 100, got {list(values)}")
 
 
 def growth(strategy: AdapterStrategy) -> Plain:
@@ -70,7 +124,7 @@ def to_results(
         finished=rows[-1]["finished"],
         config=run["experiment"],
         versions=run["versions"],
-        hardware=run["hardware"],
+        hardware=run.get("hardware", {}),
         licence=data.licence,
         routing=_routing(rows) if strategy.retrieves else None,
         expansions=found if found or strategy.expands else None,
@@ -82,7 +136,7 @@ def _routing(rows: Sequence[Plain]) -> Routing | None:
     """Which adapter answered, against the task for which it was made; None while there is no choice."""
     slots = len(rows[-1]["routing"][0]) - 1
     # rows written before adapters were dated come from strategies that made one per task
-    tasks = tuple(rows[-1].get("task_of_slot", range(slots)))
+    tasks = tuple(rows[-1].get("task_of_slot") or range(slots))
     if slots < 2:
         return None
     return Routing(

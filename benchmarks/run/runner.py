@@ -7,22 +7,16 @@ from __future__ import annotations
 
 import dataclasses
 import datetime
-import os
-import platform
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from cl_adapters._io import read_json
 from cl_adapters.benchmarks.report.report import write_report
 from cl_adapters.benchmarks.results.results import FILE_NAME, BackboneInfo, Results, write
 from cl_adapters.benchmarks.run.evaluation import evaluate
 from cl_adapters.benchmarks.run.experiment import Experiment, data_fingerprint
-from cl_adapters.benchmarks.run.rows import growth, to_results
+from cl_adapters.benchmarks.run.rows import TaskRow, growth, to_results
 from cl_adapters.benchmarks.run.session import (
-    SCHEMA,
     Listener,
     Progress,
     Row,
@@ -30,6 +24,10 @@ from cl_adapters.benchmarks.run.session import (
     continue_run,
     describe,
     latest_model,
+    read_from,
+    read_recorded,
+    recorded_threads,
+    refuse_taken,
     start,
 )
 from cl_adapters.benchmarks.streams.avalanche import to_avalanche
@@ -52,29 +50,43 @@ def run(
     Raises:
         StorageError: ``out`` exists or cannot be written.
     """
-    if out.exists():
-        raise StorageError(f"{out} exists already: resume it with `cl-adapters resume {out}`, or choose another --out")
+    refuse_taken(out, f"resume it with `cl-adapters resume {out}`")
     return start(_Runner(experiment, device), out, listener)
 
 
-def resume(out: Path, *, device: str = "cpu", listener: Listener[Results] | None = None) -> Results:
+def resume(
+    out: Path, *, device: str = "cpu", threads: int | None = None, listener: Listener[Results] | None = None
+) -> Results:
     """Go on after the last complete task of the run in ``out``; a finished run is left as it is.
 
+    Args:
+        out: folder of the run.
+        device: where to compute.
+        threads: of the CPU; default those of the run. With others the bits may differ, which is warned of.
+        listener: is told what happens.
+
     Raises:
-        StorageError: no run there, or one that another process is writing.
+        StorageError: no run there, an altered or incomplete one, or one that another process is writing.
         ConfigError: backbone or data are not those of the run; names the keys that differ.
     """
-    recorded = read_json(out / "config.json", schema_version=SCHEMA)
-    runner = _Runner(Experiment.from_plain(recorded["experiment"]), device)
-    differing = changed_inputs(recorded, runner.description)
-    if differing:
-        pairs = "; ".join(f"{key}: recorded {then}, now {now}" for key, then, now in differing)
-        raise ConfigError(f"this run cannot be resumed, its inputs changed: {pairs}")
-    return continue_run(runner, out, listener, recorded)
+    recorded = read_recorded(out)
+    if recorded.get("experiment") is None:
+        raise StorageError(f"{out} is no run of a strategy; if it is one of `instruct`, go on with `--resume` there")
+    with read_from(out / "config.json"):
+        experiment = Experiment.from_plain(recorded["experiment"])
+    with recorded_threads(recorded, threads):
+        runner = _Runner(experiment, device)
+        differing = changed_inputs(recorded, runner.description)
+        if differing:
+            pairs = "; ".join(f"{key}: recorded {then}, now {now}" for key, then, now in differing)
+            raise ConfigError(f"this run cannot be resumed, its inputs changed: {pairs}")
+        return continue_run(runner, out, listener, recorded)
 
 
 class _Runner:
     """The :class:`TaskRunner` of a strategy on a benchmark."""
+
+    row_type = TaskRow
 
     def __init__(self, experiment: Experiment, device: str) -> None:
         self.experiment = experiment
@@ -89,14 +101,7 @@ class _Runner:
         if self.data.modality == "text":
             packages += ["transformers", "tokenizers"]
         plain = {"experiment": experiment.to_plain()}
-        self.description = describe(plain, self.backbone.fingerprint, data_fingerprint(self.data), packages) | {
-            "hardware": {
-                "machine": platform.machine(),
-                "processors": os.cpu_count(),
-                "threads": torch.get_num_threads(),
-                "device": device,
-            },
-        }
+        self.description = describe(plain, self.backbone.fingerprint, data_fingerprint(self.data), packages, device)
 
     @property
     def model(self) -> AdapterModel:

@@ -10,7 +10,7 @@ import torch
 from pydantic import BeforeValidator, PlainSerializer
 from torch import Tensor
 
-from cl_adapters.config import build, to_plain
+from cl_adapters.config import build, split_name, to_plain
 from cl_adapters.errors import ConfigError
 from cl_adapters.registry import Registry
 from cl_adapters.sites.sites import Layout, Site
@@ -109,8 +109,8 @@ def adapter_from(value: Any) -> AdapterType:
             "a configuration of PEFT names layers of one backbone; read it for yours with "
             "cl_adapters.interchange.lora_from_peft(config, backbone), which gives the options adapter and blocks"
         )
-    options = {"type": value} if isinstance(value, str) else dict(value)
-    return build(adapters.get(options.pop("type", "bottleneck")), options, "adapter")
+    name, options = split_name(value, "adapter", default="bottleneck")
+    return build(adapters.get(name), options, "adapter")
 
 
 def adapter_to_plain(adapter: AdapterType) -> dict[str, Any]:

@@ -28,6 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from cl_adapters.adapters.base import AdapterType, adapters
+from cl_adapters.config import check_range
 from cl_adapters.sites.sites import Site
 
 
@@ -63,8 +64,8 @@ class Bottleneck(AdapterType):
     init_scheme: Literal["zero_up", "normal"] = "zero_up"
 
     def __post_init__(self) -> None:
-        if self.bottleneck < 1:
-            raise ValueError(f"bottleneck must be at least 1, got {self.bottleneck}")
+        check_range(self, "[1, 65536]", "bottleneck")
+        check_range(self, "(-inf, inf)", "scale")
         check_rate(self.dropout)
 
     @property

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from cl_adapters.adapters.base import AdapterType, adapters
 from cl_adapters.adapters.bottleneck import check_rate, dropped, kaiming_uniform, lifted
+from cl_adapters.config import check_range
 from cl_adapters.sites.sites import Layout, Site
 
 
@@ -49,8 +50,9 @@ class ConvBottleneck(AdapterType):
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        if self.bottleneck < 1:
-            raise ValueError(f"bottleneck must be at least 1, got {self.bottleneck}")
+        check_range(self, "[1, 65536]", "bottleneck")
+        check_range(self, "[1, 255]", "kernel")
+        check_range(self, "(-inf, inf)", "scale")
         if self.kernel < 1 or self.kernel % 2 == 0:
             raise ValueError(f"kernel must be odd, so that the map keeps its size, got {self.kernel}")
         check_rate(self.dropout)

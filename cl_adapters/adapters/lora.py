@@ -17,7 +17,7 @@ from torch import Tensor
 
 from cl_adapters.adapters.base import AdapterType, adapters
 from cl_adapters.adapters.bottleneck import affine, check_rate, dropped, kaiming_uniform, lifted
-from cl_adapters.config import OMITTED_AT_DEFAULT
+from cl_adapters.config import OMITTED_AT_DEFAULT, check_range
 from cl_adapters.errors import ConfigError
 from cl_adapters.sites.sites import Site
 
@@ -55,8 +55,8 @@ class LoRA(AdapterType):
     init_scheme: Literal["kaiming", "gaussian", "random"] = field(default="kaiming", metadata=OMITTED_AT_DEFAULT)
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
-            raise ValueError(f"rank must be at least 1, got {self.rank}")
+        check_range(self, "[1, 65536]", "rank")
+        check_range(self, "(-inf, inf)", "scale")
         if not self.targets or len(set(self.targets)) < len(self.targets):
             raise ValueError(f"targets must name each projection once and at least one, got {list(self.targets)}")
         check_rate(self.dropout)

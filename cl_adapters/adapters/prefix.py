@@ -28,6 +28,7 @@ from torch import Tensor
 
 from cl_adapters.adapters.base import AdapterType, adapters
 from cl_adapters.adapters.bottleneck import lifted
+from cl_adapters.config import check_range
 from cl_adapters.errors import IncompatibleBackbone
 from cl_adapters.sites.sites import Site
 
@@ -53,8 +54,7 @@ class Prefix(AdapterType):
     compensate: bool = True
 
     def __post_init__(self) -> None:
-        if self.length < 1:
-            raise ValueError(f"length must be at least 1, got {self.length}")
+        check_range(self, "[1, 65536]", "length")
 
     @property
     def site_kinds(self) -> tuple[str, ...]:

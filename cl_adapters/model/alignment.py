@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cl_adapters.config import check_range
 from cl_adapters.model.heads import LinearHead
 from cl_adapters.model.statistics import ClassStatistics
 
@@ -32,8 +33,9 @@ class Alignment:
     samples_per_class: int = 0
 
     def __post_init__(self) -> None:
-        if self.epochs < 0 or self.samples_per_class < 0:
-            raise ValueError("epochs and samples_per_class must not be negative")
+        check_range(self, "[0, inf)", "epochs", "samples_per_class")
+        check_range(self, "(0, inf)", "lr")
+        check_range(self, "[0, 1]", "momentum")
 
 
 def cosine_lr(lr: float, epoch: int, epochs: int) -> float:

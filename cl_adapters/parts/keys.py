@@ -332,7 +332,7 @@ def check_neighbours(k: int, temperature: float) -> None:
     Raises:
         ValueError: k below 1, or a temperature that is not positive.
     """
-    if k < 1 or temperature <= 0:
+    if k < 1 or not 0 < temperature < float("inf"):
         raise ValueError(f"k must be at least 1 and temperature positive, got k={k}, temperature={temperature}")
 
 

@@ -26,6 +26,10 @@ class Concatenated(Predictor):
 
     slots: tuple[int, ...] = (-1, 0)
 
+    def __post_init__(self) -> None:
+        if min(self.slots, default=-2) < -1:
+            raise ValueError(f"slots must be adapters from 0, or -1 for the bare backbone, got {list(self.slots)}")
+
     def predict(self, model: ModelState, features: LazyFeatures) -> Prediction:
         """Cosines to the class means; the adapter that is named is the last."""
         f_BW = torch.cat([features.under(slot) for slot in self.slots], dim=1)

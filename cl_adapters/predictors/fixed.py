@@ -7,6 +7,7 @@ from typing import ClassVar, Literal
 
 import torch
 
+from cl_adapters.config import check_range
 from cl_adapters.features import LazyFeatures
 from cl_adapters.model.state import ModelState
 from cl_adapters.predictors.base import Prediction, Predictor, predictors
@@ -27,6 +28,9 @@ class Fixed(Predictor):
 
     slot: int = -1
     head: Literal["linear", "prototype"] = "linear"
+
+    def __post_init__(self) -> None:
+        check_range(self, "[-1, inf)", "slot")
 
     def predict(self, model: ModelState, features: LazyFeatures) -> Prediction:
         """Logits of the chosen head on the features under ``slot``."""

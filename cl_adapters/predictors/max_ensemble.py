@@ -31,6 +31,8 @@ class MaxEnsemble(Predictor):
     def __post_init__(self) -> None:
         if not self.slots or len(set(self.slots)) < len(self.slots):
             raise ValueError(f"slots must be different adapters, at least one, got {list(self.slots)}")
+        if min(self.slots) < -1:
+            raise ValueError(f"slots must be adapters from 0, or -1 for the bare backbone, got {list(self.slots)}")
 
     def predict(self, model: ModelState, features: LazyFeatures) -> Prediction:
         """log p of the linear head; the maximum is taken of logarithms, which a small probability survives."""

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import ClassVar
 
+from cl_adapters.config import check_range
 from cl_adapters.features import LazyFeatures
 from cl_adapters.model.state import ModelState
 from cl_adapters.predictors.base import Prediction, Predictor, predictors
@@ -23,6 +24,9 @@ class NearestPrototype(Predictor):
     by_class: ClassVar[bool] = True
 
     slot: int = 0
+
+    def __post_init__(self) -> None:
+        check_range(self, "[-1, inf)", "slot")
 
     def predict(self, model: ModelState, features: LazyFeatures) -> Prediction:
         """Linear logits under the retrieved adapters."""

@@ -7,6 +7,7 @@ from typing import ClassVar
 
 import torch
 
+from cl_adapters.config import check_range
 from cl_adapters.features import LazyFeatures
 from cl_adapters.model.state import ModelState
 from cl_adapters.parts.ridge import Ridge
@@ -25,6 +26,9 @@ class RidgeClassifier(Predictor):
     summary: ClassVar[str] = "RanPAC: ridge regression on random projections of the features under one adapter"
 
     slot: int = 0
+
+    def __post_init__(self) -> None:
+        check_range(self, "[-1, inf)", "slot")
 
     def predict(self, model: ModelState, features: LazyFeatures) -> Prediction:
         """relu(f W) (G + ridge I)^-1 S."""

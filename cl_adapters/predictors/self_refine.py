@@ -8,6 +8,7 @@ from typing import ClassVar, Literal
 import torch
 
 from cl_adapters.bank.routes import BARE
+from cl_adapters.config import check_range
 from cl_adapters.features import LazyFeatures
 from cl_adapters.model.state import ModelState
 from cl_adapters.parts.keys import keys_of
@@ -43,8 +44,8 @@ class SelfRefine(Predictor):
     slot: int = 0
 
     def __post_init__(self) -> None:
-        if self.max_steps < 1:
-            raise ValueError(f"max_steps must be at least 1, got {self.max_steps}")
+        check_range(self, "[1, inf)", "max_steps")
+        check_range(self, "[-1, inf)", "slot")
 
     @property
     def needs_keys(self) -> bool:

@@ -19,12 +19,14 @@ from cl_adapters._seeding import generator
 from cl_adapters.adapters.base import AdapterField
 from cl_adapters.adapters.lora import LoRA
 from cl_adapters.bank.routes import Route, Routes
+from cl_adapters.config import check_blocks, check_range
 from cl_adapters.errors import ClAdaptersError, TrainingDiverged
 from cl_adapters.language.model import LanguageModel
 from cl_adapters.language.tokens import joined
 from cl_adapters.parts.keys import KeysConfig
 from cl_adapters.registry import Registry
 from cl_adapters.strategies._loop.order import length_batches
+from cl_adapters.strategies.config import LARGEST_BATCH
 from cl_adapters.strategies.instruct.tasks import InstructTask
 
 WINDOW = 16
@@ -70,16 +72,12 @@ class InstructConfig:
     eval_batch: int = 16
 
     def __post_init__(self) -> None:
-        for name in ("epochs", "batch", "max_new_tokens", "eval_batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1, got {getattr(self, name)}")
-        for name in ("lr", "max_norm"):
-            value = getattr(self, name)
-            if value is not None and value <= 0:
-                raise ValueError(f"{name} must be positive, got {value}")
-        for name in ("momentum", "weight_decay"):
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative, got {getattr(self, name)}")
+        check_blocks(self.blocks)
+        check_range(self, "[1, inf)", "epochs", "max_new_tokens")
+        check_range(self, f"[1, {LARGEST_BATCH}]", "batch", "eval_batch")
+        check_range(self, "(0, inf)", "lr", "max_norm")
+        check_range(self, "[0, inf)", "weight_decay")
+        check_range(self, "[0, 1]", "momentum")
 
 
 class InstructMethod(ABC):

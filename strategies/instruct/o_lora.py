@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from cl_adapters.bank.routes import Routes, summed
+from cl_adapters.config import check_range
 from cl_adapters.errors import ConfigError
 from cl_adapters.language.model import LanguageModel
 from cl_adapters.predictors.summed import Summed
@@ -30,8 +31,7 @@ class OLoRAConfig(InstructConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.orthogonality < 0 or self.l2 < 0:
-            raise ValueError(f"orthogonality={self.orthogonality} and l2={self.l2} must not be negative")
+        check_range(self, "[0, inf)", "orthogonality", "l2")
 
 
 @instruct_methods.register("o_lora")
