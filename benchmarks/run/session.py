@@ -150,18 +150,23 @@ def changed_inputs(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[
 
 @contextmanager
 def exclusive(out: Path) -> Iterator[None]:
-    """Be the only writer of a run's folder; what a killed process left half-written in ``tasks`` is removed.
+    """Be the only writer of a run's folder; what a killed process left half-written in it is removed.
 
     Raises:
-        StorageError: another process writes it.
+        StorageError: another process writes it, or it cannot be written.
     """
     try:
-        with FileLock(out / ".lock", timeout=0):
-            for scratch in (out / "tasks").glob(".*"):
-                shutil.rmtree(scratch, ignore_errors=True)
-            yield
+        held = FileLock(out / ".lock").acquire(timeout=0)
     except Timeout as error:
         raise StorageError(f"another process is writing {out}; wait for it or stop it") from error
+    except OSError as error:
+        raise StorageError(f"cannot write {out}: {error.strerror or error}") from error
+    with held:
+        for scratch in (out / "tasks").glob(".*"):
+            shutil.rmtree(scratch, ignore_errors=True)
+        for scratch in out.glob(".*." + 8 * "[0-9a-f]"):  # of results and report: see write_bytes
+            scratch.unlink(missing_ok=True)
+        yield
 
 
 def complete_tasks(out: Path) -> list[Path]:

@@ -1,6 +1,6 @@
 """Processes that read and write the same places at the same time: each read gives what some writer finished.
 
-Each process goes round for ``SECONDS`` and fails on its own: its traceback is printed, and its exit code fails the test.
+Each process goes round for ``SECONDS`` and fails on its own: its traceback is printed, its exit code fails the test.
 """
 
 from __future__ import annotations
