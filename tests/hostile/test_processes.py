@@ -136,7 +136,8 @@ def test_a_pool_and_its_index(pool: AdapterPool) -> None:
     def read_the_pool() -> None:
         reader = opened()
         assert known_by(reader) in states
-        assert reader.verify().ok, reader.verify().problems
+        damaged = [problem for problem in reader.verify().problems if not problem.startswith("index ")]
+        assert not damaged, "that an index does not fit yet is no damage"
         for id in ("task-000", "task-001", "guest"):
             try:
                 tensors, rows = reader.tensors(id), reader.knowledge(id)
@@ -206,10 +207,12 @@ def test_forgetting_while_the_index_is_rebuilt(pool: AdapterPool) -> None:
 
     def rebuild() -> None:
         try:
-            index = AdapterIndex.build(AdapterPool.open(pool.path, backbone=pool.backbone), backend="exact")
-        except UnknownName:  # it was listed, and forgotten before its keys were read
-            return
-        index.save()
+            AdapterIndex.build(AdapterPool.open(pool.path, backbone=pool.backbone), backend="exact").save()
+        except UnknownName as error:  # it was listed, and forgotten before its keys were read
+            assert "'guest'" in str(error)
+        except StorageError as error:  # or before they were saved
+            if "since this index was made, the pool has lost" not in str(error):
+                raise
 
     def search() -> None:
         index = AdapterIndex.open(None, AdapterPool.open(pool.path, backbone=pool.backbone), stale="ignore")
