@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import time
 from collections.abc import Callable
 from contextlib import ExitStack
@@ -18,7 +19,7 @@ from torch import nn
 
 from cl_adapters.adapters.bottleneck import Bottleneck
 from cl_adapters.backbones.frozen import FrozenBackbone
-from cl_adapters.errors import StorageError, UnknownName
+from cl_adapters.errors import ClAdaptersError, StorageError, UnknownName
 from cl_adapters.index.index import AdapterIndex
 from cl_adapters.model.facade import AdapterModel
 from cl_adapters.pool import AdapterPool, PoolClass
@@ -206,12 +207,11 @@ def test_forgetting_while_the_index_is_rebuilt(pool: AdapterPool) -> None:
         assert pool.ids == ("task-000", "task-001")
 
     def rebuild() -> None:
+        """Where it was forgotten before its keys were read, or before they were saved, there is nothing to do."""
         try:
             AdapterIndex.build(AdapterPool.open(pool.path, backbone=pool.backbone), backend="exact").save()
-        except UnknownName as error:  # it was listed, and forgotten before its keys were read
-            assert "'guest'" in str(error)
-        except StorageError as error:  # or before they were saved
-            if "since this index was made, the pool has lost" not in str(error):
+        except ClAdaptersError as error:
+            if not re.search("unknown adapter 'guest'|since this index was made, the pool has lost", str(error)):
                 raise
 
     def search() -> None:
