@@ -1,7 +1,8 @@
-"""Children that die, find the disk full, or are photographed, at their n-th step that changes a disk.
+"""A writer that dies, finds the disk full, or is photographed, at its n-th step that changes a disk.
 
 Such a step is a file opened to write, synced, renamed, linked or deleted, a folder made, exchanged or deleted. What is
-written between opening and syncing is struck too: the file is cut to nothing, or in half, before the child dies.
+written between opening and syncing is struck too: the file is cut to nothing, or in half, or a write fails midway.
+Nothing is really synced meanwhile: what was written outlives its process without that.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ import stat
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -23,18 +24,79 @@ from typing import Any
 from cl_adapters import _io
 from cl_adapters.errors import ClAdaptersError
 
+Act = Callable[[], object]
+Strike = Callable[[str, int | None], None]
+
 GIVING = {"os.remove", "os.rmdir", "shutil.rmtree", "os.truncate"}
 """Audit events of Python for what gives space back; raised before it happens, as those that take some."""
 TAKING = {"os.rename", "os.mkdir", "os.link"}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 CUTS = (None, 0.0, 0.5)
-"""Shares of the file being synced that get to the disk; None: die at every step, with the file as it is."""
+"""Shares of the file being synced that get to the disk; None: at every step, with the file as it is."""
 EVERY = range(1, 2000)
-REFUSED, COPED = 3, 4
-"""Exit codes of a child that found the disk full: one clear error; or it went another way and finished."""
 
-Act = Callable[[], object]
-Strike = Callable[[str, int | None], None]
+_striking: list[Strike] = []
+
+
+@contextmanager
+def before_each_step(strike: Strike) -> Iterator[None]:
+    """Call ``strike`` before each step of the ``with`` block: with its name, and the handle where it is a sync."""
+    if not hasattr(sys, "_hears_steps"):  # a hook stays for ever
+        setattr(sys, "_hears_steps", True)  # noqa: B010 (not an attribute that it has)
+        sys.addaudithook(_hear)
+    sync, exchange = os.fsync, _io._exchange
+
+    def exchanging(one: Path, other: Path) -> bool:
+        strike("exchange", None)
+        return exchange(one, other)
+
+    _set(partial(strike, "fsync"), exchanging)
+    _striking.append(strike)
+    try:
+        yield
+    finally:
+        _striking.pop()
+        _set(sync, exchange)
+
+
+def _set(sync: Any, exchange: Any) -> None:
+    setattr(os, "fsync", sync)  # noqa: B010 (the type checker wants the full signature)
+    setattr(_io, "_exchange", exchange)  # noqa: B010
+
+
+def _hear(event: str, args: tuple[Any, ...]) -> None:
+    if _striking and (event in GIVING or event in TAKING or (event == "open" and args[2] & WRITING)):
+        _striking[-1](event, None)
+
+
+def is_file(handle: int | None) -> bool:
+    return handle is not None and stat.S_ISREG(os.fstat(handle).st_mode)
+
+
+# --- photographs -----------------------------------------------------------------------------------------------------
+
+
+def photographed(act: Act, folder: Path, photos: Path) -> list[Path]:
+    """Do it once: copies of the folder as a death at each step would leave it, of cut files too; the last as it ends."""
+    photos.mkdir()
+    taken: list[Path] = []
+
+    def strike(event: str, handle: int | None) -> None:
+        for cut in CUTS if is_file(handle) else CUTS[:1]:
+            taken.append(photos / f"{len(taken):04d}")
+            with before_each_step(lambda event, handle: None):  # the copying is no step
+                shutil.copytree(folder, taken[-1])
+                if cut is not None:
+                    path = Path(os.readlink(f"/proc/self/fd/{handle}")).relative_to(folder.resolve())
+                    os.truncate(taken[-1] / path, int(cut * (taken[-1] / path).stat().st_size))
+
+    with before_each_step(strike):
+        act()
+    strike("end", None)
+    return taken
+
+
+# --- deaths ----------------------------------------------------------------------------------------------------------
 
 
 @contextmanager
@@ -63,36 +125,26 @@ def forked(act: Act) -> Iterator[int]:
 
 
 def outcome(child: int) -> int:
-    """Wait for a child: its exit code, or minus the signal that killed it. A failure of its own is an error."""
+    """Wait for a child: 0, or minus the signal that killed it. Any failure of its own is an error."""
     code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code != 1, "the child failed; its traceback is above"
-    assert code != -signal.SIGALRM, "the child hung"
+    assert code in (0, -signal.SIGKILL), "the child failed or hung; its traceback is above"
     return code
 
 
-def before_each_step(strike: Strike) -> None:
-    """Call ``strike`` before each step of this process, for ever: with its name, and the handle where it is a sync."""
-    sync, exchange = os.fsync, _io._exchange
-
-    def hear(event: str, args: tuple[Any, ...]) -> None:
-        if event in GIVING or event in TAKING or (event == "open" and args[2] & WRITING):
-            strike(event, None)
-
-    def syncing(handle: int) -> None:
-        strike("fsync", handle)
-        sync(handle)
-
-    def exchanging(one: Path, other: Path) -> bool:
-        strike("exchange", None)
-        return exchange(one, other)
-
-    for module, name, hooked in ((os, "fsync", syncing), (_io, "_exchange", exchanging)):
-        setattr(module, name, hooked)
-    sys.addaudithook(hear)
+def deaths(prepare: Act, act: Act, points: Iterable[int] = EVERY) -> Iterator[str]:
+    """Let a child kill itself (SIGKILL) at these steps of ``act``, as far as it goes; yield what was done to it."""
+    for cut in CUTS:
+        for point in points:
+            prepare()
+            with forked(partial(dying, act, point, cut)) as child:
+                code = outcome(child)
+            if code == 0:
+                break
+            yield f"killed at step {point}" if cut is None else f"killed at sync {point} of a file cut to {cut}"
 
 
 def dying(act: Act, point: int, cut: float | None) -> None:
-    """Do it and die by SIGKILL at the n-th step; or at the n-th sync of a file, of which only a share was written."""
+    """Do it and die at the n-th step; or at the n-th sync of a file, of which only a share was written."""
     left = point
 
     def strike(event: str, handle: int | None) -> None:
@@ -101,112 +153,63 @@ def dying(act: Act, point: int, cut: float | None) -> None:
             return
         left -= 1
         if left == 0:
-            if cut is not None and handle is not None:
-                path = f"/proc/self/fd/{handle}"
+            if cut is not None:
+                path = f"/proc/self/fd/{handle}"  # the handle itself may be one for reading
                 os.truncate(path, int(cut * os.stat(path).st_size))
             os.kill(os.getpid(), signal.SIGKILL)
 
-    before_each_step(strike)
-    act()
-
-
-def deaths(prepare: Act, act: Act, points: Iterable[int] = EVERY) -> Iterator[str]:
-    """Let a child die at each step of ``act``, and yield what was done to it, until it gets to the end."""
-    for cut in CUTS:
-        for point in points:
-            prepare()
-            with forked(partial(dying, act, point, cut)) as child:
-                code = outcome(child)
-            if code == 0:
-                break
-            assert code == -signal.SIGKILL
-            yield f"killed at step {point}" if cut is None else f"killed at sync {point} of a file cut to {cut}"
-
-
-def filling(act: Act, point: int, stays: bool) -> None:
-    """Do it on a disk that is full at the n-th step that takes space, and ``stays`` so; ends the process."""
-    left = point
-
-    def strike(event: str, handle: int | None) -> None:
-        nonlocal left
-        if event in GIVING:
-            return
-        left -= 1
-        if left == 0 or (stays and left < 0):
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-
-    before_each_step(strike)
-    refusable(act, os.strerror(errno.ENOSPC), lambda: left <= 0)
-
-
-def refusable(act: Act, reason: str, struck: Callable[[], bool]) -> None:
-    """Do it and exit: REFUSED where one clear error names the reason, COPED or 0 where it finished, struck or not."""
-    try:
+    with before_each_step(strike):
         act()
-    except ClAdaptersError as error:
-        said = str(error)
-    else:
-        os._exit(COPED if struck() else 0)
-    assert reason in said and "\n" not in said, said
-    os._exit(REFUSED)
+
+
+# --- full disks ------------------------------------------------------------------------------------------------------
 
 
 def full_disks(prepare: Act, act: Act, points: Iterable[int] = EVERY) -> Iterator[tuple[str, bool]]:
-    """Let the disk be full at each step of ``act``, for that step or from then on; yield which, and if it refused."""
+    """Let the disk be full at these steps of ``act``, from then on or just then; yield which, and whether it refused."""
     for stays in (True, False):
         for point in points:
             prepare()
-            with forked(partial(filling, act, point, stays)) as child:
-                code = outcome(child)
-            if code == 0:
+            left = point
+
+            def strike(event: str, handle: int | None, stays: bool = stays) -> None:
+                nonlocal left
+                if event not in GIVING:
+                    left -= 1
+                    if left == 0 or (stays and left < 0):
+                        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+            refused = refuses(act, before_each_step(strike), os.strerror(errno.ENOSPC))
+            if left > 0:
                 break
-            yield f"no space {'from' if stays else 'at'} step {point}", code == REFUSED
+            yield f"no space {'from' if stays else 'at'} step {point}", refused
 
 
-def limited(act: Act, size: int) -> None:
-    """Do it where no file may grow beyond ``size`` bytes: the write itself fails, in the middle; ends the process."""
-    resource.setrlimit(resource.RLIMIT_FSIZE, (size, resource.getrlimit(resource.RLIMIT_FSIZE)[1]))
-    refusable(act, "", lambda: True)
-
-
-def cut_writes(prepare: Act, act: Act, sizes: tuple[int, ...] = (0, 60, 200, 1000, 5000)) -> Iterator[tuple[str, bool]]:
-    """Let writes of ``act`` fail in the middle of a file; yield where, and if it refused."""
+def cut_writes(prepare: Act, act: Act, sizes: Iterable[int] = (0, 60, 200, 1000, 5000)) -> Iterator[tuple[str, bool]]:
+    """Let no file grow beyond a size: a write itself fails, midway; yield where, and whether it refused."""
     for size in sizes:
         prepare()
-        with forked(partial(limited, act, size)) as child:
-            code = outcome(child)
-        yield f"no file beyond {size} bytes", code == REFUSED
+        yield f"no file beyond {size} bytes", refuses(act, files_up_to(size), "")
 
 
-def photographing(act: Act, folder: Path, photos: Path) -> None:
-    """Do it, and leave in ``photos`` a copy of the folder as a death at each step would leave it, cut files too."""
-    busy = False
-
-    def strike(event: str, handle: int | None) -> None:
-        nonlocal busy
-        if busy:  # what is heard of the copying itself
-            return
-        busy = True
-        for cut in CUTS if is_file(handle) else CUTS[:1]:
-            photo = photos / f"{len(os.listdir(photos)):04d}"
-            shutil.copytree(folder, photo)
-            if cut is not None:
-                name = Path(os.readlink(f"/proc/self/fd/{handle}")).relative_to(folder.resolve())
-                os.truncate(photo / name, int(cut * (photo / name).stat().st_size))
-        busy = False
-
-    before_each_step(strike)
-    act()
+@contextmanager
+def files_up_to(size: int) -> Iterator[None]:
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, hard))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
 
 
-def photographed(act: Act, folder: Path, photos: Path) -> list[Path]:
-    """The disk as it would be after a death at each step of ``act``, and at its end; ``act`` runs once, in a child."""
-    photos.mkdir()
-    with forked(partial(photographing, act, folder, photos)) as child:
-        assert outcome(child) == 0
-    shutil.copytree(folder, photos / f"{len(os.listdir(photos)):04d}")
-    return sorted(photos.iterdir())
-
-
-def is_file(handle: int | None) -> bool:
-    return handle is not None and stat.S_ISREG(os.fstat(handle).st_mode)
+def refuses(act: Act, trouble: AbstractContextManager[None], reason: str) -> bool:
+    """Whether it ends, in trouble, with one clear error that names the reason; False: it went another way."""
+    try:
+        with trouble:
+            act()
+    except ClAdaptersError as error:
+        said = str(error)
+    else:
+        return False
+    assert reason in said and "\n" not in said, said
+    return True
