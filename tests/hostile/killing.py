@@ -77,7 +77,7 @@ def is_file(handle: int | None) -> bool:
 
 
 def photographed(act: Act, folder: Path, photos: Path) -> list[Path]:
-    """Do it once: copies of the folder as a death at each step would leave it, of cut files too; the last as it ends."""
+    """Do it once: copies of the folder as a death at each step would leave it, also of cut files, and as it ends."""
     photos.mkdir()
     taken: list[Path] = []
 
@@ -166,7 +166,7 @@ def dying(act: Act, point: int, cut: float | None) -> None:
 
 
 def full_disks(prepare: Act, act: Act, points: Iterable[int] = EVERY) -> Iterator[tuple[str, bool]]:
-    """Let the disk be full at these steps of ``act``, from then on or just then; yield which, and whether it refused."""
+    """Let the disk be full at these steps of ``act``, from then on or just then; yield which, and if it refused."""
     for stays in (True, False):
         for point in points:
             prepare()

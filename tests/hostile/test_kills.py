@@ -157,7 +157,7 @@ def pool(backbone: FrozenBackbone, tmp_path_factory: pytest.TempPathFactory) -> 
     made = random_model(backbone, TASKS, held_out=0.5, keys_per_class=4).save_pool(
         tmp_path_factory.mktemp("pool") / "pool"
     )
-    AdapterIndex.build(made, keys="features", backend="exact").save()
+    AdapterIndex.build(made, keys="features", backend="exact", metric="ip").save()  # which keeps them as they are
     return made
 
 
@@ -191,7 +191,7 @@ def test_forgetting(pool: AdapterPool, tmp_path: Path, target: str | int) -> Non
     home = tmp_path / "pool"
     rows = pool.knowledge("task-001")
     own = rows["keys"] if target == "task-001" else rows["keys"][rows["key_class"] == 0]
-    needles = [row.numpy().tobytes() for key in own for row in (key, key / key.norm())]  # the index keeps the second
+    needles = [row.numpy().tobytes() for row in own]
 
     def opened(home: Path) -> AdapterPool:
         return AdapterPool.open(home, backbone=pool.backbone, timeout=5)
@@ -414,11 +414,8 @@ def test_a_run_on_a_full_disk(kind: Run, tmp_path: Path, points: Sequence[int]) 
 
 def test_a_finished_run_where_the_disk_is_full(kind: Run, tmp_path: Path) -> None:
     """Resuming it writes results and report again: the old ones stay until the new are whole."""
-    out = tmp_path / "home" / "run"
-    refusals = []
-    for where, refused in full_disks(
-        lambda: fresh(kind.whole.parent, out.parent), lambda: kind.resume(out.parent / "whole"), (1, 2, 3)
-    ):
-        assert kind.state(out.parent / "whole") == kind.state(kind.whole), where
+    run, refusals = tmp_path / "home" / "run", []
+    for where, refused in full_disks(lambda: fresh(kind.whole, run), lambda: kind.resume(run), (1, 2, 3)):
+        assert kind.state(run) == kind.state(kind.whole), where
         refusals.append(refused)
     assert refusals[0]
