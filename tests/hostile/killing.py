@@ -34,6 +34,7 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 CUTS = (None, 0.0, 0.5)
 """Shares of the file being synced that get to the disk; None: at every step, with the file as it is."""
 EVERY = range(1, 2000)
+SIZES = (0, 60, 200, 1000, 5000)
 
 _striking: list[Strike] = []
 
@@ -69,8 +70,12 @@ def _hear(event: str, args: tuple[Any, ...]) -> None:
         _striking[-1](event, None)
 
 
-def is_file(handle: int | None) -> bool:
-    return handle is not None and stat.S_ISREG(os.fstat(handle).st_mode)
+def being_written(handle: int | None) -> Path | None:
+    """The file that is synced, if it is one under a hidden name; others are read, and were synced before."""
+    if handle is None or not stat.S_ISREG(os.fstat(handle).st_mode):
+        return None
+    path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+    return path if any(part.startswith(".") for part in path.parts) else None
 
 
 # --- photographs -----------------------------------------------------------------------------------------------------
@@ -82,13 +87,13 @@ def photographed(act: Act, folder: Path, photos: Path) -> list[Path]:
     taken: list[Path] = []
 
     def strike(event: str, handle: int | None) -> None:
-        for cut in CUTS if is_file(handle) else CUTS[:1]:
+        path = being_written(handle)
+        for cut in CUTS if path is not None else CUTS[:1]:
             taken.append(photos / f"{len(taken):04d}")
             with before_each_step(lambda event, handle: None):  # the copying is no step
                 shutil.copytree(folder, taken[-1])
-                if cut is not None:
-                    path = Path(os.readlink(f"/proc/self/fd/{handle}")).relative_to(folder.resolve())
-                    os.truncate(taken[-1] / path, int(cut * (taken[-1] / path).stat().st_size))
+                if path is not None and cut is not None:
+                    os.truncate(taken[-1] / path.relative_to(folder.resolve()), int(cut * path.stat().st_size))
 
     with before_each_step(strike):
         act()
@@ -149,13 +154,13 @@ def dying(act: Act, point: int, cut: float | None) -> None:
 
     def strike(event: str, handle: int | None) -> None:
         nonlocal left
-        if cut is not None and not is_file(handle):
+        path = None if cut is None else being_written(handle)
+        if cut is not None and path is None:
             return
         left -= 1
         if left == 0:
-            if cut is not None:
-                path = f"/proc/self/fd/{handle}"  # the handle itself may be one for reading
-                os.truncate(path, int(cut * os.stat(path).st_size))
+            if cut is not None and path is not None:
+                os.truncate(path, int(cut * path.stat().st_size))
             os.kill(os.getpid(), signal.SIGKILL)
 
     with before_each_step(strike):
@@ -185,7 +190,7 @@ def full_disks(prepare: Act, act: Act, points: Iterable[int] = EVERY) -> Iterato
             yield f"no space {'from' if stays else 'at'} step {point}", refused
 
 
-def cut_writes(prepare: Act, act: Act, sizes: Iterable[int] = (0, 60, 200, 1000, 5000)) -> Iterator[tuple[str, bool]]:
+def cut_writes(prepare: Act, act: Act, sizes: Iterable[int] = SIZES) -> Iterator[tuple[str, bool]]:
     """Let no file grow beyond a size: a write itself fails, midway; yield where, and whether it refused."""
     for size in sizes:
         prepare()

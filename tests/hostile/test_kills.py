@@ -32,7 +32,7 @@ from cl_adapters.index.index import AdapterIndex
 from cl_adapters.model.facade import AdapterModel
 from cl_adapters.pool import AdapterPool
 from cl_adapters.pool.forget import forget
-from tests.hostile.killing import EVERY, cut_writes, deaths, full_disks, photographed
+from tests.hostile.killing import EVERY, SIZES, cut_writes, deaths, full_disks, photographed
 from tests.models import random_model
 
 X = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(7))
@@ -182,7 +182,8 @@ def test_an_index_over_an_older_one(pool: AdapterPool, tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("target", ["task-001", 2], ids=["adapter", "class"])
-def test_forgetting(pool: AdapterPool, tmp_path: Path, target: str | int) -> None:
+@pytest.mark.parametrize("every", [9, pytest.param(1, marks=pytest.mark.slow)])
+def test_forgetting(pool: AdapterPool, tmp_path: Path, target: str | int, every: int) -> None:
     """Before it is done it can be asked for again, after it ``gc`` deletes what is left: then no byte of it is there.
 
     An index is derived: it is the one of before, one without the target, or gone where there was no space to make it
@@ -208,19 +209,21 @@ def test_forgetting(pool: AdapterPool, tmp_path: Path, target: str | int) -> Non
         files = [path for path in home.rglob("*") if path.is_file()]
         return [str(path) for path in files if any(needle in path.read_bytes() for needle in needles)]
 
-    def check(home: Path, where: str) -> bool:
-        """Look at what a death left, then finish what was asked for; whether it was finished already."""
+    def done_in(home: Path) -> bool:
+        """Whether a death left it done, and not as it was."""
         done = records(home) == new
-        assert done or records(home) == old, where
-        assert index(home) in (with_it, between, without), where
-        if done:
+        assert done or records(home) == old, home
+        assert index(home) in (with_it, between, without), home
+        return done
+
+    def finish(home: Path, where: str) -> None:
+        if done_in(home):
             opened(home).gc()
         else:
             forget(opened(home), target)
             assert index(home) == without, where
         assert records(home) == new, where
         assert not traces(home), where
-        return done
 
     fresh(pool.path, home)
     assert len(traces(home)) == 2, "knowledge and index, else this test sees nothing"
@@ -231,15 +234,19 @@ def test_forgetting(pool: AdapterPool, tmp_path: Path, target: str | int) -> Non
     photos = photographed(lambda: forget(opened(home), target), home, tmp_path / "photos")
     new, without, after = records(home), index(home), tree(home)
     assert not traces(home)
-    assert {check(photo, photo.name) for photo in photos} == {False, True}
-    for walk in (full_disks, cut_writes):
-        for where, refused in walk(lambda: fresh(pool.path, home), lambda: forget(opened(home), target)):
+    done = [done_in(photo) for photo in photos]
+    changed = done.index(True)
+    assert done == [False] * changed + [True] * (len(done) - changed)
+    for photo in photos[::every] + photos[changed - 1 : changed + 1]:
+        finish(photo, photo.name)
+    for walk, points in ((full_disks, EVERY[::every]), (cut_writes, SIZES)):
+        for where, refused in walk(lambda: fresh(pool.path, home), lambda: forget(opened(home), target), points):
             assert records(home) in ((old, new) if refused else (new,)), where
             assert index(home) in (with_it, between, without, None), where
             assert not [name for name in tree(home) if name.startswith((".", "index/."))], where
             assert refused or tree(home) <= after
     for where in deaths(lambda: fresh(pool.path, home), lambda: forget(opened(home), target), SOME):
-        check(home, where)
+        finish(home, where)
 
 
 # --- runs ------------------------------------------------------------------------------------------------------------
