@@ -83,13 +83,13 @@ def ended_well(child: int) -> bool:
 
 
 def add_guest(pool: AdapterPool, value: float) -> None:
-    """An adapter whose rows are all of one value."""
+    """An adapter whose tensors and keys all begin with one value."""
     tensors = {name: torch.full_like(tensor, value) for name, tensor in pool.tensors("task-000").items()}
     pool.add(tensors, BOTTLENECK, GUEST, id="guest", knowledge=rows_of(value))
 
 
 def rows_of(value: float) -> dict[str, torch.Tensor]:
-    return {"keys": torch.arange(WIDTH) + torch.full((4, WIDTH), value), "key_class": torch.tensor([0, 0, 1, 1])}
+    return {"keys": torch.arange(float(WIDTH)).repeat(4, 1) + value, "key_class": torch.tensor([0, 0, 1, 1])}
 
 
 def replace_guest(pool: AdapterPool, value: float) -> None:
