@@ -27,12 +27,13 @@ from cl_adapters.benchmarks.results import results as run_results
 from cl_adapters.benchmarks.run import instruct, runner
 from cl_adapters.benchmarks.run.experiment import resolve
 from cl_adapters.benchmarks.run.session import complete_tasks
+from cl_adapters.index.arrays import write_array
 from cl_adapters.index.calibration import calibrate
 from cl_adapters.index.index import AdapterIndex
 from cl_adapters.model.facade import AdapterModel
 from cl_adapters.pool import AdapterPool
 from cl_adapters.pool.forget import forget
-from tests.hostile.killing import EVERY, SIZES, cut_writes, deaths, full_disks, photographed
+from tests.hostile.killing import EVERY, SIZES, cut_writes, deaths, files_up_to, full_disks, photographed
 from tests.models import random_model
 
 X = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(7))
@@ -179,6 +180,16 @@ def test_an_index_over_an_older_one(pool: AdapterPool, tmp_path: Path) -> None:
         lambda home: newer.save(home / "default"),
         lambda home: found_by(pool, home / "default"),
     )
+
+
+@pytest.mark.parametrize("numbers", [20, 300, 3000])
+def test_an_array_is_written_whole_or_refused(tmp_path: Path, numbers: int) -> None:
+    array = np.arange(numbers).reshape(-1, 2)
+    with files_up_to(200), pytest.raises(OSError, match="File too large"):
+        write_array(tmp_path / "cut.npy", array)
+    write_array(tmp_path / "ours.npy", array)
+    np.save(tmp_path / "theirs.npy", array)
+    assert (tmp_path / "ours.npy").read_bytes() == (tmp_path / "theirs.npy").read_bytes()
 
 
 @pytest.mark.parametrize("target", ["task-001", 2], ids=["adapter", "class"])
