@@ -216,12 +216,19 @@ def check_finite(tensors: Mapping[str, Tensor], where: object, error: type[Stora
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in a folder survive a power cut."""
-    handle = os.open(folder, os.O_RDONLY)
+    """Make the names in a folder survive a power cut.
+
+    Raises:
+        StorageError: the disk refuses it.
+    """
     try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+    except OSError as error:
+        raise StorageError(f"cannot write {folder}: {error.strerror or error}") from error
 
 
 def _put(path: Path, content: bytes) -> None:

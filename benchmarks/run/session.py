@@ -287,25 +287,24 @@ def changed_inputs(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[
 
 @contextmanager
 def exclusive(out: Path) -> Iterator[None]:
-    """Be the only writer of a run's folder; what a killed process left half-written in ``tasks`` is removed.
+    """Be the only writer of a run's folder; what a killed process left half-written in it is removed.
 
     Raises:
         StorageError: another process writes it, or it cannot be written.
     """
-    lock = FileLock(out / ".lock", timeout=0)
     try:
         (out / "tasks").mkdir(exist_ok=True)
-        lock.acquire()
+        held = FileLock(out / ".lock").acquire(timeout=0)
     except Timeout as error:
         raise StorageError(f"another process is writing {out}; wait for it or stop it") from error
     except OSError as error:
         raise StorageError(f"cannot write {out}: {error.strerror or error}") from error
-    try:
+    with held:
         for scratch in (out / "tasks").glob(".*"):
             shutil.rmtree(scratch, ignore_errors=True)
+        for scratch in out.glob(".*." + 8 * "[0-9a-f]"):  # of results and report: see write_bytes
+            scratch.unlink(missing_ok=True)
         yield
-    finally:
-        lock.release()
 
 
 def complete_tasks(out: Path) -> list[Path]:

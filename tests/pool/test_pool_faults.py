@@ -1,8 +1,4 @@
-"""A pool whose writer is killed: it verifies, and holds the old state or the new one.
-
-Every operation runs in a forked child that kills itself (SIGKILL) at its n-th step that changes a disk, for every n:
-each file opened to write, synced, renamed, deleted, each folder made. A second pass cuts what is written in half first.
-"""
+"""A pool whose writer is killed at each step that changes the disk: it verifies, and holds the old state or the new."""
 
 from __future__ import annotations
 
@@ -12,12 +8,8 @@ import os
 import random
 import shutil
 import signal
-import stat
-import sys
 import time
-import traceback
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -32,12 +24,10 @@ from cl_adapters.pool import AdapterPool, NewAdapter, PoolClass, Record, manifes
 from cl_adapters.pool.disk import locked
 from cl_adapters.pool.model_card import CARD
 from cl_adapters.sites.sites import Site, Tap
+from tests.hostile.killing import deaths, forked, outcome
 
 SMALL = Bottleneck(bottleneck=1)
 CLASSES = [PoolClass(label=0), PoolClass(label=1)]
-EVENTS = {"os.rename", "os.remove", "os.mkdir", "os.rmdir", "os.truncate", "os.link", "shutil.rmtree"}
-"""Audit events of Python for what changes a disk, besides opening to write; raised before it happens."""
-WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT
 
 State = tuple[Record, ...]
 
@@ -76,63 +66,6 @@ def state_of(path: Path) -> State:
     found = pool.verify()
     assert found.ok, found.problems
     return tuple(dataclasses.replace(record, created="") for record in pool.records)
-
-
-# Children. They end with os._exit, so that nothing of the test runner runs twice.
-
-
-@contextmanager
-def forked(act: Callable[[], object]) -> Iterator[int]:
-    """Run ``act`` in a child for the ``with`` block, and kill it where it is still there at the end."""
-    child = os.fork()
-    if child == 0:
-        signal.alarm(60)  # never outlive a hanging test
-        try:
-            act()
-        except BaseException:
-            os.write(2, traceback.format_exc().encode())
-            os._exit(1)
-        os._exit(0)
-    try:
-        yield child
-    finally:
-        try:
-            os.kill(child, signal.SIGKILL)
-            os.waitpid(child, 0)
-        except (ProcessLookupError, ChildProcessError):
-            pass
-
-
-def ended(child: int) -> int:
-    """Wait for a child: 0, or minus the signal that killed it. Any failure of its own is an error."""
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    assert code <= 0, "the child failed; its traceback is above"
-    return code
-
-
-def die_at(point: int, torn: bool) -> None:
-    """Kill this process at its n-th step that changes a disk; torn: at its n-th sync, with the file cut in half."""
-    left = point
-    sync = os.fsync
-
-    def step(event: str, args: tuple[Any, ...]) -> None:
-        nonlocal left
-        if not torn and (event in EVENTS or (event == "open" and args[2] & WRITING)):
-            left -= 1
-            if left == 0:
-                os.kill(os.getpid(), signal.SIGKILL)
-
-    def syncing(handle: int) -> None:
-        nonlocal left
-        left -= 1
-        if left == 0:
-            if torn and stat.S_ISREG(os.fstat(handle).st_mode):
-                os.ftruncate(handle, os.fstat(handle).st_size // 2)
-            os.kill(os.getpid(), signal.SIGKILL)
-        sync(handle)
-
-    setattr(os, "fsync", syncing)  # noqa: B010 (the type checker wants the full signature)
-    sys.addaudithook(step)
 
 
 def do(act: Callable[[AdapterPool], object]) -> Callable[[Path], object]:
@@ -215,29 +148,18 @@ def test_killed_at_every_point(template: Path, tmp_path: Path, operation: str) -
     new = state_of(pool)
     assert (old != new) == (operation != "migrate")
     seen = set()
-    for torn in (False, True):
-        for point in range(1, 1000):
-            pool = prepare(template, tmp_path / "run", operation)
-
-            def run(point: int = point, torn: bool = torn, pool: Path = pool) -> None:
-                die_at(point, torn)
-                act(pool)
-
-            with forked(run) as child:
-                if ended(child) == 0:
-                    break
-            state = state_or_none(pool, operation)
-            assert state in (old, new), (point, torn)
-            seen.add(state == new)
-            assert operation != "copy" or state == old or (pool / CARD).read_text() == '{"schema_version": 1}'
-            survivor = AdapterPool.open(pool, timeout=5)  # the lock of the dead writer is gone
-            survivor.gc()
-            assert {f"{path.parent.name}/{path.name}" for path in pool.glob("*/*")} == set(files_of(survivor))
-            assert {path.name for path in pool.glob("*.json*")} | {path.name for path in pool.glob(".*.json.*")} <= {
-                "manifest.json",
-                CARD,
-            }
-        assert point > (2 if torn else 9)
+    for where in deaths(lambda: prepare(template, pool, operation), lambda: act(pool)):
+        state = state_or_none(pool, operation)
+        assert state in (old, new), where
+        seen.add(state == new)
+        assert operation != "copy" or state == old or (pool / CARD).read_text() == '{"schema_version": 1}'
+        survivor = AdapterPool.open(pool, timeout=5)  # the lock of the dead writer is gone
+        survivor.gc()
+        assert {f"{path.parent.name}/{path.name}" for path in pool.glob("*/*")} == set(files_of(survivor))
+        assert {path.name for path in pool.glob("*.json*")} | {path.name for path in pool.glob(".*.json.*")} <= {
+            "manifest.json",
+            CARD,
+        }
     assert operation == "migrate" or seen == {False, True}
 
 
@@ -281,7 +203,7 @@ def test_killed_at_random_times(template: Path, tmp_path: Path) -> None:
         with forked(lambda: go_round(pool, states)) as child:
             time.sleep(times.uniform(0.002, 0.06))
             os.kill(child, signal.SIGKILL)
-            assert ended(child) == -signal.SIGKILL
+            assert outcome(child) == -signal.SIGKILL
         reached.add(states.index(state_of(pool)))
     assert len(reached) > 2
     survivor = AdapterPool.open(pool, timeout=5)
@@ -323,7 +245,7 @@ def test_two_writers_wait_for_each_other(template: Path, tmp_path: Path) -> None
             add(pool, 30 + number)
 
     with forked(lambda: write("a")) as one, forked(lambda: write("b")) as other:
-        assert ended(one) == ended(other) == 0
+        assert outcome(one) == outcome(other) == 0
     ids = [record.id for record in state_of(path)]
     expected = ["first", "second", *(f"{name}-{number}" for name in "ab" for number in range(8))]
     assert sorted(ids) == sorted([*expected, *(f"task-{number:03d}" for number in range(16))])

@@ -12,7 +12,7 @@ import numpy as np
 
 from cl_adapters._seeding import derive
 from cl_adapters.errors import StorageError
-from cl_adapters.index.arrays import read_array, write_array
+from cl_adapters.index.arrays import read_array, write_array, write_numbers
 from cl_adapters.index.backends._faiss import id_bitmap, library, metric_of, settings, to_scores
 from cl_adapters.index.backends.base import Floats, Ids, IndexBackend, indexes
 from cl_adapters.index.backends.exact import nearest
@@ -170,8 +170,8 @@ class IVF(IndexBackend):
         with (folder / "lists.bin").open("wb") as file:
             for i in np.flatnonzero(sizes):
                 codes, ids = self._list(int(i))
-                codes.tofile(file)
-                ids.tofile(file)
+                write_numbers(file, codes)
+                write_numbers(file, ids)
 
     def _load(self, folder: Path, state: Mapping[str, Any], mmap: bool) -> None:
         lists = int(state["lists"])
