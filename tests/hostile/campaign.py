@@ -13,11 +13,15 @@ import os
 import sys
 import tempfile
 import time
+import types
 from pathlib import Path
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 os.environ.setdefault("HF_HUB_OFFLINE", "1")  # a damaged name of a backbone asks no hub
-sys.path.insert(0, str(Path(__file__).parents[2]))
+ROOT = Path(__file__).parents[2]
+sys.path.insert(0, str(ROOT))
+sys.modules["tests"] = types.ModuleType("tests")  # avalanche-lib installs a package of that name
+sys.modules["tests"].__path__ = [str(ROOT / "tests")]
 
 from hypothesis import HealthCheck, Phase, given, seed, settings
 

@@ -54,6 +54,10 @@ UNSEALED = {"model.json", "manifest.json", "index.json", "config.json", "row.jso
 """Files whose own digest is recorded nowhere: that of every other file is."""
 
 
+PREFIX = "hostile-"
+"""Of the folders of copies, all of one length, so that the tables of commands are as wide."""
+
+
 class Hang(BaseException):
     """The reader took too long. No Exception, so that nothing on the way takes it for one."""
 
@@ -104,7 +108,7 @@ class Kind:
         for number, folder in enumerate(self.folders):
             for place, reader in enumerate(self.readers):
                 steps: dict[str, Any] = {}
-                with tempfile.TemporaryDirectory() as scratch:
+                with tempfile.TemporaryDirectory(prefix=PREFIX) as scratch:
                     copy = Path(shutil.copytree(folder, Path(scratch) / "x"))
                     tasks = sorted((copy / "tasks").glob("*"), reverse=True)
                     for last in (None, *tasks):
@@ -138,7 +142,7 @@ def judge(kind: Kind, plan: Plan) -> Verdict:
     number, place = plan.folder % len(kind.folders), plan.reader % len(kind.readers)
     folder, donor = kind.folders[number], kind.folders[(number + 1) % len(kind.folders)]
     expected = kind.expected[number, place]
-    with tempfile.TemporaryDirectory(prefix="hostile-") as scratch:
+    with tempfile.TemporaryDirectory(prefix=PREFIX) as scratch:
         copy = Path(shutil.copytree(folder, Path(scratch) / "x"))
         done = (*apply(plan, copy, donor), *(("digests computed anew",) if plan.sealed_again else ()))
         sealed = not plan.sealed_again and not {Path(name).name for name in _changed(folder, copy)} & UNSEALED
@@ -290,7 +294,7 @@ class Told(ClAdaptersError):
 
 
 def read_pool(folder: Path, found: Found) -> None:
-    """Everything that can be asked of a pool."""
+    """Everything that a pool has."""
     opened: list[AdapterPool] = []
     found.take("pool", lambda: opened.append(AdapterPool.open(folder, backbone=backbone())))
     if not opened:
@@ -302,11 +306,22 @@ def read_pool(folder: Path, found: Found) -> None:
         found.take(f"tensors of {id}", lambda id=id: bits(pool.tensors(id)))  # type: ignore[misc]
         found.take(f"knowledge of {id}", lambda id=id: bits(pool.knowledge(id)))  # type: ignore[misc]
     found.take("verify", lambda: _told(pool.verify().problems))
-    for name, index in (("pool-model", None), ("pool-index-model", "default")):
+
+
+def model_of(index: str | None) -> Reader:
+    """A model of a pool, with or without an index."""
+
+    def read(folder: Path, found: Found) -> None:
         made: list[AdapterModel] = []
-        found.take(name, lambda made=made, index=index: made.append(AdapterModel.from_pool(pool, index=index)))  # type: ignore[misc]
+        found.take("pool's model", lambda: made.append(_from_pool(folder, index)))
         if made:
-            ask(made[0], found, name, images())
+            ask(made[0], found, "pool's model", images())
+
+    return read
+
+
+def _from_pool(folder: Path, index: str | None) -> AdapterModel:
+    return AdapterModel.from_pool(AdapterPool.open(folder, backbone=backbone()), index=index)
 
 
 def _told(problems: Sequence[str]) -> None:
@@ -515,13 +530,13 @@ class Place:
 
     def __init__(self, scratch: Path) -> None:
         self.scratch = scratch
+        self.made: dict[str, Kind] = {}
 
     def kind(self, name: str) -> Kind:
         """One of :data:`KINDS`."""
-        if name not in self.__dict__:
-            self.__dict__[name] = KINDS[name](self)
-        made: Kind = self.__dict__[name]
-        return made
+        if name not in self.made:
+            self.made[name] = KINDS[name](self)
+        return self.made[name]
 
     def run(self) -> Path:
         """The interrupted run, with the results of its two tasks."""
@@ -584,7 +599,9 @@ def _models(place: Place) -> tuple[Path, ...]:
 
 KINDS: dict[str, Callable[[Place], Kind]] = {
     "model": lambda place: Kind("model", _models(place), (read_model, read_model, read_model_by_name)),
-    "pool": lambda place: Kind("pool", (FROZEN / "pool", place.pool()), (read_pool,)),
+    "pool": lambda place: Kind(
+        "pool", (FROZEN / "pool", place.pool()), (read_pool, model_of(None), model_of("default"))
+    ),
     "index": lambda place: Kind(
         "index",
         (
