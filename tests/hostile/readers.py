@@ -180,7 +180,7 @@ def bounded() -> Iterator[None]:
     now = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     before = signal.signal(signal.SIGALRM, late)
     resource.setrlimit(resource.RLIMIT_AS, (now + MEMORY, hard))
-    signal.setitimer(signal.ITIMER_REAL, SECONDS, 1)  # again, where something on the way drops it
+    signal.setitimer(signal.ITIMER_REAL, SECONDS, SECONDS)  # again, where something on the way drops it
     try:
         yield
     finally:
