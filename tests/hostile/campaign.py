@@ -50,7 +50,7 @@ def attack(kind: Kind, mutants: int, number: int) -> list[tuple[Plan, Verdict]]:
         phases=[Phase.generate],
         suppress_health_check=list(HealthCheck),
     )
-    @given(plans())
+    @given(plans(kind.folders[0]))
     def drawn(plan: Plan) -> None:
         judged.append((plan, judge(kind, plan)))
 

@@ -91,9 +91,15 @@ def change(function: Change) -> Change:
     return function
 
 
-def plans() -> st.SearchStrategy[Plan]:
-    """All plans."""
-    names = [name for name in sorted(CHANGES) for _ in range(OFTEN.get(name, 1))]
+def plans(folder: Path) -> st.SearchStrategy[Plan]:
+    """All plans for folders of a kind, such as ``folder``: tensors are changed where there are any."""
+    there = {path.suffix for path in files_of(folder)}
+    names = [
+        name
+        for name in sorted(CHANGES)
+        for _ in range(OFTEN.get(name, 1))
+        if not name.startswith(("tensor", "array")) or (".npy" if name.startswith("array") else ".safetensors") in there
+    ]
     mutation = st.builds(_mutation, st.sampled_from(names), st.integers(0, 2**24 - 1))
     mutations = st.one_of(st.tuples(mutation), st.lists(mutation, min_size=1, max_size=3).map(tuple))
     return st.builds(_plan, mutations, st.integers(0, 2**24 - 1))

@@ -66,7 +66,7 @@ def test_a_few_hundred_mutants(name: str, place: Place) -> None:
         suppress_health_check=QUIET,
         report_multiple_bugs=False,
     )
-    @given(plans())
+    @given(plans(kind.folders[0]))
     def drawn(plan: Plan) -> None:
         check(kind, plan)
 
@@ -87,7 +87,7 @@ def test_thousands_of_mutants(name: str, place: Place) -> None:
         suppress_health_check=QUIET,
         phases=[Phase.generate, Phase.shrink],
     )
-    @given(plans())
+    @given(plans(kind.folders[0]))
     def drawn(plan: Plan) -> None:
         check(kind, plan)
 
