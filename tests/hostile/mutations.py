@@ -632,9 +632,22 @@ def seal(folder: Path) -> None:
         before = copy.deepcopy(content)
         _seal_files(path.parent, content.get("files"))
         _seal_records(path.parent, content)
+        if OWN in content:
+            content[OWN] = own_digest(content)
         if content != before:
             with _any_digits():
                 _put(path, json.dumps(content, indent=1).encode())
+
+
+OWN = "sha256"
+"""The key under which a JSON file has the digest of all else that it says; files of earlier releases have none."""
+
+
+def own_digest(content: dict[str, Any]) -> str:
+    """What should stand there."""
+    rest = {key: value for key, value in content.items() if key != OWN}
+    with _any_digits():
+        return hashlib.sha256(json.dumps(rest, sort_keys=True).encode()).hexdigest()
 
 
 def _sha(path: Path) -> str:

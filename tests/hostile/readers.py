@@ -36,7 +36,7 @@ from torch import Tensor
 from cl_adapters import AdapterIndex, AdapterModel, AdapterPool
 from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.errors import ClAdaptersError
-from tests.hostile.mutations import BOMB, Plan, apply, files_of
+from tests.hostile.mutations import BOMB, OWN, Plan, apply, files_of, own_digest, regular
 
 FROZEN = Path(__file__).parents[1] / "data" / "frozen"
 SECONDS = 5
@@ -50,8 +50,8 @@ SAME, CLEAN, ANOTHER, BAD, CRASH = OUTCOMES = (
     "accepted and different",
     "crash",
 )
-UNSEALED = {"model.json", "manifest.json", "index.json", "config.json", "row.json", "results.json", "instruct.json"}
-"""Files whose own digest is recorded nowhere: that of every other file is."""
+DESCRIPTIONS = {"model.json", "manifest.json", "index.json", "config.json", "row.json", "results.json", "instruct.json"}
+"""Files whose digest stands in no other file, though it may in themselves."""
 
 
 PREFIX = "hostile-"
@@ -145,7 +145,7 @@ def judge(kind: Kind, plan: Plan) -> Verdict:
     with tempfile.TemporaryDirectory(prefix=PREFIX) as scratch:
         copy = Path(shutil.copytree(folder, Path(scratch) / "x"))
         done = (*apply(plan, copy, donor), *(("digests computed anew",) if plan.sealed_again else ()))
-        sealed = not plan.sealed_again and not {Path(name).name for name in _changed(folder, copy)} & UNSEALED
+        sealed = not plan.sealed_again and not any(_untold(copy / name) for name in _changed(folder, copy))
         found = Found()
         try:
             with bounded(), warnings.catch_warnings():
@@ -195,6 +195,19 @@ def _changed(folder: Path, copy: Path) -> set[str]:
     return {
         name for name in {*one, *two} if name not in one or name not in two or not _same_bytes(one[name], two[name])
     }
+
+
+def _untold(path: Path) -> bool:
+    """Whether nobody can tell that this changed file was changed."""
+    if path.name not in DESCRIPTIONS:
+        return False
+    if not regular(path):
+        return True
+    try:
+        content = json.loads(path.read_bytes())
+    except (ValueError, RecursionError):
+        return True
+    return not isinstance(content, dict) or OWN not in content or content[OWN] == own_digest(content)
 
 
 def _same_bytes(one: Path, two: Path) -> bool:
@@ -525,6 +538,20 @@ RUN_COMMANDS = (
 # --- the folders -------------------------------------------------------------------------------------------------
 
 
+class OneTask:
+    """Stops a run, as a kill would, when a task is saved."""
+
+    def task_started(self, task: int, tasks: int, names: list[str]) -> None:
+        """A task begins."""
+
+    def progress(self, phase: str, done: int, total: int) -> None:
+        """Within a task."""
+
+    def task_finished(self, results: Any) -> None:
+        """Stop."""
+        raise Reached
+
+
 class Place:
     """The folders of every kind, as they are before any damage: frozen ones, and what is made of them on first use."""
 
@@ -538,36 +565,36 @@ class Place:
             self.made[name] = KINDS[name](self)
         return self.made[name]
 
+    def model(self, name: str) -> Path:
+        """A model as it is saved today."""
+        folder = self.scratch / name
+        return folder if folder.exists() else AdapterModel.load(FROZEN / name, backbone()).save(folder)
+
     def run(self) -> Path:
-        """The interrupted run, with the results of its two tasks."""
-        from cl_adapters.benchmarks.run.experiment import Experiment
-        from cl_adapters.benchmarks.run.runner import _Runner
+        """The interrupted run, gone on with for one task, so that it has results."""
+        from cl_adapters.benchmarks.run.runner import resume
 
         folder = self.scratch / "run"
         if not folder.exists():
             shutil.copytree(FROZEN / "run-mos", folder)
-            config = json.loads((folder / "config.json").read_text())
-            with _cached():
-                runner = _Runner(Experiment.from_plain(config["experiment"]), "cpu")
-            runner.description = config
-            runner.save([json.loads(path.read_text()) for path in sorted(folder.glob("tasks/*/row.json"))], folder)
+            with _cached(), contextlib.suppress(Reached):
+                resume(folder, listener=OneTask())
         return folder
 
     def instruct_run(self, method: str) -> Path:
         """The same of instructions; decoder and tasks are named as they lie here."""
-        from cl_adapters.benchmarks.run.instruct import InstructExperiment, _Runner
-        from cl_adapters.config import build
+        from cl_adapters.benchmarks.run.instruct import resume
 
         folder = self.scratch / f"instruct-{method}"
         if not folder.exists():
             shutil.copytree(FROZEN / folder.name, folder)
             config = json.loads((folder / "config.json").read_text())
             config["instruct"] |= {"model": f"hf:{FROZEN / 'decoder'}", "data": str(FROZEN / "tasks")}
+            if OWN in config:
+                config[OWN] = own_digest(config)
             (folder / "config.json").write_text(json.dumps(config, indent=1))
-            with _cached():
-                runner = _Runner(build(InstructExperiment, config["instruct"], "run"), "cpu")
-            runner.description = config
-            runner.save([json.loads(path.read_text()) for path in sorted(folder.glob("tasks/*/row.json"))], folder)
+            with _cached(), contextlib.suppress(Reached):
+                resume(folder, listener=OneTask())
         return folder
 
     def only(self, run: Path, file: str) -> Path:
@@ -594,7 +621,8 @@ class Place:
 
 
 def _models(place: Place) -> tuple[Path, ...]:
-    return tuple(FROZEN / name for name in ("mos", "sema", "ranpac", "lae"))
+    names = ("mos", "sema", "ranpac", "lae")
+    return (*(FROZEN / name for name in names), *map(place.model, names))
 
 
 KINDS: dict[str, Callable[[Place], Kind]] = {
