@@ -115,7 +115,9 @@ class Kind:
                         if last is not None:
                             shutil.rmtree(last)
                         whole = Found()
-                        reader(copy, whole)
+                        with warnings.catch_warnings():
+                            warnings.simplefilter("ignore")
+                            reader(copy, whole)
                         assert last is not None or not (whole.errors or whole.flaws), whole
                         steps = whole.bits | steps
                 found[number, place] = steps
@@ -577,7 +579,8 @@ class Place:
         folder = self.scratch / "run"
         if not folder.exists():
             shutil.copytree(FROZEN / "run-mos", folder)
-            with _cached(), contextlib.suppress(Reached):
+            with _cached(), contextlib.suppress(Reached), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 resume(folder, listener=OneTask())
         return folder
 
@@ -593,7 +596,8 @@ class Place:
             if OWN in config:
                 config[OWN] = own_digest(config)
             (folder / "config.json").write_text(json.dumps(config, indent=1))
-            with _cached(), contextlib.suppress(Reached):
+            with _cached(), contextlib.suppress(Reached), warnings.catch_warnings():
+                warnings.simplefilter("ignore")
                 resume(folder, listener=OneTask())
         return folder
 
