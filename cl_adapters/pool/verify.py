@@ -8,12 +8,12 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from cl_adapters._forms import shown
 from cl_adapters._io import parse_json
 from cl_adapters.errors import ClAdaptersError, PoolError
 from cl_adapters.pool.blobs import orphans, read_file
 from cl_adapters.pool.manifest import Manifest
 from cl_adapters.pool.model_card import read_card
-from cl_adapters.pool.record import shown
 from cl_adapters.pool.store import load_adapter, load_knowledge
 
 if TYPE_CHECKING:
