@@ -512,6 +512,10 @@ def command(*words: str) -> Reader:
                 code = ended.code
         step = " ".join(word.removeprefix("@") for word in words)
         told = out.getvalue().replace(str(folder), "FOLDER")
+        reported = [line for line in told.splitlines() if line.startswith(("broken: ", "orphan: "))]
+        if reported:  # beside what can be used
+            found.errors.append(f"{step}: {reported[0]}")
+            return
         if code in (0, None):
             found.bits[step] = told
             return
