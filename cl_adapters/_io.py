@@ -13,17 +13,22 @@ import json
 import os
 import shutil
 import stat
+import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
 
 from cl_adapters._forms import shown
 from cl_adapters.errors import StorageError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+T = TypeVar("T")
+TRIES = 60
+"""How often a folder that is replaced while it is read is read anew: with the pauses, for about 9 s."""
 
 
 def write_bytes(path: Path, content: bytes) -> None:
@@ -120,6 +125,36 @@ def checksum(content: Mapping[str, Any]) -> str:
     """SHA-256 of what JSON says, whatever the order of its keys and the layout of its text."""
     plain = json.loads(json.dumps(content, allow_nan=False))  # keys become texts before they are sorted
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
+
+
+def stamp(path: Path) -> tuple[int, ...] | None:
+    """Tells a file from the one that takes its place; None: it is not there."""
+    try:
+        now = path.stat()
+    except OSError:
+        return None
+    return (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns)
+
+
+def read_settled(marker: Path, read: Callable[[], T]) -> T:
+    """Read a folder that another process may replace meanwhile, anew until its files are of one state.
+
+    Args:
+        marker: a file of the folder that every save writes anew.
+        read: raises StorageError where files do not fit each other.
+
+    Raises:
+        StorageError: of ``read``; or the folder was replaced again and again.
+    """
+    for tried in range(TRIES):
+        before = stamp(marker)
+        try:
+            return read()
+        except StorageError:
+            if stamp(marker) == before:
+                raise
+        time.sleep(0.005 * tried)
+    raise StorageError(f"{marker.parent} is saved again and again while it is read; read it when the writer is done")
 
 
 @contextmanager

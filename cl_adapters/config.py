@@ -33,9 +33,11 @@ def build(cls: type[C], values: Mapping[str, Any], where: str = "") -> C:
         where: prefix of the field names in messages ("benchmark", "strategy").
 
     Raises:
-        ConfigError: an unknown key (with the nearest known one), a missing key, a wrong type or range, a number that
-            is not finite.
+        ConfigError: no mapping, an unknown key (with the nearest known one), a missing key, a wrong type or range, a
+            number that is not finite.
     """
+    if not isinstance(values, Mapping):
+        raise ConfigError(f"{where or cls.__name__} must be a mapping of options, got {values!r}")
     prefix = f"{where}." if where else ""
     _check(cls, values, prefix)
     hashable: Any = cls  # for mypy, which takes no class for a key

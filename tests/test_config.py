@@ -165,3 +165,9 @@ def test_a_nested_option_of_a_value_is_refused_unless_the_value_is_a_plug_ins_na
     put_nested(plain, ["adapter", "rank"], 2, named=True)
     put_nested(plain, ["outer", "inner", "key"], 3)
     assert plain == {"adapter": {"type": "lora", "rank": 2}, "outer": {"inner": {"key": 3}}}
+
+
+@pytest.mark.parametrize("values", [1e308, None, "path", [1]])
+def test_what_is_no_mapping_is_refused(values: Any) -> None:
+    with pytest.raises(ConfigError, match="predictor must be a mapping of options, got"):
+        build(Outer, values, "predictor")

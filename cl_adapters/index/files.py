@@ -13,14 +13,13 @@ from __future__ import annotations
 import hashlib
 import os
 import re
-import time
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cl_adapters import config as configs
-from cl_adapters._io import new_folder, open_regular, read_json, write_json
+from cl_adapters._io import new_folder, open_regular, read_json, read_settled, stamp, write_json
 from cl_adapters.errors import ClAdaptersError, StorageError
 from cl_adapters.index.answers import IndexConfig
 from cl_adapters.index.arrays import read_array, write_array
@@ -38,9 +37,6 @@ ALWAYS = 64 << 20
 SCRATCH = re.compile(r"\..+\.(old-)?[0-9a-f]{8}")
 """Names of the folders that :func:`cl_adapters._io.new_folder` makes beside the one that it writes."""
 
-TRIES = 60
-"""How often an index that is replaced while it is read is read anew: with the pauses, for up to 9 s."""
-
 
 def default_folder(pool: KeySource, name: str = "default") -> Path:
     """Where an index of a pool lives unless told otherwise."""
@@ -54,7 +50,7 @@ def index_folders(pool: Path) -> list[Path]:
 
 def unfinished_folders(pool: Path) -> list[Path]:
     """What was being written when its writer was killed, as long as the pool's lock keeps all others out."""
-    return [place for place in _folders(pool) if (place / "record.npy").is_file() and SCRATCH.fullmatch(place.name)]
+    return [place for place in _folders(pool) if SCRATCH.fullmatch(place.name)]
 
 
 def _folders(pool: Path) -> list[Path]:
@@ -108,27 +104,15 @@ def open_index(folder: Path, *, mmap: bool, verify: bool) -> tuple[Contents, flo
     Raises:
         StorageError: missing, altered or contradictory files; or it is saved over and over.
     """
-    for tried in range(TRIES):
-        before = _state(folder)
-        try:
-            found = _read_index(folder, mmap=mmap, verify=verify)
-        except StorageError:
-            if _state(folder) == before:
-                raise
-        else:
-            if _state(folder) == before:
-                return found
-        time.sleep(0.005 * tried)
-    raise StorageError(f"{folder} is saved again and again while it is read; open it when the writer has finished")
 
+    def read() -> tuple[Contents, float | None, bool]:
+        before = stamp(folder / "index.json")
+        found = _read_index(folder, mmap=mmap, verify=verify)
+        if stamp(folder / "index.json") != before:  # large files are not compared with their digests
+            raise StorageError(f"{folder} was saved while it was read")
+        return found
 
-def _state(folder: Path) -> list[tuple[int, ...]]:
-    """Tells an index from the one that takes its place, which is another folder with another index.json."""
-    try:
-        found = [folder.stat(), (folder / "index.json").stat()]
-    except OSError:
-        return []
-    return [(now.st_dev, now.st_ino, now.st_mtime_ns, now.st_ctime_ns) for now in found]
+    return read_settled(folder / "index.json", read)
 
 
 def _read_index(folder: Path, *, mmap: bool, verify: bool) -> tuple[Contents, float | None, bool]:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_adapters._forms import SHA, Count, Label, check_label, clipped, shown
-from cl_adapters._io import checksum, get_tensors, new_folder, put_tensors, read_json, write_json
+from cl_adapters._io import checksum, get_tensors, new_folder, put_tensors, read_json, read_settled, write_json
 from cl_adapters.adapters import adapters
 from cl_adapters.backbones.card import BackboneCard
 from cl_adapters.backbones.frozen import FrozenBackbone
@@ -52,8 +52,6 @@ SPREADS: dict[str, Callable[[int], Shape]] = {
     "low_rank": lambda width: (None, width),
 }
 """Shape of what each kind of statistics keeps of a class, for features of a width."""
-TRIES = 100
-"""How often a model that is saved while it is read is read anew."""
 M = TypeVar("M", bound=Classifier)
 Read = Callable[[str], dict[str, Tensor]]
 """Gives the tensors of a file by its name in the folder."""
@@ -158,23 +156,7 @@ def save_model(model: Classifier, path: Path, *, overwrite: bool = False, link_f
 
 def load_model(cls: type[M], path: Path, backbone: FrozenBackbone | None = None) -> M:
     """Read the folder ``path`` into a new ``cls``, anew where it is saved meanwhile; see :meth:`AdapterModel.load`."""
-    for _ in range(TRIES):
-        stamp = _stamp(path)
-        try:
-            return _load(cls, path, backbone)
-        except StorageError:  # perhaps the files of two saves
-            if _stamp(path) == stamp:
-                raise
-    raise StorageError(f"{path} is saved again and again while it is read; load it when the writer has finished")
-
-
-def _stamp(path: Path) -> tuple[int, int] | None:
-    """Tells a saved model from the one that takes its place."""
-    try:
-        found = (path / "model.json").stat()
-    except OSError:
-        return None
-    return found.st_ino, found.st_mtime_ns
+    return read_settled(path / CARD, lambda: _load(cls, path, backbone))
 
 
 def _load(cls: type[M], path: Path, backbone: FrozenBackbone | None) -> M:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import os
 import threading
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
@@ -58,14 +59,16 @@ class Disk:
     def __init__(self, path: Path, timeout: float) -> None:
         self.path = path
         self.timeout = timeout
-        self._lock = FileLock(str(path / LOCK))
+        self._lock: tuple[int, BaseFileLock | None] = (0, None)  # process, and its lock
         self._guard = threading.Lock()
         self._seen: tuple[bytes, Manifest] | None = None
         self._stamp: tuple[int, ...] | None = None
 
     def locked(self) -> AbstractContextManager[None]:
         """As :func:`locked`; this thread's changes within the ``with`` block are made under the same lock."""
-        return locked(self.path, self.timeout, self._lock)
+        if self._lock[0] != os.getpid():  # a lock is of no use in a process that inherited it
+            self._lock = (os.getpid(), FileLock(str(self.path / LOCK)))
+        return locked(self.path, self.timeout, self._lock[1])
 
     def manifest(self) -> Manifest:
         """The newest manifest: it is replaced as a whole, so it is always one that a writer finished.

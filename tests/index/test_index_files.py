@@ -239,7 +239,7 @@ def test_opened_while_another_process_saves_it(pool: MemoryPool, tmp_path: Path)
 
 def test_an_index_that_never_stands_still(pool: MemoryPool, monkeypatch: pytest.MonkeyPatch) -> None:
     folder = AdapterIndex.build(pool).save()
-    monkeypatch.setattr("cl_adapters.index.files.TRIES", 3)
+    monkeypatch.setattr("cl_adapters._io.TRIES", 3)
     real, read = files._read_index, []
 
     def replaced(*args: Any, **options: Any) -> Any:

@@ -119,7 +119,7 @@ def test_hold_back() -> None:
         ({"projection": 0}, "projection must be at least 1, got 0"),
         ({"ridges": ()}, r"ridges must be positive numbers, at least one, got \[\]"),
         ({"ridges": (1.0, -1.0)}, "ridges must be positive"),
-        ({"ridges": (float("nan"),)}, "ridges must be positive"),
+        ({"ridges": (float("nan"),)}, "ridges.0: input should be a finite number"),
         ({"holdout": 0.0}, "holdout must be between 0 and 1"),
         ({"holdout": 1}, "holdout must be between 0 and 1"),
     ],

@@ -268,7 +268,7 @@ def test_numbers_that_json_does_not_know(pool: AdapterPool, number: str) -> None
     path = pool.path / "manifest.json"
     path.write_text(path.read_text().replace("90.5", number))
     again = AdapterPool.open(pool.path)
-    with pytest.raises(PoolError, match=r"metric 'accuracy' is (inf|nan)"):
+    with pytest.raises(PoolError, match=r"metrics.accuracy: input should be a finite number, got"):
         again.get("task-000")
     assert_other_works(again)
     again.tag("task-001", add=["touched"])
@@ -312,7 +312,7 @@ def test_adapter_types_that_are_not_known(pool: AdapterPool, adapter: Plain, mat
     assert_lost(pool, match)
 
 
-@pytest.mark.parametrize("bottleneck", [3, 10**12])
+@pytest.mark.parametrize("bottleneck", [3, 2**16])
 def test_options_that_are_not_the_tensors(pool: AdapterPool, bottleneck: int) -> None:
     edit_record(pool, adapter={"type": "bottleneck", "bottleneck": bottleneck})
     AdapterPool.open(pool.path).tensors("task-000")  # without the backbone nobody can tell
