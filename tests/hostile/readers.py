@@ -529,8 +529,7 @@ def command(*words: str) -> Reader:
 
 POOL_COMMANDS = (
     command("pool", "ls", "@", "--json"),
-    command("pool", "ls", "@"),
-    command("pool", "show", "@", "task-001"),
+    command("pool", "show", "@", "task-001", "--json"),  # without it the sizes of files, as they are, are shown
     command("pool", "verify", "@"),
     command("index", "stats", "@"),
     command("index", "query", "@", str(FROZEN / "images" / "00.png"), "--json"),
