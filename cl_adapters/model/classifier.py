@@ -47,7 +47,7 @@ class Classifier(ModelState):
             predictor: another predictor than the model's own.
 
         Raises:
-            ClAdaptersError: no task was learned yet, or the memory is of another model or another batch.
+            ClAdaptersError: no task was learned yet; the memory is of another model or batch; or logits are NaN.
             DataError: inputs that the backbone does not take, or numbers in them that are not finite.
         """
         if not self.classes:
@@ -60,6 +60,11 @@ class Classifier(ModelState):
         with torch.inference_mode():
             lazy = LazyFeatures(self, to_device(x, self.device), memory, samples)
             prediction = (predictor or self.predictor).predict(self, lazy)
+            if bool(prediction.logits.isnan().any()):
+                raise ClAdaptersError(
+                    "logits are no numbers (NaN): training has diverged (take a smaller lr), or the model's numbers "
+                    "overflow"
+                )
             if "abstention" not in self.parts:
                 return prediction
             return self.part("abstention", Abstention).applied(self, lazy, prediction)

@@ -307,7 +307,9 @@ def _assemble(cls: type[M], path: Path, card: _Card, backbone: FrozenBackbone) -
     for name, described in card.parts.items():
         tensors = read(f"parts/{name}.safetensors")
         with _blaming(where, f"part {name!r}", Exception):  # plug-ins; what contradicts itself surfaces in many ways
-            model.parts[name] = parts.get(described["type"]).restore(described, tensors)
+            part = parts.get(described["type"]).restore(described, tensors)
+            part.check(len(model.classes), width)
+            model.parts[name] = part
     with _blaming(where, "predictor"):
         model.predictor = build(predictors.get(card.predictor.type), card.predictor.config, "predictor")
     if card.statistics is not None:

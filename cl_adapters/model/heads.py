@@ -8,6 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from cl_adapters.errors import ClAdaptersError
+
 Init = Callable[[Tensor, torch.Generator], object]
 """Fills new rows [C, D] in place; biases start at 0."""
 
@@ -73,7 +75,13 @@ class LinearHead(nn.Module):
         self.bias = nn.Parameter(torch.cat([self.bias, self.bias.new_zeros(new_classes)]))
 
     def forward(self, f_BD: Tensor) -> Tensor:
-        """Logits [B, C] of features [B, D]."""
+        """Logits [B, C] of features [B, D].
+
+        Raises:
+            ClAdaptersError: there is no class yet.
+        """
+        if not self.num_classes:
+            raise ClAdaptersError("this model has no linear head, which its predictor needs; take another predictor")
         return linear_by_group(f_BD, self.weight, self.bias, self.groups)
 
 

@@ -6,8 +6,10 @@ from abc import ABC, abstractmethod
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
+from cl_adapters.errors import DataError
 from cl_adapters.registry import Registry
 
 
@@ -25,6 +27,16 @@ class Part(nn.Module, ABC):
     def tensors(self) -> dict[str, Tensor]:
         """Everything that is saved; default the whole ``state_dict``."""
         return {name: value.detach() for name, value in self.state_dict().items()}
+
+    def check(self, classes: int, width: int) -> None:
+        """Check that this part can serve a model with so many classes and features of this width.
+
+        Raises:
+            DataError: it cannot; the default looks at the type of the numbers only.
+        """
+        for name, value in self.state_dict().items():
+            if value.is_floating_point() and value.dtype != torch.float32:
+                raise DataError(f"{name} is {value.dtype}, float32 is expected")
 
     @classmethod
     @abstractmethod

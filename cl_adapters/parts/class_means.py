@@ -7,6 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
+from cl_adapters.errors import DataError
 from cl_adapters.model.heads import PrototypeHead
 from cl_adapters.parts.base import Part, parts
 
@@ -31,6 +32,13 @@ class ClassMeans(Part):
     def description(self) -> dict[str, Any]:
         """Nothing besides the tensor."""
         return {}
+
+    def check(self, classes: int, width: int) -> None:
+        """Check the number of means too; their width is that of the adapters that are concatenated."""
+        super().check(classes, width)
+        rows, whole = self.head.prototypes.shape
+        if rows not in (0, classes) or whole % width:
+            raise DataError(f"{rows} means of width {whole} do not fit {classes} classes of width {width}")
 
     @classmethod
     def restore(cls, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> ClassMeans:

@@ -232,6 +232,14 @@ class Keys(Part, KeyLookup):
         """What is kept."""
         return {"config": to_plain(self.config)}
 
+    def check(self, classes: int, width: int) -> None:
+        """Check shapes and columns too."""
+        super().check(classes, width)
+        for rows, columns in ((self.keys_MD, self.column_M), (self.held_out_HD, self.held_out_column_H)):
+            known = columns.dtype == torch.long and all(0 <= column < classes for column in columns.unique().tolist())
+            if tuple(rows.shape) != (len(columns), width) or not known:
+                raise DataError(f"keys {list(rows.shape)} do not fit {classes} classes of width {width}")
+
     @classmethod
     def restore(cls, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Keys:
         """The same keys."""

@@ -161,6 +161,15 @@ class Ridge(Part):
         """The strengths so far."""
         return {"ridges": list(self.ridges)}
 
+    def check(self, classes: int, width: int) -> None:
+        """Check the shapes too."""
+        super().check(classes, width)
+        m = self.width
+        found = [tuple(one.shape) for one in (self.projection_DM, self.gram, self.sums_CM, self.weights_CM)]
+        rows = min(len(self.sums_CM), classes), m
+        if found != [(width, m), (m * (m + 1) // 2,), rows, (min(len(self.weights_CM), rows[0]), m)]:
+            raise DataError(f"a projection of {width} to {m} for {classes} classes has other shapes than {found}")
+
     @classmethod
     def restore(cls, description: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> Ridge:
         """The same sums and weights."""

@@ -513,7 +513,7 @@ def _array(array: Any, mutation: Mutation) -> tuple[Any, str]:
     floating = array.dtype.kind == "f"
     flat = array.reshape(-1).copy()
     if number < 4 and array.size:  # one value
-        choices: tuple[Any, ...] = (math.nan, math.inf, 1e4, 0.0) if floating else (-1, 10**6, 2**62, 0)
+        choices: tuple[Any, ...] = (math.nan, math.inf, 1e30, 0.0) if floating else (-1, 10**6, 2**62, 0)
         with np.errstate(all="ignore"):
             flat[mutation.place % size] = np.asarray(choices[number]).astype(array.dtype)
         return flat.reshape(array.shape), f"has a {choices[number]}"
