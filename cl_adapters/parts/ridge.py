@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from cl_adapters.errors import ClAdaptersError
+from cl_adapters.errors import ClAdaptersError, DataError
 from cl_adapters.parts.base import Part, parts
 
 ROWS = 1024
