@@ -27,6 +27,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+SEAL = "sha256"
+"""Key of the digest that a JSON file holds of itself."""
 TRIES = 60
 """How often a folder that is replaced while it is read is read anew: with the pauses, for about 9 s."""
 
@@ -121,8 +123,24 @@ def read_json(path: Path, *, schema_version: int) -> dict[str, Any]:
     return check_schema(content, schema_version, path)
 
 
-def checksum(content: Mapping[str, Any]) -> str:
-    """SHA-256 of what JSON says, whatever the order of its keys and the layout of its text."""
+def sealed(content: Mapping[str, Any]) -> dict[str, Any]:
+    """The content with the SHA-256 of what it says, whatever the order of its keys and the layout of its text."""
+    return {**content, SEAL: _digest(content)}
+
+
+def unsealed(content: Mapping[str, Any], where: object) -> dict[str, Any]:
+    """The content of :func:`sealed`, without the digest; what earlier releases wrote has none.
+
+    Raises:
+        StorageError: the digest is another.
+    """
+    plain = dict(content)
+    if SEAL in plain and plain.pop(SEAL) != _digest(plain):
+        raise StorageError(f"{where} was altered: its SHA-256 is not the recorded one; restore a copy")
+    return plain
+
+
+def _digest(content: Mapping[str, Any]) -> str:
     plain = json.loads(json.dumps(content, allow_nan=False))  # keys become texts before they are sorted
     return hashlib.sha256(json.dumps(plain, sort_keys=True).encode()).hexdigest()
 

@@ -10,8 +10,6 @@ numbers of an uninterrupted one. One process writes at a time, and nothing half-
 
 from __future__ import annotations
 
-import hashlib
-import json
 import os
 import platform
 import re
@@ -27,7 +25,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from filelock import FileLock, Timeout
 
-from cl_adapters._io import new_folder, read_json, write_json
+from cl_adapters._io import new_folder, read_json, sealed, unsealed, write_json
 from cl_adapters._version import __version__
 from cl_adapters.config import build, check_range
 from cl_adapters.errors import ConfigError, StorageError, UnknownName
@@ -35,8 +33,6 @@ from cl_adapters.model.facade import AdapterModel
 from cl_adapters.model.files import moved_backbone, save_model
 
 SCHEMA = 1
-CHECKSUM = "sha256"
-"""Key of ``row.json``: SHA-256 of all the rest."""
 MOST_THREADS = 1024
 
 Row = dict[str, Any]
@@ -131,7 +127,7 @@ def _run(runner: TaskRunner[R], out: Path, listener: Listener[R] | None, *, rest
             with new_folder(_task_folder(out, task)) as folder:
                 previous = _task_folder(out, task - 1) / "model" if task else None
                 save_model(runner.model, folder / "model", link_from=previous)
-                write_json(folder / "row.json", row | {CHECKSUM: _checksum(row)})
+                write_json(folder / "row.json", sealed(row))
             rows.append(row)
             results = runner.save(rows, out)
             if listener is not None:
@@ -208,9 +204,7 @@ def read_row(folder: Path, row_type: type[Any]) -> Row:
         StorageError: missing, altered, or of another task.
     """
     path = folder / "row.json"
-    row = read_json(path, schema_version=SCHEMA)
-    if CHECKSUM in row and row.pop(CHECKSUM) != _checksum(row):
-        raise StorageError(f"{path} was altered: its SHA-256 is not the recorded one; restore a copy")
+    row = unsealed(read_json(path, schema_version=SCHEMA), path)
     with read_from(path):
         _check(row_type, row)
         if row["task"] != int(folder.name):
@@ -272,11 +266,6 @@ def refuse_taken(out: Path, go_on: str) -> None:
 def _check(cls: type[Any], content: Mapping[str, Any]) -> None:
     """Check the entries of which ``cls`` knows; others are of no matter."""
     build(cls, {entry.name: content[entry.name] for entry in fields(cls) if entry.name in content})
-
-
-def _checksum(row: Mapping[str, Any]) -> str:
-    """Of a row as it is read back, whatever the order of its keys."""
-    return hashlib.sha256(json.dumps(json.loads(json.dumps(row)), sort_keys=True).encode()).hexdigest()
 
 
 def changed_inputs(recorded: Mapping[str, Any], now: Mapping[str, Any]) -> list[tuple[str, str, str]]:

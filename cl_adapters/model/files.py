@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from cl_adapters._forms import SHA, Count, Label, check_label, clipped, shown
-from cl_adapters._io import checksum, get_tensors, new_folder, put_tensors, read_json, read_settled, write_json
+from cl_adapters._io import get_tensors, new_folder, put_tensors, read_json, read_settled, sealed, unsealed, write_json
 from cl_adapters.adapters import adapters
 from cl_adapters.backbones.card import BackboneCard
 from cl_adapters.backbones.frozen import FrozenBackbone
@@ -150,7 +150,7 @@ def save_model(model: Classifier, path: Path, *, overwrite: bool = False, link_f
     with new_folder(path, replaces=(CARD, HEADS) if overwrite else ()) as folder:  # a pool has a model.json too
         files = {name: put_tensors(folder, name, tensors, link_from) for name, tensors in _tensors(model).items()}
         content = _describe(model) | {"files": files}
-        write_json(folder / CARD, content | {"sha256": checksum(content)})
+        write_json(folder / CARD, sealed(content))
     return path
 
 
@@ -184,10 +184,8 @@ def _read_card(where: Path) -> _Card:
     Raises:
         StorageError: it is damaged.
     """
-    plain = read_json(where, schema_version=SCHEMA)
+    plain = unsealed(read_json(where, schema_version=SCHEMA), where)
     try:
-        if "sha256" in plain and plain.pop("sha256") != checksum(plain):
-            raise StorageError(f"{where} was altered: its SHA-256 is not the recorded one; restore a copy")
         needed = ("backbone", "adapter", "classes", "predictor", "statistics", "files")
         absent = [key for key in needed if key not in plain]
         card = None if absent else build(_Card, plain, "model")

@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 from safetensors.torch import save as safetensors
 from torch import Tensor, nn
 
-from cl_adapters._io import checksum, new_folder, put_tensors
+from cl_adapters._io import new_folder, put_tensors, sealed
 from cl_adapters.adapters.lora import LoRA
 from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.bank.bank import AdapterBank
@@ -78,7 +78,7 @@ def edit(saved: Path, change: Callable[[Plain], object]) -> None:
     plain = json.loads((saved / "model.json").read_text())
     change(plain)
     plain.pop("sha256", None)
-    (saved / "model.json").write_text(json.dumps(plain | {"sha256": checksum(plain)}))
+    (saved / "model.json").write_text(json.dumps(sealed(plain)))
 
 
 def contents(folder: Path) -> dict[str, bytes]:
