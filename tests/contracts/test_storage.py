@@ -112,8 +112,7 @@ def edit(saved: Path, change: Callable[[dict[str, Any]], object]) -> None:
     card = json.loads((saved / "model.json").read_text())
     del card["sha256"]
     change(card)
-    card["sha256"] = storage.checksum(card)
-    (saved / "model.json").write_text(json.dumps(card))
+    (saved / "model.json").write_text(json.dumps(storage.sealed(card)))
 
 
 @pytest.mark.parametrize("key", ["backbone", "adapter", "classes", "predictor", "statistics", "files"])
