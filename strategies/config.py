@@ -50,7 +50,7 @@ class TrainingConfig(StrategyConfig):
         weight_decay: on adapters and head.
         cached_views: K. Where the first blocks have no adapter in training, run K augmented views of every image up to
             there once and reuse them in all epochs; 0 computes everything anew, with fresh augmentation.
-        cache_memory_mb: limit of one such cache in MiB; a larger one is kept on disk in half precision.
+        cache_memory_mb: limit of one such cache in MiB; a larger one, with 0 any, is kept on disk in half precision.
     """
 
     adapter: AdapterField = dataclasses.field(default_factory=Bottleneck)
@@ -70,7 +70,8 @@ class TrainingConfig(StrategyConfig):
             raise ValueError(f"cached_views must be 0 (off) or more, got {self.cached_views}")
         check_range(self, "[0, 1000]", "cached_views")
         check_range(self, "[1, inf)", "train_epochs")
-        check_range(self, "(0, inf)", "lr", "cache_memory_mb")
+        check_range(self, "(0, inf)", "lr")
+        check_range(self, "[0, inf)", "cache_memory_mb")
         check_range(self, "[0, inf)", "head_lr_factor", "weight_decay")
         check_range(self, "[0, 1]", "momentum")
 

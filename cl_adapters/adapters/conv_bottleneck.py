@@ -53,7 +53,7 @@ class ConvBottleneck(AdapterType):
         check_range(self, "[1, 65536]", "bottleneck")
         check_range(self, "[1, 255]", "kernel")
         check_range(self, "(-inf, inf)", "scale")
-        if self.kernel < 1 or self.kernel % 2 == 0:
+        if self.kernel % 2 == 0:
             raise ValueError(f"kernel must be odd, so that the map keeps its size, got {self.kernel}")
         check_rate(self.dropout)
 

@@ -176,7 +176,7 @@ def test_attaches_once_per_block_and_kind(adapter: AdapterType, home: Any) -> No
         ("lora", {"dropout": 1.0}, r"dropout must be in \[0, 1\)"),
         ("prefix", {"length": 0}, "length must be at least 1, got 0"),
         ("conv_bottleneck", {"kernel": 2}, "kernel must be odd"),
-        ("conv_bottleneck", {"kernel": -1}, "kernel must be odd"),
+        ("conv_bottleneck", {"kernel": -1}, "kernel must be at least 1"),
         ("conv_bottleneck", {"bottleneck": 0}, "bottleneck must be at least 1"),
         ("bottleneck", {"bottleneck": 0}, "bottleneck must be at least 1"),
         ("bottleneck", {"dropout": -0.1}, r"dropout must be in \[0, 1\)"),
