@@ -141,8 +141,13 @@ def quick_run(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 def command(*words: str, **more: Any) -> subprocess.Popen[str]:
+    """A command in a process that hears Ctrl-C, which processes in the background of a shell ignore."""
     line = [sys.executable, "-m", "cl_adapters.benchmarks.cli", *words]
-    return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # what is ignored stays so in children
+    try:
+        return subprocess.Popen(line, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, **more)
+    finally:
+        signal.signal(signal.SIGINT, before)
 
 
 def test_output_to_a_full_disk_is_one_line() -> None:
