@@ -111,7 +111,17 @@ class LazyFeatures:
         return self._run(self.rows, routes)
 
     def __call__(self, rows_M: Tensor, slots_M: Tensor) -> Tensor:
-        """Features [M, D] of the given rows, each under its own adapter; one mixed backbone call at most."""
+        """Features [M, D] of the given rows, each under its own adapter; one mixed backbone call at most.
+
+        Raises:
+            ClAdaptersError: an adapter that the model does not have.
+        """
+        absent_M = (slots_M < BARE) | (slots_M + 1 >= self._slots)
+        if bool(absent_M.any()):
+            raise ClAdaptersError(
+                f"slot {int(slots_M[absent_M][0])} was asked for, but the model has {self.model.num_slots} adapters, "
+                "counted from 0: take another predictor, or other slots in it"
+            )
         keys_M = rows_M * self._slots + slots_M + 1
         self._charge(keys_M[self._place[keys_M] < 0].unique() // self._slots)
         if self._memory is not None:

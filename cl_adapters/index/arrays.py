@@ -11,6 +11,9 @@ import numpy.typing as npt
 from cl_adapters._io import open_regular
 from cl_adapters.errors import StorageError
 
+ALWAYS = 64 << 20
+"""Bytes up to which a file is read whole and checked whenever it is opened; larger ones are raw numbers."""
+
 
 def write_array(path: Path, array: npt.NDArray[Any]) -> None:
     """Write an array of numbers (into an unfinished folder: neither atomic nor synced by itself)."""
@@ -35,8 +38,8 @@ def read_array(path: Path, dtype: Any, shape: tuple[int | None, ...], *, mmap: b
         mmap: return a view of the file (writing to it would not reach the file) instead of a copy in memory.
 
     Raises:
-        StorageError: missing, truncated (also: a header that promises more than the file holds), or of another type
-            or shape.
+        StorageError: missing, truncated (also: a header that promises more than the file holds), of another type or
+            shape; or with numbers that are not finite, where it is small enough to be read whole.
     """
     try:
         # Mapped first in any case: a huge promised size then fails on the file's size, before memory is asked for.
@@ -51,4 +54,6 @@ def read_array(path: Path, dtype: Any, shape: tuple[int | None, ...], *, mmap: b
             f"{path} holds {array.dtype} {list(array.shape)}, expected {np.dtype(dtype)} {expected}; "
             "rebuild the index from the pool"
         )
+    if array.dtype.kind == "f" and array.nbytes <= ALWAYS and not np.isfinite(array).all():
+        raise StorageError(f"{path} holds numbers that are not finite; rebuild the index from the pool")
     return array if mmap else np.array(array)

@@ -22,7 +22,7 @@ from cl_adapters import config as configs
 from cl_adapters._io import new_folder, open_regular, read_json, read_settled, stamp, write_json
 from cl_adapters.errors import ClAdaptersError, StorageError
 from cl_adapters.index.answers import IndexConfig
-from cl_adapters.index.arrays import read_array, write_array
+from cl_adapters.index.arrays import ALWAYS, read_array, write_array
 from cl_adapters.index.backends.base import IndexBackend
 from cl_adapters.index.contents import Contents
 from cl_adapters.index.keys import KeySource
@@ -30,9 +30,6 @@ from cl_adapters.index.space import Space
 from cl_adapters.index.table import KeyTable
 
 SCHEMA_VERSION = 1
-
-ALWAYS = 64 << 20
-"""Bytes up to which a file is compared with its SHA-256 whenever it is opened; larger ones are raw numbers."""
 
 SCRATCH = re.compile(r"\..+\.(old-)?[0-9a-f]{8}")
 """Names of the folders that :func:`cl_adapters._io.new_folder` makes beside the one that it writes."""

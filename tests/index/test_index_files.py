@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 
 from cl_adapters import AdapterIndex
@@ -110,6 +111,24 @@ def test_wrong_numbers_behind_a_right_checksum(pool: MemoryPool, backend: str) -
         path.write_bytes(good)
     forge(folder)
     assert AdapterIndex.open(folder, pool).query(QUERIES, 3) == index.query(QUERIES, 3)
+
+
+def test_numbers_that_are_not_finite_behind_a_right_checksum(pool: MemoryPool) -> None:
+    folder = AdapterIndex.build(pool, backend="exact", keys="features").save()
+    vectors = np.load(folder / "backend" / "vectors.npy")
+    vectors[1, 2] = np.nan
+    np.save(folder / "backend" / "vectors.npy", vectors)
+    forge(folder)
+    with pytest.raises(StorageError, match=r"vectors\.npy holds numbers that are not finite"):
+        AdapterIndex.open(folder, pool)
+
+
+def test_codes_without_what_was_trained(pool: MemoryPool) -> None:
+    folder = AdapterIndex.build(pool, backend="sq8", keys="features").save()
+    np.save(folder / "backend" / "trained.npy", np.empty(0, np.float32))
+    forge(folder)
+    with pytest.raises(StorageError, match=r"trained\.npy has no numbers"):
+        AdapterIndex.open(folder, pool)
 
 
 def forge(folder: Path) -> None:

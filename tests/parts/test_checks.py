@@ -17,6 +17,7 @@ from cl_adapters.parts.class_means import ClassMeans
 from cl_adapters.parts.keys import Keys, KeysConfig
 from cl_adapters.parts.ridge import Ridge, random_projection
 from cl_adapters.predictors.fixed import Fixed
+from cl_adapters.predictors.max_ensemble import MaxEnsemble
 from tests.models import random_model
 
 WIDTH, CLASSES = 16, 3
@@ -81,3 +82,11 @@ def test_a_model_without_the_head_that_its_predictor_needs(model: AdapterModel) 
     model.predictor = Fixed(slot=0)
     with pytest.raises(ClAdaptersError, match="has no linear head, which its predictor needs"):
         model.answer(torch.zeros(1, 3, 16, 16))
+
+
+@pytest.mark.parametrize("slot", [2, 7])
+def test_an_adapter_that_the_model_does_not_have(model: AdapterModel, slot: int) -> None:
+    """Its features were those of another row of the batch."""
+    x = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(0))
+    with pytest.raises(ClAdaptersError, match=f"slot {slot} was asked for, but the model has 2 adapters"):
+        model.answer(x, predictor=MaxEnsemble(slots=(0, slot)))

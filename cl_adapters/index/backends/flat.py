@@ -8,7 +8,7 @@ from typing import Any, ClassVar
 
 import numpy as np
 
-from cl_adapters.errors import DataError
+from cl_adapters.errors import DataError, StorageError
 from cl_adapters.index.arrays import read_array, write_array
 from cl_adapters.index.backends._faiss import id_bitmap, library, metric_of, settings, to_scores
 from cl_adapters.index.backends.base import Floats, Ids, IndexBackend, indexes
@@ -60,6 +60,8 @@ class Flat(IndexBackend):
         self._set_trained(read_array(folder / "trained.npy", np.float32, (None,), mmap=False))
         codes = read_array(folder / "codes.npy", np.uint8, (len(self), self._index.code_size), mmap=True)
         if len(self):
+            if not self._index.is_trained:
+                raise StorageError("trained.npy has no numbers, without which the codes mean nothing")
             self._index.add_sa_codes(np.array(codes))
 
     def _fill(self, vectors_MD: Floats) -> None:
