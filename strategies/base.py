@@ -22,11 +22,13 @@ from avalanche.training.plugins import EvaluationPlugin
 from avalanche.training.plugins.evaluation import default_evaluator
 from avalanche.training.templates import SupervisedTemplate
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from cl_adapters._seeding import derive, generator, isolated, seed_globals
 from cl_adapters._timing import Stopwatch
 from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.bank.bank import AdapterBank, Routes
+from cl_adapters.config import build, to_plain
 from cl_adapters.errors import ClAdaptersError, ConfigError, DataError, TrainingDiverged
 from cl_adapters.model.alignment import cosine_lr
 from cl_adapters.model.facade import AdapterModel
@@ -40,6 +42,7 @@ from cl_adapters.strategies._loop.experiences import check_experience, experienc
 from cl_adapters.strategies._loop.order import lengths_of, reading_loader, training_loader
 from cl_adapters.strategies.config import StrategyConfig, TrainingConfig, resolve
 from cl_adapters.strategies.phases import Batch, Loss, ParamGroup, Phase
+from cl_adapters.strategies.recipe import Criterion, Dial, MakeOptimizer, MakeScheduler, Schedules, check_criterion
 
 if TYPE_CHECKING:
     from cl_adapters.pool import AdapterPool
@@ -77,6 +80,12 @@ class AdapterStrategy(SupervisedTemplate):
     Args:
         model: a :class:`FrozenBackbone`, your own ``nn.Module`` (it is wrapped), or an :class:`AdapterModel` that
             this strategy made before.
+        optimizer: instead of the method's: an optimizer, its class, or a function that makes one from parameters. Its
+            class and settings are taken in every phase; which parameters are trained stays the method's matter.
+        criterion: instead of cross-entropy, on the logits of the columns that the method trains, such as
+            ``torch.nn.CrossEntropyLoss(label_smoothing=0.1)``.
+        scheduler: makes a schedule of torch from an optimizer; it is stepped after every epoch, begins anew in every
+            phase, and takes the place of the method's. Others: ``LRSchedulerPlugin`` on the ``optimizer`` given here.
         seed: of everything random. The result is a function of the seed and the order of the experiences alone:
             evaluations in between, or the random state around it, change nothing.
         config: settings; default the strategy's own.
@@ -129,8 +138,11 @@ class AdapterStrategy(SupervisedTemplate):
 
     def __init__(
         self,
-        *,
         model: nn.Module,
+        optimizer: Optimizer | MakeOptimizer | None = None,
+        criterion: Criterion | None = None,
+        *,
+        scheduler: MakeScheduler | None = None,
         seed: int = 0,
         config: StrategyConfig | None = None,
         device: str | torch.device = "cpu",
@@ -149,6 +161,7 @@ class AdapterStrategy(SupervisedTemplate):
         self.config = resolve(
             type(self).__name__, self.Config, config, options, list(type(self).__signature__.parameters)
         )
+        self._bring_recipe(optimizer, scheduler, criterion, plugins or ())
         device = torch.device(device)
         if not isinstance(model, AdapterModel):
             model = self.new_model(FrozenBackbone.wrap(model).to(device))
@@ -157,7 +170,8 @@ class AdapterStrategy(SupervisedTemplate):
         self._given = None if predictor is None else usable(predictor_from(predictor), model)
         super().__init__(
             model=model.to(device),
-            optimizer=self._new_optimizer(),
+            optimizer=self._new_optimizer() if self._dial is None else self._dial.new_optimizer(),
+            criterion=nn.functional.cross_entropy if criterion is None else criterion,
             train_mb_size=self.config.train_mb_size,
             train_epochs=getattr(self.config, "train_epochs", 0),
             eval_mb_size=self.config.eval_mb_size,
@@ -224,6 +238,28 @@ class AdapterStrategy(SupervisedTemplate):
         """On resume: given the experiences of finished tasks, for strategies that keep their data."""
 
     # --- helpers for subclasses ----------------------------------------------------------------------------------
+
+    @property
+    def trains(self) -> bool:
+        """Whether anything is trained by gradients with these settings."""
+        return isinstance(self.config, TrainingConfig)
+
+    @property
+    def train_epochs(self) -> int:
+        """Epochs per task; may be set, for the tasks to come.
+
+        Raises:
+            ConfigError: set where nothing is trained, or to less than 1.
+        """
+        return self.config.train_epochs if isinstance(self.config, TrainingConfig) else 0
+
+    @train_epochs.setter
+    def train_epochs(self, epochs: int) -> None:
+        if epochs == self.train_epochs:
+            return
+        if not isinstance(self.config, TrainingConfig):
+            raise ConfigError(f"{type(self).__name__} trains nothing, so train_epochs has no effect")
+        self.config = build(type(self.config), to_plain(self.config) | {"train_epochs": epochs})
 
     @property
     def task(self) -> int:
@@ -421,10 +457,12 @@ class AdapterStrategy(SupervisedTemplate):
             self._phase = phase
             self.dataloader = self._loader_of(phase)
             phase.install(self.optimizer)
+            self._schedules.reset()
             self.trainable_parameters = max(self.trainable_parameters, phase.num_parameters)
             steps = len(self.dataloader)
             for epoch in range(phase.epochs):
-                phase.set_epoch(self.optimizer, epoch)
+                if not self._schedules:
+                    phase.set_epoch(self.optimizer, epoch)
                 self.before_epoch(epoch)
                 self._before_training_epoch(**kwargs)
                 if self._stop_training:
@@ -432,6 +470,7 @@ class AdapterStrategy(SupervisedTemplate):
                     break
                 self.training_epoch(**kwargs)
                 self._after_training_epoch(**kwargs)
+                self._schedules.after_epoch()
                 self.report(phase.name, (epoch + 1) * steps, phase.epochs * steps)
             if self._cache is not None:
                 self._cache.changed(phase.start or 0)
@@ -496,11 +535,12 @@ class AdapterStrategy(SupervisedTemplate):
         if self.is_training:
             assert self._phase is not None
             assert self._features is not None
-            return self._phase.loss(Batch(self._features, logits_BC, columns_B))
+            return self._phase.loss(Batch(self._features, logits_BC, columns_B, self._criterion))
         seen = columns_B >= 0
         if not seen.any():
             return logits_BC.new_zeros(())
-        return nn.functional.cross_entropy(logits_BC[seen], columns_B[seen])
+        loss: Tensor = self._criterion(logits_BC[seen], columns_B[seen])
+        return loss
 
     def backward(self) -> None:
         """Backward, unless the loss is no number.
@@ -518,11 +558,42 @@ class AdapterStrategy(SupervisedTemplate):
 
     def optimizer_step(self) -> None:
         """The optimizer's step between the strategy's own hooks."""
+        if self._schedules:
+            assert self._dial is not None and self._phase is not None
+            self._dial.turn(self.optimizer, [group.lr for group in self._phase.groups])
         self.before_step()
         super().optimizer_step()
         self.after_step()
 
     # --- private -------------------------------------------------------------------------------------------------
+
+    def _bring_recipe(
+        self,
+        optimizer: Optimizer | MakeOptimizer | None,
+        scheduler: MakeScheduler | None,
+        criterion: Criterion | None,
+        plugins: Sequence[BasePlugin],
+    ) -> None:
+        """Take what the user brings.
+
+        Raises:
+            ConfigError: it cannot be used, or has no effect because nothing is trained.
+        """
+        given = {"optimizer": optimizer, "scheduler": scheduler, "criterion": criterion}
+        for name, value in given.items():
+            if value is not None and not self.trains:
+                raise ConfigError(f"{type(self).__name__} trains nothing here, so {name}= has no effect: leave it out")
+        self._dial: Dial | None = None
+        if optimizer is not None:
+            self._dial = Dial.of(optimizer)
+            self.config = self._dial.settings(self._training_config())
+        elif scheduler is not None:
+            own = self._new_optimizer()
+            own.param_groups[0]["lr"] = self._training_config().lr
+            self._dial = Dial(own)
+        self._schedules = Schedules(self._dial, scheduler, plugins)
+        if criterion is not None:
+            check_criterion(criterion)
 
     def _check_finished(self) -> None:
         if self._unfinished:

@@ -69,6 +69,11 @@ class RanPAC(AdapterStrategy):
     summary: ClassVar[str] = "first-task adapter, then ridge regression on random projections (NeurIPS 2023)"
     config: RanPACConfig
 
+    @property
+    def trains(self) -> bool:
+        """In the first task, unless ``train_adapter`` is off."""
+        return self.config.train_adapter
+
     def new_model(self, backbone: FrozenBackbone) -> AdapterModel:
         """Without adapters where none is trained."""
         return super().new_model(backbone) if self.config.train_adapter else AdapterModel(backbone)
