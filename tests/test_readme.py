@@ -50,9 +50,14 @@ def test_the_python_of_the_readme_runs_as_printed(repo_root: Path, tmp_path: Pat
     assert name.isdigit()
 
 
+def test_the_recipe_of_the_readme_runs_as_printed(repo_root: Path, tmp_path: Path) -> None:
+    train, _, own = blocks(repo_root, "python")[:3]
+    python(train.partition("strategy =")[0] + own, tmp_path)
+
+
 def test_the_pool_of_the_readme_prints_what_stands_there(repo_root: Path, tmp_path: Path) -> None:
     """Trained in one process, asked in another; every line as printed, but for blanks at its end."""
-    train, ask = blocks(repo_root, "python")[2:4]  # the last one has a test of its own: test_instruct_pool
+    train, ask = blocks(repo_root, "python")[3:5]  # the last one has a test of its own: test_instruct_pool
     (expected,) = blocks(repo_root, "text")
     assert "avalanche" not in ask
     assert python(train, tmp_path) == ""
