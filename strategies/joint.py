@@ -9,6 +9,7 @@ from typing import Any, ClassVar, Literal
 from avalanche.benchmarks.utils import AvalancheDataset
 from avalanche.benchmarks.utils.utils import concat_datasets
 
+from cl_adapters.errors import ClAdaptersError
 from cl_adapters.strategies.base import strategies
 from cl_adapters.strategies.config import StrategyConfig, TrainingConfig
 from cl_adapters.strategies.phases import Phase
@@ -35,12 +36,22 @@ class Joint(Sequential):
     summary: ClassVar[str] = "one adapter on the data of all tasks so far: the upper bound"
     config: JointConfig
 
-    def __init__(self, **options: Any) -> None:
-        super().__init__(**options)
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
         self._datasets: list[AvalancheDataset] = []
 
     def train_dataset_adaptation(self, **kwargs: Any) -> None:
-        """Train on everything seen so far."""
+        """Train on everything seen so far.
+
+        Raises:
+            ClAdaptersError: the data of some tasks that the model has learned are not here.
+        """
+        learned = self.model.num_tasks
+        if len(self._datasets) != learned:
+            raise ClAdaptersError(
+                f"Joint trains on the data of all tasks, and has those of {len(self._datasets)} of the {learned} that "
+                f"its model has learned: give them with strategy.recall(benchmark.train_stream[:{learned}]) first"
+            )
         super().train_dataset_adaptation(**kwargs)
         self._datasets.append(self.experience.dataset)
         self.adapted_dataset = concat_datasets([dataset.train() for dataset in self._datasets])

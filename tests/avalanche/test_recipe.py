@@ -17,8 +17,9 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LambdaLR, LinearLR, OneC
 
 from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.errors import ConfigError
-from cl_adapters.strategies import LAE, MOS, SEMA, RanPAC, SimpleCIL
+from cl_adapters.strategies import LAE, MOS, RanPAC, SimpleCIL
 from cl_adapters.strategies.base import AdapterStrategy, strategies
+from tests.avalanche.streams import two_experiences
 
 TRAINED = [name for name in strategies.names() if name != "simple_cil"]
 Vit = Callable[[], nn.Module]
@@ -27,22 +28,6 @@ Vit = Callable[[], nn.Module]
 @pytest.fixture
 def vit(tiny_vit: Callable[..., nn.Module]) -> Vit:
     return lambda: tiny_vit(width=16, heads=2, img_size=16, depth=2)
-
-
-def stream() -> list[Any]:
-    """Two experiences of two classes, 12 images each: two batches of 6."""
-    from avalanche.benchmarks import benchmark_from_datasets
-    from avalanche.benchmarks.scenarios.supervised import with_classes_timeline
-    from avalanche.benchmarks.utils import as_classification_dataset
-
-    draw, sets = torch.Generator().manual_seed(0), []
-    for first in (0, 2):
-        labels = torch.arange(first, first + 2).repeat(6)
-        images = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(9))[labels]
-        data: Any = torch.utils.data.TensorDataset(images + 0.3 * torch.randn(12, 3, 16, 16, generator=draw), labels)
-        data.targets = labels.tolist()
-        sets.append(as_classification_dataset(data))
-    return list(with_classes_timeline(benchmark_from_datasets(train=sets)).train_stream)
 
 
 def small(cls: type[AdapterStrategy], model: nn.Module, **options: Any) -> AdapterStrategy:
@@ -81,7 +66,7 @@ def test_an_own_optimizer_trains_every_phase(name: str, given: str, vit: Vit) ->
     seen = Seen()
     strategy = small(strategies.get(name), model, optimizer=optimizer, plugins=[seen])
     before = copy.deepcopy(model.state_dict())
-    strategy.train(stream()[0])
+    strategy.train(two_experiences()[0])
     assert seen.kinds == {AdamW}
     assert max(seen.rates[0]) == (0.001 if given == "class" else 0.002)
     if given != "class":
@@ -93,10 +78,10 @@ def test_an_own_optimizer_trains_every_phase(name: str, given: str, vit: Vit) ->
 
 def test_without_one_nothing_is_another_recipe(vit: Vit) -> None:
     seen = Seen()
-    small(LAE, vit(), plugins=[seen]).train(stream()[0])
+    small(LAE, vit(), plugins=[seen]).train(two_experiences()[0])
     assert seen.kinds == {Adam}
     seen = Seen()
-    small(MOS, vit(), plugins=[seen]).train(stream()[0])
+    small(MOS, vit(), plugins=[seen]).train(two_experiences()[0])
     assert seen.kinds == {SGD}
 
 
@@ -106,7 +91,7 @@ def test_a_schedule_of_a_plugin_acts_within_every_phase(name: str, vit: Vit) -> 
     optimizer, seen = SGD([nn.Parameter(torch.zeros(1))], lr=0.08), Seen()
     plugins = [LRSchedulerPlugin(StepLR(optimizer, 1, gamma=0.5)), seen]
     strategy = small(strategies.get(name), vit(), optimizer=optimizer, plugins=plugins)
-    for experience in stream():
+    for experience in two_experiences():
         strategy.train(experience)
     assert seen.rates[0][:4] == [0.08, 0.08, 0.04, 0.04]
     if seen.rates[1]:
@@ -128,7 +113,7 @@ def test_a_schedule_of_a_plugin_by_iteration(make: Callable[[Any], Any], wanted:
     optimizer, seen = SGD([nn.Parameter(torch.zeros(1))], lr=0.08, momentum=0.9), Seen()
     plugins = [LRSchedulerPlugin(make(optimizer), step_granularity="iteration"), seen]
     strategy = small(MOS, vit(), optimizer=optimizer, plugins=plugins)
-    for experience in stream():
+    for experience in two_experiences():
         strategy.train(experience)
     for rates in seen.rates:
         assert rates == pytest.approx(wanted, abs=1e-6)
@@ -138,7 +123,7 @@ def test_a_schedule_that_follows_the_loss(vit: Vit) -> None:
     optimizer, seen = SGD([nn.Parameter(torch.zeros(1))], lr=0.08), Seen()
     schedule = ReduceLROnPlateau(optimizer, patience=0, threshold=1e9, threshold_mode="abs", factor=0.5)
     plugins = [LRSchedulerPlugin(schedule, metric="train_loss"), seen]
-    small(MOS, vit(), optimizer=optimizer, plugins=plugins, train_epochs=3).train(stream()[0])
+    small(MOS, vit(), optimizer=optimizer, plugins=plugins, train_epochs=3).train(two_experiences()[0])
     assert seen.rates[0] == [0.08, 0.08, 0.08, 0.08, 0.04, 0.04]
 
 
@@ -146,7 +131,7 @@ def test_a_schedule_that_follows_the_loss(vit: Vit) -> None:
 def test_a_scheduler_takes_the_place_of_the_methods(name: str, vit: Vit) -> None:
     seen = Seen()
     scheduler = partial(CosineAnnealingLR, T_max=2)
-    small(strategies.get(name), vit(), lr=0.01, scheduler=scheduler, plugins=[seen]).train(stream()[0])
+    small(strategies.get(name), vit(), lr=0.01, scheduler=scheduler, plugins=[seen]).train(two_experiences()[0])
     assert seen.rates[0][:4] == [0.01, 0.01, 0.005, 0.005]
 
 
@@ -162,7 +147,7 @@ def test_an_own_criterion(name: str, vit: Vit) -> None:
     plain = small(strategies.get(name), vit())
     smooth = small(strategies.get(name), vit(), criterion=Smooth(label_smoothing=0.3))
     for strategy in (plain, smooth):
-        strategy.train(stream()[0])
+        strategy.train(two_experiences()[0])
     assert (6, 2) in calls
     one, other = (strategy.model.bank.export(0) for strategy in (plain, smooth))
     assert any(not torch.equal(one[key], other[key]) for key in one)
@@ -172,7 +157,7 @@ def test_epochs_may_be_set_later(vit: Vit) -> None:
     strategy, seen = small(MOS, vit()), Seen()
     strategy.plugins.append(seen)
     strategy.train_epochs = 3
-    strategy.train(stream()[0])
+    strategy.train(two_experiences()[0])
     assert len(seen.rates[0]) == 6
     assert strategy.config.train_epochs == strategy.train_epochs == 3
     with pytest.raises(ConfigError, match="train_epochs"):
@@ -181,9 +166,12 @@ def test_epochs_may_be_set_later(vit: Vit) -> None:
         SimpleCIL(model=vit()).train_epochs = 5
 
 
-def test_by_position_as_in_avalanche(vit: Vit) -> None:
-    strategy = SEMA(vit(), partial(SGD, lr=0.05), nn.CrossEntropyLoss(label_smoothing=0.1), train_epochs=1)
+@pytest.mark.parametrize("name", TRAINED)
+def test_by_position_as_in_avalanche(name: str, vit: Vit) -> None:
+    criterion = nn.CrossEntropyLoss(label_smoothing=0.1)
+    strategy: Any = strategies.get(name)(vit(), partial(SGD, lr=0.05), criterion, train_epochs=1)
     assert strategy.config.lr == 0.05
+    assert strategy._criterion is criterion
 
 
 class TwoGroups(SGD):
@@ -230,4 +218,4 @@ def test_what_has_no_effect_is_refused(option: str, vit: Vit) -> None:
 def test_a_frozen_backbone_is_shared_by_optimizers(vit: Vit) -> None:
     backbone = FrozenBackbone.wrap(vit())
     for cls in (MOS, LAE):
-        small(cls, backbone, optimizer=AdamW).train(stream()[0])
+        small(cls, backbone, optimizer=AdamW).train(two_experiences()[0])
