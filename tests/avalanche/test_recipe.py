@@ -154,7 +154,8 @@ def test_an_own_criterion(name: str, vit: Vit) -> None:
 
 
 def test_epochs_may_be_set_later(vit: Vit) -> None:
-    strategy, seen = small(MOS, vit()), Seen()
+    strategy: Any = small(MOS, vit())
+    seen = Seen()
     strategy.plugins.append(seen)
     strategy.train_epochs = 3
     strategy.train(two_experiences()[0])
@@ -209,10 +210,10 @@ def test_what_cannot_be_used_is_refused_by_name(options: dict[str, Any], message
 
 @pytest.mark.parametrize("option", ["optimizer", "criterion", "scheduler"])
 def test_what_has_no_effect_is_refused(option: str, vit: Vit) -> None:
-    value = {"optimizer": SGD, "criterion": nn.CrossEntropyLoss(), "scheduler": LinearLR}[option]
+    value: dict[str, Any] = {"optimizer": SGD, "criterion": nn.CrossEntropyLoss(), "scheduler": LinearLR}
     for make in (partial(SimpleCIL, model=vit()), partial(RanPAC, model=vit(), train_adapter=False)):
         with pytest.raises(ConfigError, match=f"trains nothing here, so {option}= has no effect"):
-            make(**{option: value})
+            make(**{option: value[option]})
 
 
 def test_a_frozen_backbone_is_shared_by_optimizers(vit: Vit) -> None:
