@@ -61,7 +61,7 @@ def test_unknown_option_gets_a_suggestion(name: str, lab: Any) -> None:
     with pytest.raises(ConfigError, match="batch sizes must be at least 1"):
         lab.make(name, eval_mb_size=0)
     with pytest.raises(TypeError, match="positional"):
-        strategies.get(name)(lab.vit(), None, None, 3)  # type: ignore[arg-type, misc]
+        strategies.get(name)(lab.vit(), None, None, 3)  # type: ignore[arg-type, call-arg]
 
 
 def test_nested_options_are_checked_too(lab: Any) -> None:
