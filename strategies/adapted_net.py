@@ -1,7 +1,8 @@
-"""AdaptedNet: a backbone with one adapter and a head as a plain module, which any strategy of Avalanche can train."""
+"""AdaptedNet: a backbone with one adapter and a head as a plain module, for Avalanche's own strategies."""
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -102,7 +103,7 @@ class AdaptedNet(nn.Module):
         for labels in tasks or [range(self.head.num_classes)]:
             model.add_task([class_label(label, "a class of as_model") for label in labels])
         known = range(self.head.num_classes)
-        wrong = [label for label in model.classes if label not in known or model.classes.count(label) > 1]
+        wrong = [label for label, times in Counter(model.classes).items() if label not in known or times > 1]
         if wrong:
             raise DataError(f"as_model takes each of the labels 0 to {known[-1]} at most once, got {wrong[0]}")
         assert model.bank is not None
@@ -117,5 +118,6 @@ class AdaptedNet(nn.Module):
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> AdaptedNet:
         """Move the backbone along: ``to``, ``cuda`` and the like come here."""
-        self.backbone._apply(fn, recurse)
-        return super()._apply(fn, recurse)
+        for module in (self.backbone, self):
+            nn.Module._apply(module, fn, recurse)
+        return self

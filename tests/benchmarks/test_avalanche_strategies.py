@@ -11,7 +11,7 @@ from cl_adapters.benchmarks.bench._command import command_of
 
 
 def test_one_row_for_each_strategy() -> None:
-    words = "--strategies Naive GEM --seeds 0 1 --train 1 --epochs 1".split()
+    words = ["--strategies", "Naive", "GEM", "--seeds", "0", "1", "--train", "1", "--epochs", "1"]
     done = CliRunner().invoke(command_of(avalanche_strategies.main, None), words)
     assert done.exit_code == 0, done.output
     rows = [line.split(" | ") for line in done.output.splitlines()[2:]]

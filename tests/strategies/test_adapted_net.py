@@ -84,7 +84,7 @@ def test_strategies_of_avalanche_train_it(name: str, backbone: FrozenBackbone, s
 
     if name == "GEM":
         pytest.importorskip("quadprog")
-    data = TensorDataset(*samples)
+    data: Any = TensorDataset(*samples)
     data.targets = samples[1].tolist()
     fingerprint = backbone.fingerprint
     net = AdaptedNet(backbone, CLASSES)
@@ -201,9 +201,10 @@ def test_what_cannot_be_says_so(backbone: FrozenBackbone) -> None:
     with pytest.raises(ClAdaptersError, match=r"blocks \[7\] do not exist"):
         AdaptedNet(backbone, CLASSES, blocks=[7])
     net = AdaptedNet(backbone, CLASSES)
-    for tasks in ([[1, 4]], [[1, 1]], [[1], [1]], [[]], [["1"]]):
+    refused: list[Any] = [[[1, 4]], [[1, 1]], [[1], [1]], [[]], [["1"]]]
+    for tasks in refused:
         with pytest.raises(DataError):
-            net.as_model(*tasks)  # type: ignore[arg-type]
+            net.as_model(*tasks)
 
 
 def test_it_needs_no_avalanche(repo_root: Path) -> None:
