@@ -25,8 +25,8 @@ from cl_adapters.predictors.fixed import Fixed
 class AdaptedNet(nn.Module):
     """A frozen backbone, one adapter and a linear head: inputs in, logits out.
 
-    Its parameters and its ``state_dict`` are those of adapter and head alone: what walks over parameters takes them for
-    trained ones (synaptic intelligence asks each for its gradient). A deepcopy has a backbone of its own.
+    Its parameters and its ``state_dict`` are those of adapter and head alone, since EWC and GEM keep vectors as long
+    as all parameters, trained or not. A deepcopy has a backbone of its own.
 
     Args:
         backbone: a :class:`FrozenBackbone`, or your own ``nn.Module`` (it is wrapped, and so frozen).
