@@ -1,6 +1,7 @@
 """Continual-learning strategies for Avalanche; each is imported (and Avalanche with it, seconds) on first use.
 
 A file of this folder that registers a strategy makes its class a name of this package: there is no list to edit.
+``AdaptedNet`` is no strategy, but what Avalanche's own strategies train; it needs no Avalanche.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ from typing import TYPE_CHECKING, Any
 from cl_adapters._lazy import lazy_names
 
 if TYPE_CHECKING:  # what a type checker cannot find by reading files; a name that is missing here is Any to it
+    from cl_adapters.strategies.adapted_net import AdaptedNet as AdaptedNet
     from cl_adapters.strategies.aper import APER as APER
     from cl_adapters.strategies.joint import Joint as Joint
     from cl_adapters.strategies.lae import LAE as LAE
@@ -25,7 +27,7 @@ if TYPE_CHECKING:  # what a type checker cannot find by reading files; a name th
 
 else:
     _REGISTERED = re.compile(r"^@strategies\.register\(.*\)\nclass (\w+)", re.M)  # read, since importing takes seconds
-    _FOUND = {
+    _FOUND = {"AdaptedNet": "adapted_net"} | {
         name: file.stem
         for file in sorted(Path(__file__).parent.glob("[!_]*.py"))
         for name in _REGISTERED.findall(file.read_text(encoding="utf-8"))

@@ -131,13 +131,13 @@ def _cells(row: Row) -> list[str]:
         _label(row.strategy, row.variant),
         _ranges(row.seeds),
         str(row.num_tasks),
-        *(_with_deviation(stat, 2) for stat in (row.a_bar, row.a_last, row.forgetting)),
+        *(with_deviation(stat, 2) for stat in (row.a_bar, row.a_last, row.forgetting)),
         amount(row.trainable_parameters.mean),
         "–" if row.adapters.mean is None else f"{row.adapters.mean:.1f}".removesuffix(".0"),
-        _with_deviation(row.passes_per_image, 2),
+        with_deviation(row.passes_per_image, 2),
         amount(row.stored_bytes.mean, "B"),
-        _with_deviation(row.learning_seconds, 1),
-        _with_deviation(row.cpu_seconds, 1),
+        with_deviation(row.learning_seconds, 1),
+        with_deviation(row.cpu_seconds, 1),
     ]
 
 
@@ -184,7 +184,8 @@ def _options(run: Results) -> Options:
     return tuple(sorted((kept | fixed).items()))
 
 
-def _with_deviation(stat: Stat, digits: int) -> str:
+def with_deviation(stat: Stat, digits: int) -> str:
+    """Return "mean ± deviation", the mean alone for one run, or a dash where it was not measured."""
     if stat.mean is None or math.isnan(stat.mean):
         return "–"
     return f"{stat.mean:.{digits}f}" + ("" if stat.std is None else f" ± {stat.std:.{digits}f}")
