@@ -85,12 +85,15 @@ def parse_json(content: bytes, *, parse_constant: Callable[[str], Any] | None = 
     """Understand strict JSON: UTF-8, and no NaN or infinity but where ``parse_constant`` says what they become.
 
     Raises:
-        ValueError: it is none, or nested too deeply.
+        ValueError: it is none, nested too deeply, or has text that is no Unicode.
     """
     try:
-        return json.loads(content.decode("utf-8"), parse_constant=parse_constant or _refuse, **hooks)
+        found = json.loads(content.decode("utf-8"), parse_constant=parse_constant or _refuse, **hooks)
+        if b"\\ud" in content.lower():  # perhaps half of a character, with which no text can be written again
+            json.dumps(json.loads(content), ensure_ascii=False).encode("utf-8")
     except RecursionError as error:
         raise ValueError(str(error)) from error
+    return found
 
 
 def check_schema(content: Any, newest: int, where: object, error: type[StorageError] = StorageError) -> dict[str, Any]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +18,12 @@ class Part(nn.Module, ABC):
 
     A strategy puts its parts into ``model.parts`` by name; they are saved, loaded and moved with the model, and its
     predictor reads them there.
+
+    Attributes:
+        floats: names of tensors that are float32, where whole numbers would be taken too.
     """
+
+    floats: ClassVar[tuple[str, ...]] = ()
 
     @abstractmethod
     def description(self) -> dict[str, Any]:
@@ -35,7 +40,7 @@ class Part(nn.Module, ABC):
             DataError: it cannot; the default looks at the type of the numbers only.
         """
         for name, value in self.state_dict().items():
-            if value.is_floating_point() and value.dtype != torch.float32:
+            if value.dtype != torch.float32 and (value.is_floating_point() or name in self.floats):
                 raise DataError(f"{name} is {value.dtype}, float32 is expected")
 
     @classmethod

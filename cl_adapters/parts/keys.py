@@ -156,6 +156,8 @@ class Keys(Part, KeyLookup):
         held_out_column_H: int64 [H], their class columns.
     """
 
+    floats = ("keys_MD", "held_out_HD")
+
     keys_MD: Tensor
     column_M: Tensor
     size_M: Tensor | None

@@ -39,6 +39,8 @@ class Ridge(Part):
         ridges: the strength of every :meth:`solve` so far.
     """
 
+    floats = ("projection_DM", "gram", "sums_CM", "weights_CM")
+
     projection_DM: Tensor
     gram: Tensor
     sums_CM: Tensor

@@ -450,3 +450,15 @@ def test_links_to_files_are_read(saved: Path, backbone: MakeBackbone, tmp_path: 
         (saved / name).rename(tmp_path / Path(name).name)
         (saved / name).symlink_to(tmp_path / Path(name).name)
     assert AdapterModel.load(saved, backbone()).classes == [4, 2, 9]
+
+
+def test_half_a_character_in_json(saved: Path, backbone: MakeBackbone) -> None:
+    text = (saved / "model.json").read_text()
+    plain = json.loads(text)
+    plain["classes"][0]["name"] = "\ud800"
+    (saved / "model.json").write_text(json.dumps(plain))
+    with pytest.raises(StorageError, match=r"model\.json cannot be read as JSON: .*surrogates not allowed"):
+        AdapterModel.load(saved, backbone())
+    plain["classes"][0]["name"] = "\U0001f600"
+    (saved / "model.json").write_text(json.dumps(sealed({k: v for k, v in plain.items() if k != "sha256"})))
+    assert "\U0001f600" in AdapterModel.load(saved, backbone()).class_names.values()

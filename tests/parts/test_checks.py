@@ -56,6 +56,12 @@ def test_a_part_fits_its_model_or_says_why_not(make: Callable[[], Part]) -> None
             make().check(classes, width)
     with pytest.raises(DataError, match=r"is torch.float16, float32 is expected"):
         make().half().check(CLASSES, WIDTH)
+    whole = make()
+    for name in whole.floats:
+        setattr(whole, name, getattr(whole, name).int())
+        with pytest.raises(DataError, match=f"{name} is torch.int32, float32 is expected"):
+            whole.check(CLASSES, WIDTH)
+        setattr(whole, name, getattr(whole, name).float())
 
 
 def test_a_class_less_than_its_part_has(model: AdapterModel, tmp_path: Path) -> None:
