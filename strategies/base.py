@@ -40,6 +40,8 @@ from cl_adapters.registry import Registry
 from cl_adapters.strategies._loop.activation_cache import ActivationCache, CachedLoader
 from cl_adapters.strategies._loop.experiences import check_experience, experience_classes
 from cl_adapters.strategies._loop.order import lengths_of, reading_loader, training_loader
+from cl_adapters.strategies._loop.plugins import check_plugins
+from cl_adapters.strategies._loop.task_labels import TaskClasses
 from cl_adapters.strategies.config import StrategyConfig, TrainingConfig, resolve
 from cl_adapters.strategies.phases import Batch, Loss, ParamGroup, Phase
 from cl_adapters.strategies.recipe import Criterion, Dial, MakeOptimizer, MakeScheduler, Schedules, check_criterion
@@ -91,6 +93,8 @@ class AdapterStrategy(SupervisedTemplate):
         config: settings; default the strategy's own.
         device: where to compute.
         plugins, evaluator, eval_every, peval_mode: as in Avalanche.
+        task_incremental: the task label of a test sample restricts the answer to the classes of that task. Without it
+            task labels are ignored, with a warning.
         class_names: class label to name, recorded with the model.
         progress: called as (phase name, steps done, steps in all) during long work.
         keys: after every task keep keys of its classes, by which inputs can be looked up without training (the model's
@@ -150,6 +154,7 @@ class AdapterStrategy(SupervisedTemplate):
         evaluator: EvaluationPlugin | Callable[[], EvaluationPlugin] | None = default_evaluator,
         eval_every: int = -1,
         peval_mode: str = "epoch",
+        task_incremental: bool = False,
         class_names: Mapping[int, str] | None = None,
         progress: Callable[[str, int, int], None] | None = None,
         keys: KeysConfig | Kind | None = None,
@@ -161,6 +166,7 @@ class AdapterStrategy(SupervisedTemplate):
         self.config = resolve(
             type(self).__name__, self.Config, config, options, list(type(self).__signature__.parameters)
         )
+        check_plugins(plugins or (), type(self).__name__, self.trains)
         self._bring_recipe(optimizer, scheduler, criterion, plugins or ())
         device = torch.device(device)
         if not isinstance(model, AdapterModel):
@@ -182,6 +188,8 @@ class AdapterStrategy(SupervisedTemplate):
             peval_mode=peval_mode,
         )
         self.seed = seed
+        self.task_incremental = task_incremental
+        self._task_classes = TaskClasses()
         self.timings = Stopwatch()
         self.progress = progress
         self.trainable_parameters = 0
@@ -235,7 +243,9 @@ class AdapterStrategy(SupervisedTemplate):
         return Origin()
 
     def recall(self, experiences: Iterable[Any]) -> None:
-        """On resume: given the experiences of finished tasks, for strategies that keep their data."""
+        """On resume: given the experiences of finished tasks, for their task labels and, where it is kept, their data."""
+        for experience in experiences:
+            self._task_classes.note(experience)
 
     # --- helpers for subclasses ----------------------------------------------------------------------------------
 
@@ -414,6 +424,7 @@ class AdapterStrategy(SupervisedTemplate):
         """Check the experience before anything grows, then let Avalanche choose the data."""
         self.model.backbone.check_frozen()
         self.model.check_new(check_experience(self.experience))
+        self._task_classes.check(self.experience, self.task_incremental)
         task = self.model.num_tasks
         seed_globals(derive(self.seed, "loader", task))
         super().train_dataset_adaptation(**kwargs)
@@ -439,6 +450,7 @@ class AdapterStrategy(SupervisedTemplate):
         if self.is_training:
             labels = experience_classes(self.experience)
             self.model.add_task(labels)
+            self._task_classes.note(self.experience)
             self._unfinished = True
             self.grow(self.task)
             self.model.assign_new_slots(self.task)
@@ -509,7 +521,8 @@ class AdapterStrategy(SupervisedTemplate):
             return self._logits
         if not self.model.classes:
             return torch.zeros(len(self.mb_y), int(self.mb_y.max()) + 1, device=self.device)
-        return self._by_label(self.model(self.mb_x))
+        logits_BL = self._by_label(self.model(self.mb_x))
+        return self._task_classes.restricted(logits_BL, self.mbatch, self.model) if self.task_incremental else logits_BL
 
     @property
     def mb_output(self) -> Tensor | None:

@@ -64,4 +64,6 @@ class Joint(Sequential):
 
     def recall(self, experiences: Iterable[Any]) -> None:
         """Take back the data of finished tasks."""
-        self._datasets = [experience.dataset for experience in experiences]
+        finished = list(experiences)
+        super().recall(finished)
+        self._datasets = [experience.dataset for experience in finished]

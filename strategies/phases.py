@@ -91,9 +91,18 @@ def current_task_loss(batch: Batch, known: int) -> Tensor:
     """Cross-entropy over the columns of the current task alone.
 
     Leaving the first ``known`` columns out is what setting them to minus infinity does: they get no probability
-    and exactly no gradient.
+    and exactly no gradient. Samples of known classes, which a replay plugin brings, are judged over all columns; every
+    sample counts the same.
     """
-    return batch.criterion(batch.logits[:, known:], batch.columns - known)
+    new_B = batch.columns >= known
+    if bool(new_B.all()):
+        return batch.criterion(batch.logits[:, known:], batch.columns - known)
+    old = batch.criterion(batch.logits[~new_B], batch.columns[~new_B])
+    if not bool(new_B.any()):
+        return old
+    new = batch.criterion(batch.logits[new_B, known:], batch.columns[new_B] - known)
+    share = float(new_B.float().mean())
+    return share * new + (1 - share) * old
 
 
 def all_classes_loss(batch: Batch) -> Tensor:

@@ -100,6 +100,10 @@ class Dial:
             group["lr"] = lr * float(now["lr"]) / self.lr
             group |= {name: now[name] for name in ("momentum", "betas") if now.get(name) != self._begin.get(name)}
 
+    def begin_here(self) -> None:
+        """Take the settings of this moment for those of the beginning."""
+        self._begin = self._now()
+
     def reset(self) -> None:
         """Be as at the beginning."""
         self.optimizer.param_groups[0].update(copy.deepcopy(self._begin))
@@ -141,7 +145,7 @@ class Schedules:
         self._all = [*found, *([] if self.by_epoch is None else [self.by_epoch])]
         self._begin = [copy.deepcopy(each.state_dict()) for each in self._all]
         if dial is not None:
-            dial._begin = dial._now()  # schedules set the first rate when they are made
+            dial.begin_here()  # schedules set the first rate when they are made
 
     def __bool__(self) -> bool:
         return bool(self._all)
