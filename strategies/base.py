@@ -243,7 +243,7 @@ class AdapterStrategy(SupervisedTemplate):
         return Origin()
 
     def recall(self, experiences: Iterable[Any]) -> None:
-        """On resume: given the experiences of finished tasks, for their task labels and, where it is kept, their data."""
+        """On resume: given the experiences of finished tasks, for their task labels and, where kept, their data."""
         for experience in experiences:
             self._task_classes.note(experience)
 
