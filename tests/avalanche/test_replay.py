@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -9,11 +10,20 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from avalanche.training.plugins import EarlyStoppingPlugin, GDumbPlugin, ReplayPlugin, SupervisedPlugin
+from avalanche.training.plugins import (
+    AGEMPlugin,
+    EarlyStoppingPlugin,
+    EWCPlugin,
+    GDumbPlugin,
+    LFLPlugin,
+    LwFPlugin,
+    ReplayPlugin,
+    SupervisedPlugin,
+)
 from torch import nn
 
 from cl_adapters.errors import ConfigError
-from cl_adapters.strategies import MOS, RanPAC, SimpleCIL
+from cl_adapters.strategies import RanPAC, SimpleCIL
 from cl_adapters.strategies.base import strategies
 from cl_adapters.strategies.phases import Batch, current_task_loss
 from tests.avalanche.streams import two_experiences
@@ -74,9 +84,22 @@ def test_old_samples_are_judged_over_all_columns_new_ones_over_their_own() -> No
     assert torch.equal(only_old, F.cross_entropy(logits[old], columns[old]))
 
 
-def test_gdumb_is_refused_by_name(vit: Vit) -> None:
-    with pytest.raises(ConfigError, match=r"MOS cannot use GDumbPlugin: it puts an untrained .* Take ReplayPlugin"):
-        MOS(vit(), plugins=[GDumbPlugin()])
+@pytest.mark.parametrize(
+    ("plugin", "why"),
+    [
+        (GDumbPlugin(), "puts an untrained model in the place"),
+        (EWCPlugin(1.0), "asks strategy.model"),
+        (AGEMPlugin(4, 4), "asks strategy.model"),
+        (LwFPlugin(), "asks strategy.model"),
+        (LFLPlugin(0.1), "brings a loss, head or model of its own"),
+    ],
+)
+@pytest.mark.parametrize("name", strategies.names())
+def test_what_cannot_work_is_refused_by_name(name: str, plugin: Any, why: str, vit: Vit) -> None:
+    cls = strategies.get(name)
+    message = f"{cls.__name__} cannot use {type(plugin).__name__}: it {re.escape(why)}.* Take ReplayPlugin"
+    with pytest.raises(ConfigError, match=message):
+        cls(vit(), plugins=[plugin])
 
 
 @pytest.mark.parametrize("plugin", [ReplayPlugin(), EarlyStoppingPlugin(1, "train_stream"), Labels()])
