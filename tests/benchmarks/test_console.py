@@ -166,7 +166,10 @@ def test_a_stopped_run_says_how_to_go_on(tmp_path: Path, sent: signal.Signals, c
     while not (out / "config.json").exists() and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
     process.send_signal(sent)
-    said, errors = process.communicate(timeout=100)
+    try:
+        said, errors = process.communicate(timeout=100)
+    finally:
+        process.kill()  # it would run for days
     assert process.returncode == code, errors
     assert said.splitlines()[-1] == f"interrupted; go on with: cl-adapters resume {out}"
     assert not errors

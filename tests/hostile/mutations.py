@@ -592,7 +592,7 @@ def array_file(folder: Path, mutation: Mutation, donor: Path) -> str | None:
         return None
     try:
         array = np.load(path, allow_pickle=False)
-    except (ValueError, EOFError, OSError):
+    except (ValueError, EOFError, OSError, MemoryError):  # another mutation was here before
         return None
     number = mutation.value % 24
     if number < 16:
