@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from tokenize import TokenError
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -45,7 +46,7 @@ def read_array(path: Path, dtype: Any, shape: tuple[int | None, ...], *, mmap: b
         # Mapped first in any case: a huge promised size then fails on the file's size, before memory is asked for.
         with open_regular(path):  # a pipe or device is refused before NumPy waits for it
             array = np.lib.format.open_memmap(path, mode="c")
-    except (OSError, ValueError, EOFError, SyntaxError, OverflowError) as error:
+    except (OSError, ValueError, EOFError, SyntaxError, OverflowError, TokenError) as error:
         raise StorageError(f"{path} is missing, damaged or no .npy array: {error}") from error
     fits = array.ndim == len(shape) and all(n is None or n == m for n, m in zip(shape, array.shape, strict=True))
     if array.dtype != np.dtype(dtype) or not fits or not array.flags.c_contiguous:

@@ -90,6 +90,8 @@ class Contents:
             self.backend.threads = threads
             scores_BK, keys_BK = self.backend.search(self.space.project(features), k, allowed)
         table, found = self.table, keys_BK >= 0
+        if not np.isfinite(scores_BK[found]).all():
+            raise DataError("scores are not finite: the features, or the numbers of this index, are too large")
         if keys_BK.max(initial=-1) >= len(table.record_of_key):
             raise StorageError("the files of this index are damaged; open it with verify=True, or rebuild it")
         records_BK = np.full(keys_BK.shape, -1, np.int64)

@@ -17,7 +17,7 @@ import numpy as np
 import pytest
 
 from cl_adapters import AdapterIndex
-from cl_adapters.errors import StorageError, UnknownName
+from cl_adapters.errors import DataError, StorageError, UnknownName
 from cl_adapters.index import files, indexes
 from tests.index.conftest import QUERIES, MemoryPool, knowledge_of, labels_found
 
@@ -106,7 +106,7 @@ def test_wrong_numbers_behind_a_right_checksum(pool: MemoryPool, backend: str) -
                 continue
             path.write_bytes(good[:start] + bytes([value]) * (len(good) - start))
             forge(folder)
-            with contextlib.suppress(StorageError):
+            with contextlib.suppress(StorageError, DataError):
                 AdapterIndex.open(folder, pool).query(QUERIES, 7)
         path.write_bytes(good)
     forge(folder)
@@ -121,6 +121,24 @@ def test_numbers_that_are_not_finite_behind_a_right_checksum(pool: MemoryPool) -
     forge(folder)
     with pytest.raises(StorageError, match=r"vectors\.npy holds numbers that are not finite"):
         AdapterIndex.open(folder, pool)
+
+
+def test_a_header_that_ends_in_the_middle(pool: MemoryPool) -> None:
+    folder = AdapterIndex.build(pool, backend="exact").save()
+    content = (folder / "label.npy").read_bytes()
+    (folder / "label.npy").write_bytes(content[:27] + bytes(101) + content[128:])
+    forge(folder)
+    with pytest.raises(StorageError, match=r"label\.npy is missing, damaged or no \.npy array"):
+        AdapterIndex.open(folder, pool)
+
+
+def test_scores_that_overflow(pool: MemoryPool) -> None:
+    folder = AdapterIndex.build(pool, backend="exact", metric="l2").save()
+    mean = np.load(folder / "mean.npy")
+    np.save(folder / "mean.npy", np.full_like(mean, 1e30))
+    forge(folder)
+    with pytest.raises(DataError, match="scores are not finite"):
+        AdapterIndex.open(folder, pool).query(QUERIES, 3)
 
 
 def test_codes_without_what_was_trained(pool: MemoryPool) -> None:
