@@ -112,7 +112,7 @@ class TextSet:
 
     @property
     def images(self) -> UInt8Images:
-        """None: who asks for the pictures of a benchmark is told that it has texts.
+        """None: texts have no images.
 
         Raises:
             DataError: always.

@@ -11,6 +11,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import stat
 import time
@@ -27,6 +28,8 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 T = TypeVar("T")
+SCRATCH = re.compile(r"\..+\.(old-)?[0-9a-f]{8}")
+"""Names beside a file or folder under which it is written, or stood before; left over where a writer was killed."""
 SEAL = "sha256"
 """Key of the digest that a JSON file holds of itself."""
 TRIES = 60
@@ -154,7 +157,7 @@ def stamp(path: Path) -> tuple[int, ...] | None:
         now = path.stat()
     except OSError:
         return None
-    return (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns)
+    return (now.st_dev, now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)
 
 
 def read_settled(marker: Path, read: Callable[[], T]) -> T:

@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import functools
 import math
+import operator
+import warnings
 from collections.abc import Callable, Mapping, Sequence
 from types import UnionType
 from typing import Any, TypeVar, Union, get_args, get_origin, get_type_hints
@@ -113,6 +115,33 @@ def check_range(config: Any, interval: str, *names: str) -> None:
         elif math.isinf(high) or isinstance(value, int):
             wanted = f"at least {low:.0f}" if not above else f"at most {high:.0f}"
         raise ConfigError(f"{name} must be {wanted}, got {value}")
+
+
+def counted(value: Any, name: str) -> int:
+    """A number of things, also one of NumPy's.
+
+    Raises:
+        ConfigError: it is no whole number, or less than 1.
+    """
+    try:
+        number = 0 if isinstance(value, bool) else operator.index(value)
+    except TypeError:
+        number = 0
+    if number < 1:
+        raise ConfigError(f"{name} has to be a whole number, at least 1; got {value!r}")
+    return number
+
+
+def renamed_keyword(old: str, new: str, value: Any, other: Any) -> Any:
+    """The ``value`` of a keyword that was given by its ``old`` name, with a warning to the caller's caller.
+
+    Raises:
+        ConfigError: ``other``, given by the ``new`` name, is there too.
+    """
+    if other is not None:
+        raise ConfigError(f"{old} is the old name of {new}: pass {new} alone")
+    warnings.warn(f"{old}=... is now {new}=...; the old name goes in version 0.3", DeprecationWarning, stacklevel=3)
+    return value
 
 
 def check_blocks(blocks: Sequence[int] | None, name: str = "blocks") -> None:

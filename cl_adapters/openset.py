@@ -8,7 +8,6 @@ the nearest the input is of no known class. :func:`threshold_for` says what can 
 from __future__ import annotations
 
 import math
-import warnings
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +16,7 @@ import torch
 from torch import Tensor
 
 from cl_adapters.backbones.inputs import Inputs, to_device
+from cl_adapters.config import renamed_keyword
 from cl_adapters.errors import ClAdaptersError, ConfigError, DataError
 from cl_adapters.model.classifier import Classifier
 from cl_adapters.parts.abstention import Abstention
@@ -208,10 +208,7 @@ def open_set(
     from sklearn.metrics import roc_auc_score
 
     if strangers is not None:
-        warnings.warn(
-            "strangers=... is now unknown=...; the old name goes in version 0.3", DeprecationWarning, stacklevel=2
-        )
-        unknown = strangers
+        unknown = renamed_keyword("strangers", "unknown", strangers, unknown or None)
     right, routed, kept, passes, near = [], [], [], [], [torch.empty(0)]
     for x, y in known:
         columns_B = model.columns_of(y)

@@ -28,7 +28,7 @@ from cl_adapters._seeding import derive, generator, isolated, seed_globals
 from cl_adapters._timing import Stopwatch
 from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.bank.bank import AdapterBank, Routes
-from cl_adapters.config import build, to_plain
+from cl_adapters.config import build, renamed_keyword, to_plain
 from cl_adapters.errors import ClAdaptersError, ConfigError, DataError, TrainingDiverged
 from cl_adapters.model.alignment import cosine_lr
 from cl_adapters.model.facade import AdapterModel
@@ -162,7 +162,7 @@ class AdapterStrategy(SupervisedTemplate):
         **options: Any,
     ) -> None:
         if "inference" in options:
-            predictor = _renamed_keyword(options.pop("inference"), predictor)
+            predictor = renamed_keyword("inference", "predictor", options.pop("inference"), predictor)
         self.config = resolve(
             type(self).__name__, self.Config, config, options, list(type(self).__signature__.parameters)
         )
@@ -707,20 +707,6 @@ def usable(predictor: Predictor, model: AdapterModel) -> Predictor:
     if predictor.needs_keys and CLASS_KEYS not in model.parts:
         raise ConfigError(f"{predictor} looks inputs up by keys: pass keys='prototypes' (--keys prototypes) too")
     return predictor
-
-
-def _renamed_keyword(old: Any, new: Any) -> Any:
-    """The value of ``predictor``, given by its old name.
-
-    Raises:
-        ConfigError: given by both names.
-    """
-    if new is not None:
-        raise ConfigError("inference is the old name of predictor: pass predictor alone")
-    warnings.warn(
-        "inference=... is now predictor=...; the old name goes in version 0.3", DeprecationWarning, stacklevel=3
-    )
-    return old
 
 
 def _without_metrics() -> EvaluationPlugin:

@@ -66,8 +66,6 @@ class TrainingConfig(StrategyConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         check_blocks(self.blocks)
-        if self.cached_views < 0:
-            raise ValueError(f"cached_views must be 0 (off) or more, got {self.cached_views}")
         check_range(self, "[0, 1000]", "cached_views")
         check_range(self, "[1, inf)", "train_epochs")
         check_range(self, "(0, inf)", "lr")

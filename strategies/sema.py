@@ -1,8 +1,8 @@
 """SEMA: self-expansion with a mixture of modularised adapters (Wang et al., CVPR 2025).
 
 task 0:  adapters in all blocks, head;  then one descriptor per expandable block;  everything but the head is frozen
-task t:  scan the images: where every descriptor of an expandable block finds them new, that block gets an adapter,
-         a router row and a descriptor, which are trained at once;  nothing new anywhere: only the head is trained
+task t:  scan the images: where every descriptor of an expandable block scores above the threshold, that block gets an
+         adapter, a router row and a descriptor, trained at once;  where none expands, only the head is trained
 predict: one pass;  delta = sum_k softmax(R p + r)_k A_k(x) at the expandable blocks
 """
 

@@ -187,6 +187,8 @@ def test_measures(make_model: Make) -> None:
     assert free.auroc == found.auroc
     with pytest.warns(DeprecationWarning, match="now unknown="):
         assert open_set(model, [(known, y)], strangers=[unknown]) == found
+    with pytest.raises(ConfigError, match="strangers is the old name of unknown: pass unknown alone"):
+        open_set(model, [(known, y)], [unknown], strangers=[unknown])
     with pytest.raises(DataError, match="does not know class 9"):
         open_set(model, [(unknown, torch.full((40,), 9))])
 

@@ -52,7 +52,7 @@ def test_the_python_of_the_readme_runs_as_printed(repo_root: Path, tmp_path: Pat
 
 def test_the_recipe_of_the_readme_runs_as_printed(repo_root: Path, tmp_path: Path) -> None:
     train, _, own = blocks(repo_root, "python")[:3]
-    python(train.partition("strategy =")[0] + own, tmp_path)
+    assert python(train.partition("strategy =")[0] + own, tmp_path) == ""
 
 
 def test_a_strategy_of_avalanche_runs_as_printed(repo_root: Path, tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""``repeats``: new characters in every task, but looks that come back; nothing downloaded.
+"""``repeats``: new characters in every task, but textures that recur; nothing downloaded.
 
 Task t shows characters that no task showed before, under the texture of look t modulo D: the first D tasks bring a
 look that is new, all later ones one that was there before. A method that grows only for what it has not met should

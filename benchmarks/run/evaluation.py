@@ -9,9 +9,9 @@ import numpy as np
 import torch
 from torch.utils.data import DataLoader
 
-from cl_adapters.backbones.inputs import checked_batch
 from cl_adapters.benchmarks.base import BenchmarkData
 from cl_adapters.benchmarks.streams.datasets import TextDataset, Transform, as_dataset, task_indices
+from cl_adapters.config import counted
 from cl_adapters.features import FeatureMemory
 from cl_adapters.model.facade import AdapterModel
 
@@ -56,7 +56,7 @@ def evaluate(
         ConfigError: ``batch_size`` is less than 1.
         DataError: texts without tokens.
     """
-    batch_size = checked_batch(batch_size, "batch_size")
+    batch_size = counted(batch_size, "batch_size")
     task_of_label = {label: task for task in tasks for label in data.tasks[task]}
     indices = [index for task in tasks for index in task_indices(data.test, data.tasks[task])]
     dataset = as_dataset(data.test, indices, transform)

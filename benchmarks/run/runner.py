@@ -63,7 +63,7 @@ def resume(
         out: folder of the run.
         device: where to compute.
         threads: of the CPU; default those of the run. With others the bits may differ, which is warned of.
-        listener: is told what happens.
+        listener: called as tasks begin, progress and end.
 
     Raises:
         StorageError: no run there, an altered or incomplete one, or one that another process is writing.

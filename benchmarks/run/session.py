@@ -25,7 +25,7 @@ from typing import Any, Protocol, TypeVar
 import torch
 from filelock import FileLock, Timeout
 
-from cl_adapters._io import new_folder, read_json, sealed, unsealed, write_json
+from cl_adapters._io import SCRATCH, new_folder, read_json, sealed, unsealed, write_json
 from cl_adapters._version import __version__
 from cl_adapters.config import build, check_range
 from cl_adapters.errors import ConfigError, StorageError, UnknownName
@@ -291,8 +291,9 @@ def exclusive(out: Path) -> Iterator[None]:
     with held:
         for scratch in (out / "tasks").glob(".*"):
             shutil.rmtree(scratch, ignore_errors=True)
-        for scratch in out.glob(".*." + 8 * "[0-9a-f]"):  # of results and report: see write_bytes
-            scratch.unlink(missing_ok=True)
+        for left in out.iterdir():  # of results and report
+            if SCRATCH.fullmatch(left.name):
+                left.unlink(missing_ok=True)
         yield
 
 

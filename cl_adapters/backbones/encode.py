@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 
 from cl_adapters.backbones.frozen import FrozenBackbone
-from cl_adapters.backbones.inputs import checked_batch
 from cl_adapters.backbones.preprocessing import Preprocessing
 from cl_adapters.backbones.text import TextPreprocessing
+from cl_adapters.config import counted
 from cl_adapters.errors import ClAdaptersError
 from cl_adapters.images import decode_image
 
@@ -79,7 +79,7 @@ def encode(backbone: FrozenBackbone, inputs: Sequence[str] | Sequence[Path], bat
         ConfigError: ``batch`` is less than 1.
         DataError: a file that is no image, or something else than texts.
     """
-    batch = None if batch is None else checked_batch(batch)
+    batch = None if batch is None else counted(batch, "batch")
     parts = [torch.empty(0, backbone.num_features, device=backbone.device)]
     with torch.no_grad():
         for start in range(0, len(inputs), batch or len(inputs) or 1):

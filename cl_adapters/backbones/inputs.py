@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import operator
 from collections.abc import Mapping
 from typing import Any, TypeAlias
 
@@ -10,7 +9,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from cl_adapters.errors import ConfigError, DataError
+from cl_adapters.errors import DataError
 
 Inputs: TypeAlias = Tensor | Mapping[str, Tensor]
 
@@ -69,21 +68,6 @@ def check_finite(x: Tensor, name: str) -> None:
             f"{len(wrong)} of {len(x)} inputs of backbone {name!r} have numbers that are not finite (NaN or "
             f"infinite), at positions {shown} of the batch: leave them out, or mend how they are read and normalised"
         )
-
-
-def checked_batch(batch: Any, name: str = "batch") -> int:
-    """A number of samples at a time.
-
-    Raises:
-        ConfigError: it is no whole number, or less than 1.
-    """
-    try:
-        number = 0 if isinstance(batch, bool) else operator.index(batch)
-    except TypeError:
-        number = 0
-    if number < 1:
-        raise ConfigError(f"{name} is how many samples are computed at a time, a whole number from 1 on; got {batch!r}")
-    return number
 
 
 def batch_size(x: Inputs) -> int:

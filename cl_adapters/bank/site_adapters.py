@@ -107,19 +107,19 @@ class SiteAdapters(nn.Module):
                 f"site {self.site.name!r} reads {source.module!r} and adds to {target.module!r}, but {error}"
             ) from error
         if self.site.rows is not None:
-            self._hook(encoder.get_submodule(self.site.rows.module).register_forward_pre_hook, "note_rows")
+            self._hook(encoder.get_submodule(self.site.rows.module).register_forward_pre_hook, self.note_rows)
         if target.end == "inside":
-            self._hook(adds.register_forward_pre_hook, "enter_attention")
-            self._hook(partial(adds.register_forward_hook, always_call=True), "leave_attention")
+            self._hook(adds.register_forward_pre_hook, self.enter_attention)
+            self._hook(partial(adds.register_forward_hook, always_call=True), self.leave_attention)
             return
         if source != target and source.end == "in":
-            self._hook(reads.register_forward_pre_hook, "read_input")
+            self._hook(reads.register_forward_pre_hook, self.read_input)
         elif source != target:
-            self._hook(reads.register_forward_hook, "read_output")
+            self._hook(reads.register_forward_hook, self.read_output)
         if target.end == "in":
-            self._hook(adds.register_forward_pre_hook, "add_to_input")
+            self._hook(adds.register_forward_pre_hook, self.add_to_input)
         else:
-            self._hook(adds.register_forward_hook, "add_to_output")
+            self._hook(adds.register_forward_hook, self.add_to_output)
 
     def has(self, slot: int) -> bool:
         """Whether that slot has an adapter here."""
@@ -135,9 +135,9 @@ class SiteAdapters(nn.Module):
             del self.slots[str(slot)]
             self._stack = SlotStack()
 
-    def _hook(self, register: Callable[[Any], RemovableHandle], method: str) -> None:
-        """Register a method as a hook for as long as this object lives."""
-        handle = register(_WeakHook(weakref.ref(self), method))
+    def _hook(self, register: Callable[[Any], RemovableHandle], method: Callable[..., Any]) -> None:
+        """Register a method of this object as a hook for as long as it lives."""
+        handle = register(_WeakHook(weakref.ref(self), method.__name__))
         weakref.finalize(self, handle.remove).atexit = False
 
     # --- hooks ---------------------------------------------------------------------------------------------------

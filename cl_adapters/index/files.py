@@ -12,14 +12,13 @@ from __future__ import annotations
 
 import hashlib
 import os
-import re
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from cl_adapters import config as configs
-from cl_adapters._io import new_folder, open_regular, read_json, read_settled, stamp, write_json
+from cl_adapters._io import SCRATCH, new_folder, open_regular, read_json, read_settled, stamp, write_json
 from cl_adapters.errors import ClAdaptersError, StorageError
 from cl_adapters.index.answers import IndexConfig
 from cl_adapters.index.arrays import ALWAYS, read_array, write_array
@@ -30,9 +29,6 @@ from cl_adapters.index.space import Space
 from cl_adapters.index.table import KeyTable
 
 SCHEMA_VERSION = 1
-
-SCRATCH = re.compile(r"\..+\.(old-)?[0-9a-f]{8}")
-"""Names of the folders that :func:`cl_adapters._io.new_folder` makes beside the one that it writes."""
 
 
 def default_folder(pool: KeySource, name: str = "default") -> Path:

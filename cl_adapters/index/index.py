@@ -6,7 +6,6 @@ pool's knowledge: it holds nothing that :meth:`AdapterIndex.rebuild` would not f
 
 from __future__ import annotations
 
-import operator
 import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,8 @@ import torch
 from torch import Tensor
 
 from cl_adapters.backbones.inputs import as_inputs
-from cl_adapters.errors import ConfigError, DataError, StorageError, UnknownName
+from cl_adapters.config import counted
+from cl_adapters.errors import DataError, StorageError, UnknownName
 from cl_adapters.index.answers import Changes, Hit, IndexConfig, IndexStats, Neighbours, some
 from cl_adapters.index.backends.base import Ids, IndexBackend
 from cl_adapters.index.classes import nearest_classes
@@ -141,7 +141,7 @@ class AdapterIndex:
             ConfigError: k is no whole number, or below 1.
             UnknownName: a record that the index does not have.
         """
-        f_BD, k = _bare_features(self.pool, x), min(_checked_k(k), max(1, len(self)))
+        f_BD, k = _bare_features(self.pool, x), min(counted(k, "k"), max(1, len(self)))
         return self.hits(self.search_features(f_BD, k, classes=classes, tags=tags, records=records))
 
     def search_features(
@@ -157,7 +157,7 @@ class AdapterIndex:
 
         They have k places per feature however few keys there are, so a large k asks for the memory of as many.
         """
-        k = _checked_k(k)
+        k = counted(k, "k")
         features = f_BD.detach().float().cpu().numpy() if isinstance(f_BD, Tensor) else np.asarray(f_BD)
         with self._lock.reading():
             allowed = self._allowed(set(tags), records)
@@ -329,17 +329,6 @@ class AdapterIndex:
         if tags:
             ids &= {record.id for record in self.pool.records if tags <= set(record.tags)}
         return self._contents.table.keys_of(ids)
-
-
-def _checked_k(k: Any) -> int:
-    """A number of neighbours, also one of NumPy's."""
-    try:
-        number = 0 if isinstance(k, bool) else operator.index(k)
-    except TypeError:
-        number = 0
-    if number < 1:
-        raise ConfigError(f"k has to be a whole number, at least 1; got {k!r}")
-    return number
 
 
 def _bare_features(pool: KeySource, x: Any) -> Any:

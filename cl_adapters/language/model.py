@@ -25,9 +25,9 @@ from cl_adapters.backbones.encode import encode, text_preprocessing
 from cl_adapters.backbones.exclusive import exclusive
 from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.backbones.hf_forward import Pooling, pad_token_of, vocabulary_of
-from cl_adapters.backbones.inputs import checked_batch
 from cl_adapters.bank.bank import AdapterBank
 from cl_adapters.bank.routes import Route, Routes, check_prompts, has_router, summed, taken
+from cl_adapters.config import counted
 from cl_adapters.errors import ClAdaptersError, ConfigError, DataError
 from cl_adapters.language.load import generation_options, open_language_model
 from cl_adapters.language.tokens import Ids, Joined, Pair, PromptTokens, choice_lists, joined, padded_ids, positions
@@ -282,7 +282,7 @@ class LanguageModel(nn.Module):
         Raises:
             ConfigError: ``batch`` is less than 1.
         """
-        batch = checked_batch(batch)
+        batch = counted(batch, "batch")
         check_prompts(routes, len(prompts))
         pairs = self.tokens.pairs(prompts, answers, end=end)
         found_B = self._scores(pairs, routes, batch)
@@ -391,7 +391,7 @@ class LanguageModel(nn.Module):
             ConfigError: ``batch`` is less than 1.
             DataError: a prompt without choices, or not one list per prompt.
         """
-        batch = checked_batch(batch)
+        batch = counted(batch, "batch")
         check_prompts(routes, len(prompts))
         lists = choice_lists(choices, len(prompts))
         rows_M = torch.tensor([row for row, answers in enumerate(lists) for _ in answers], dtype=torch.long)
@@ -439,7 +439,7 @@ class LanguageModel(nn.Module):
         """
         if max_new_tokens < 1 or num_beams < 1:
             raise ConfigError(f"max_new_tokens={max_new_tokens} and num_beams={num_beams} must be at least 1")
-        batch = checked_batch(batch)
+        batch = counted(batch, "batch")
         check_prompts(routes, len(prompts))
         ids = self.tokens.prompts(prompts, max_new_tokens)
         order_B = torch.tensor([len(row) for row in ids]).argsort(descending=True)

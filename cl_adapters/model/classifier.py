@@ -8,9 +8,10 @@ import torch
 from torch import Tensor
 
 from cl_adapters.backbones.frozen import FrozenBackbone
-from cl_adapters.backbones.inputs import Inputs, as_inputs, batch_size, checked_batch, take, to_device
+from cl_adapters.backbones.inputs import Inputs, as_inputs, batch_size, take, to_device
 from cl_adapters.backbones.partial import checked_inputs
 from cl_adapters.bank.bank import AdapterBank
+from cl_adapters.config import counted
 from cl_adapters.errors import ClAdaptersError
 from cl_adapters.features import FeatureMemory, LazyFeatures
 from cl_adapters.model.state import ModelState
@@ -82,7 +83,7 @@ class Classifier(ModelState):
         """
         backbone = self.backbone  # the whole is checked here, so that messages count in it and not in a batch
         x = checked_inputs(backbone.encoder, x, backbone.preprocessing, backbone.name)
-        rows = torch.arange(batch_size(x)).split(checked_batch(batch))
+        rows = torch.arange(batch_size(x)).split(counted(batch, "batch"))
         return torch.cat([self.answer(take(x, part), predictor=predictor).logits.float().cpu() for part in rows])
 
     def _no_answer(self) -> Prediction:

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from cl_adapters.backbones.encode import image_inputs, image_preprocessing, text_inputs
-from cl_adapters.backbones.inputs import checked_batch
 from cl_adapters.backbones.tokens import mask_of
+from cl_adapters.config import counted
 from cl_adapters.errors import DataError
 from cl_adapters.model.classifier import Classifier
 from cl_adapters.predictors.base import Prediction, Predictor
@@ -49,7 +49,7 @@ def answer_files(
 ) -> list[Answer]:
     """Classify image files; see :meth:`Classifier.predict_files`."""
     image_preprocessing(model.backbone)  # another kind of backbone is refused also where there is no file
-    batch = checked_batch(batch)
+    batch = counted(batch, "batch")
     if isinstance(files, str | Path):
         raise DataError("a list of files is expected, got one file: put it into a list")
     answers: list[Answer] = []
@@ -62,7 +62,7 @@ def answer_files(
 
 def answer_texts(model: Classifier, texts: Sequence[str], batch: int, predictor: Predictor | None) -> list[Answer]:
     """Classify texts, those of similar length together; see :meth:`Classifier.predict_texts`."""
-    batch = checked_batch(batch)
+    batch = counted(batch, "batch")
     tokens_BN = text_inputs(model.backbone, texts)
     order_B = mask_of(tokens_BN).sum(1).argsort(descending=True, stable=True)
     answers: dict[int, Answer] = {}

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from filelock import BaseFileLock, FileLock, Timeout
 
+from cl_adapters._io import stamp
 from cl_adapters.errors import PoolError
 from cl_adapters.pool.blobs import delete
 from cl_adapters.pool.manifest import MANIFEST, SCHEMA, Manifest, load_manifest, parse_manifest, write_manifest
@@ -76,11 +77,11 @@ class Disk:
         Raises:
             PoolError: there is none, or it is damaged.
         """
-        stamp = self._stamp_now()
+        now = stamp(self.path / MANIFEST)
         with self._guard:
-            if stamp is None or stamp != self._stamp or self._seen is None:
+            if now is None or now != self._stamp or self._seen is None:
                 self._read()
-                self._stamp = stamp  # taken before reading: a change in between is seen the next time
+                self._stamp = now  # taken before reading: a change in between is seen the next time
             assert self._seen is not None
             return self._seen[1]
 
@@ -112,10 +113,3 @@ class Disk:
         if self._seen is None or self._seen[0] != content:
             self._seen = (content, parse_manifest(content, self.path / MANIFEST))
         return self._seen[1]
-
-    def _stamp_now(self) -> tuple[int, ...] | None:
-        try:
-            now = (self.path / MANIFEST).lstat()
-        except OSError:
-            return None
-        return (now.st_ino, now.st_size, now.st_mtime_ns, now.st_ctime_ns)

@@ -20,8 +20,8 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cl_adapters._seeding import isolated, seed_globals
-from cl_adapters.backbones.inputs import checked_batch
 from cl_adapters.bank.bank import Routes
+from cl_adapters.config import counted
 from cl_adapters.errors import ClAdaptersError
 from cl_adapters.model.facade import AdapterModel
 from cl_adapters.strategies._loop.order import Draw, length_batches, lengths_of
@@ -59,7 +59,7 @@ class ActivationCache:
         self._lengths_N = lengths_of(dataset)
         self._dataset = dataset
         self._seeds = seeds if self._lengths_N is None else seeds[:1]  # texts are not augmented: views would be equal
-        self._batch = checked_batch(batch)
+        self._batch = counted(batch, "batch")
         self._memory_mb = memory_mb
         self._num_workers = num_workers
         self._stores: dict[int, HiddenStore] = {}

@@ -218,5 +218,9 @@ def test_what_has_no_effect_is_refused(option: str, vit: Vit) -> None:
 
 def test_a_frozen_backbone_is_shared_by_optimizers(vit: Vit) -> None:
     backbone = FrozenBackbone.wrap(vit())
+    before = copy.deepcopy(backbone.encoder.state_dict())
     for cls in (MOS, LAE):
-        small(cls, backbone, optimizer=AdamW).train(two_experiences()[0])
+        strategy = small(cls, backbone, optimizer=AdamW)
+        strategy.train(two_experiences()[0])
+        assert strategy.model.classes == [0, 1]
+    assert all(torch.equal(value, before[key]) for key, value in backbone.encoder.state_dict().items())

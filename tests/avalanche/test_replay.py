@@ -117,4 +117,5 @@ def test_a_plugin_that_only_looks_on_is_not(vit: Vit) -> None:
 
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        SimpleCIL(vit(), plugins=[After()], evaluator=None)
+        strategy = SimpleCIL(vit(), plugins=[After()], evaluator=None)
+    assert any(isinstance(plugin, After) for plugin in strategy.plugins)

@@ -247,7 +247,7 @@ def test_a_batch_is_a_whole_number_from_one_on(make: Make) -> None:
             lambda size: language.model.predict_texts(["what"], size),
         )
         for run in runs:
-            with pytest.raises(ConfigError, match=rf"batch is how many samples .*; got {batch}"):
+            with pytest.raises(ConfigError, match=rf"batch has to be a whole number, at least 1; got {batch}"):
                 run(batch)
 
 

@@ -83,7 +83,7 @@ def test_store_refuses_what_half_precision_cannot_hold() -> None:
 
 
 def test_a_batch_of_less_than_one_is_refused(model: AdapterModel) -> None:
-    with pytest.raises(ConfigError, match=r"batch is how many samples .*; got 0"):
+    with pytest.raises(ConfigError, match=r"batch has to be a whole number, at least 1; got 0"):
         ActivationCache(model, Pictures([3], 0.0), seeds=[0], batch=0, memory_mb=1.0)
 
 
