@@ -2,7 +2,7 @@
 
 Protocol: models/sema.py:59-121 and sema_block.py:112-171 of the released code. In forward order the first block that
 has not expanded in this task and scores the batch above the threshold expands; it is trained at once and the scan goes
-on with the next batch; a pass that added anything is followed by another; without any expansion only the head is trained.
+on with the next batch; a pass that added anything is followed by another; without any only the head is trained.
 """
 
 from __future__ import annotations

@@ -49,7 +49,7 @@ def trained(name: str, backbone: FrozenBackbone, table: Path, **options: Any) ->
 
 def test_evaluation_wants_a_batch_of_one_or_more(backbone: FrozenBackbone, table: Path) -> None:
     for batch in (-1, 0, 2.5):
-        with pytest.raises(ConfigError, match=rf"batch_size is how many samples .*; got {batch}"):
+        with pytest.raises(ConfigError, match=rf"batch_size has to be a whole number, at least 1; got {batch}"):
             evaluate(AdapterModel(backbone), prepared_data(table, backbone), [0], batch_size=batch)  # type: ignore[arg-type]
 
 
