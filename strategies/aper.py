@@ -42,6 +42,7 @@ class APER(AdapterStrategy):
 
     Config: ClassVar[type[StrategyConfig]] = APERConfig
     summary: ClassVar[str] = "first-task adapter, then class means on bare and adapted features (IJCV 2024)"
+    trains_once: ClassVar[bool] = True
     config: APERConfig
 
     def grow(self, task: int) -> None:

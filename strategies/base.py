@@ -122,6 +122,8 @@ class AdapterStrategy(SupervisedTemplate):
     """Whether each task has adapters of its own, one of which is chosen for an image: then the choice can be judged."""
     expands: ClassVar[bool] = False
     """Whether the data decide how many adapters there are; ``expansions`` then says which were added and why."""
+    trains_once: ClassVar[bool] = False
+    """Whether nothing is trained by gradients after the first task: then there is nothing to protect."""
     explicit_order: ClassVar[bool] = False
     """Whether images are shuffled by the strategy's own generators, as cached activations always are."""
 
@@ -168,9 +170,10 @@ class AdapterStrategy(SupervisedTemplate):
         self.config = resolve(
             type(self).__name__, self.Config, config, options, list(type(self).__signature__.parameters)
         )
-        check_plugins(plugins or (), type(self).__name__, self.trains)
-        self._bring_recipe(optimizer, scheduler, criterion, plugins or ())
         device = torch.device(device)
+        later = self.trains and not self.trains_once
+        check_plugins(plugins or (), type(self).__name__, device, trains=self.trains, later=later, expands=self.expands)
+        self._bring_recipe(optimizer, scheduler, criterion, plugins or ())
         if not isinstance(model, AdapterModel):
             model = self.new_model(FrozenBackbone.wrap(model).to(device))
         model.class_names.update(class_names or {})
@@ -518,7 +521,7 @@ class AdapterStrategy(SupervisedTemplate):
         width = int(self.mb_y.max()) + 1
         if not self.model.classes:
             return torch.zeros(len(self.mb_y), *([width] if width <= WIDEST else []), device=self.device)
-        run = self._run = Pass(width=width)
+        run = self._run = Pass(training=self.is_training, width=width)
         if self.is_training:
             self.before_pass()
             run.start = getattr(self.dataloader, "start", None)

@@ -67,6 +67,7 @@ class RanPAC(AdapterStrategy):
 
     Config: ClassVar[type[StrategyConfig]] = RanPACConfig
     summary: ClassVar[str] = "first-task adapter, then ridge regression on random projections (NeurIPS 2023)"
+    trains_once: ClassVar[bool] = True
     config: RanPACConfig
 
     @property

@@ -24,6 +24,7 @@ class Pass:
     """One forward pass of the strategy, and what it went through.
 
     Attributes:
+        training: as the strategy trains, or by the predictor.
         routes: adapters of a pass in training.
         dropout: generator of their dropout masks.
         start: the inputs are those of this block; None: images.
@@ -32,6 +33,7 @@ class Pass:
         logits: float [B, C] by column, afterwards.
     """
 
+    training: bool
     routes: Routes | None = None
     dropout: torch.Generator | None = None
     start: int | None = None
@@ -44,12 +46,15 @@ class ByLabel(AdapterModel):
     """The same model as the one it is made of, with which it shares all its state; only its outputs differ.
 
     In training mode it answers as the strategy trains (its adapters and the linear head, without their dropout), in
-    evaluation mode by the model's predictor; both with gradients, outside ``no_grad``. Its parameters are those of
-    adapters, heads and parts: plugins that keep vectors as long as all parameters need not keep the backbone's.
+    evaluation mode by the model's predictor; both with gradients, outside ``no_grad``. Its ``named_parameters`` are
+    those of adapters, heads and parts, since plugins keep vectors as long as all of them; its ``parameters`` are what
+    of that needs gradients now, since plugins differentiate with respect to all of them.
     """
 
     trained: bool = False
     """Whether a strategy has trained it, and so left here through which adapters."""
+    places: dict[str, int]
+    """Of the parameters, in the order in which they came."""
     trained_routes: Routes | None = None
 
     @classmethod
@@ -57,6 +62,7 @@ class ByLabel(AdapterModel):
         """The other face of a model."""
         face = cls.__new__(cls)
         object.__setattr__(face, "__dict__", model.__dict__)
+        face.__dict__.setdefault("places", {})
         return face
 
     def forward(self, x: Inputs, run: Pass | None = None) -> Tensor:
@@ -73,8 +79,8 @@ class ByLabel(AdapterModel):
             DataError: logits would be wider than :data:`WIDEST`, for all others.
             ClAdaptersError: no class is known yet.
         """
-        own = run or Pass(routes=self.trained_routes)
-        if self.training and self.trained and self.head.num_classes == len(self.classes):
+        own = run or Pass(training=self.training and self.trained, routes=self.trained_routes)
+        if own.training and self.head.num_classes == len(self.classes):
             own.features = self.features(x, own.routes, own.dropout, start=own.start)
             own.logits = self.head(own.features)
         else:
@@ -106,7 +112,19 @@ class ByLabel(AdapterModel):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """All but the frozen backbone's."""
-        for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate):
-            if not name.removeprefix(prefix).removeprefix(".").startswith("backbone."):
-                yield name, parameter
+        """All but the frozen backbone's, in the order in which they came: plugins compare them one by one.
+
+        A parameter that grows, as a head does, keeps its place.
+        """
+        found = {
+            name: parameter
+            for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate)
+            if not name.removeprefix(prefix).removeprefix(".").startswith("backbone.")
+        }
+        for name in found:
+            self.places.setdefault(name, len(self.places))
+        yield from sorted(found.items(), key=lambda entry: self.places[entry[0]])
+
+    def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
+        """Those that need gradients now."""
+        return (parameter for _, parameter in self.named_parameters(recurse=recurse) if parameter.requires_grad)

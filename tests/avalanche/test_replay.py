@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Callable
 from typing import Any
@@ -11,18 +10,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 from avalanche.training.plugins import (
-    AGEMPlugin,
     EarlyStoppingPlugin,
-    EWCPlugin,
-    GDumbPlugin,
-    LFLPlugin,
-    LwFPlugin,
     ReplayPlugin,
     SupervisedPlugin,
 )
 from torch import nn
 
-from cl_adapters.errors import ConfigError
 from cl_adapters.strategies import RanPAC, SimpleCIL
 from cl_adapters.strategies.base import strategies
 from cl_adapters.strategies.phases import Batch, current_task_loss
@@ -84,30 +77,17 @@ def test_old_samples_are_judged_over_all_columns_new_ones_over_their_own() -> No
     assert torch.equal(only_old, F.cross_entropy(logits[old], columns[old]))
 
 
-@pytest.mark.parametrize(
-    ("plugin", "why"),
-    [
-        (GDumbPlugin(), "puts an untrained model in the place"),
-        (EWCPlugin(1.0), "asks strategy.model"),
-        (AGEMPlugin(4, 4), "asks strategy.model"),
-        (LwFPlugin(), "asks strategy.model"),
-        (LFLPlugin(0.1), "brings a loss, head or model of its own"),
-    ],
-)
-@pytest.mark.parametrize("name", strategies.names())
-def test_what_cannot_work_is_refused_by_name(name: str, plugin: Any, why: str, vit: Vit) -> None:
-    cls = strategies.get(name)
-    message = f"{cls.__name__} cannot use {type(plugin).__name__}: it {re.escape(why)}.* Take ReplayPlugin"
-    with pytest.raises(ConfigError, match=message):
-        cls(vit(), plugins=[plugin])
-
-
 @pytest.mark.parametrize("plugin", [ReplayPlugin(), EarlyStoppingPlugin(1, "train_stream"), Labels()])
 def test_a_plugin_without_effect_is_named(plugin: Any, vit: Vit) -> None:
     name = type(plugin).__name__
     for make in (SimpleCIL, lambda model, **options: RanPAC(model, train_adapter=False, **options)):
         with pytest.warns(UserWarning, match=f"trains nothing here, so {name} has no effect in training"):
             make(vit(), plugins=[plugin])
+
+
+def test_replay_where_only_the_first_task_is_trained(vit: Vit) -> None:
+    with pytest.warns(UserWarning, match="RanPAC trains in the first task only, so ReplayPlugin has no effect"):
+        RanPAC(vit(), plugins=[ReplayPlugin()])
 
 
 def test_a_plugin_that_only_looks_on_is_not(vit: Vit) -> None:
