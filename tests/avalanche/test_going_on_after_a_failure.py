@@ -7,7 +7,6 @@ import random
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -20,13 +19,15 @@ from torch import Tensor, nn
 from torch.optim import AdamW
 from torch.optim.lr_scheduler import StepLR
 
-from cl_adapters.adapters.lora import LoRA
-from cl_adapters.bank.bank import AdapterBank, Route
+from cl_adapters.adapters.prefix import Prefix
 from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.bank.bank import AdapterBank, Route
 from cl_adapters.errors import ClAdaptersError, ConfigError, DataError, TrainingDiverged
 from cl_adapters.model.heads import LinearHead
 from cl_adapters.model.statistics import FullGaussian
-from cl_adapters.strategies import MOS, SEMA, Joint, Sequential
+from cl_adapters.strategies import Sequential
+from cl_adapters.strategies._loop import snapshot
+from cl_adapters.strategies._loop.snapshot import Snapshot
 from cl_adapters.strategies.base import AdapterStrategy, strategies
 from tests.avalanche.streams import two_experiences
 
@@ -86,7 +87,8 @@ def make(name: str, tiny_vit: Vit, **options: Any) -> Any:
     cls: Any = strategies.get(name)
     model = tiny_vit(width=16, heads=2, img_size=16, depth=2)
     made = cls(model=model, **{**known, **SMALL.get(name, {}), **options})
-    made.model.train(), setattr(made, "is_training", True)  # as every call of train() of Avalanche leaves them
+    made.model.train()
+    made.is_training = True  # every call of Avalanche's train() leaves both so
     return made
 
 
@@ -113,10 +115,10 @@ def state(strategy: Any) -> dict[str, Any]:
     found["task labels"] = copy.deepcopy(strategy._task_classes._classes)
     found["data"] = len(getattr(strategy, "_datasets", ()))
     found["own"] = {
-        f"{key}": str(value)
+        key: str(value)
         for key, value in sorted(vars(strategy).items())
-        if key not in ("timings", "dataloader", "_images", "_own_images", "plugins", "loss")
-        and isinstance(value, int | float | str | tuple | list | Tensor | None)
+        if key not in ("plugins", "loss", "_distributed_check")
+        and isinstance(value, int | float | str | tuple | list | Tensor)
     }
     return found
 
@@ -134,7 +136,9 @@ def differing(first: dict[str, Any], second: dict[str, Any], *but: str) -> list[
     first, second = (each | {f"own.{key}": value for key, value in each["own"].items()} for each in (first, second))
     but = (*but, "own", *(f"own.{key}" for key in first["own"] | second["own"] if "own" in but))
     keys = first.keys() | second.keys()
-    return sorted(k for k in keys if k not in but and (k not in first or k not in second or not same(first[k], second[k])))
+    return sorted(
+        k for k in keys if k not in but and (k not in first or k not in second or not same(first[k], second[k]))
+    )
 
 
 THIS_OBJECT = ("optimizer", "gathered", "random", "own")
@@ -246,14 +250,20 @@ def odd(what: str) -> Any:
     return benchmark_from_datasets(train=[as_classification_dataset(data)]).train_stream[0]
 
 
-@pytest.mark.parametrize("what", ["label", "size", "nan"])
+REFUSALS: dict[str, tuple[type[Exception], ...]] = {
+    "label": (DataError,),
+    "size": (ClAdaptersError, RuntimeError),  # of torch where Joint puts images of two sizes into a batch
+    "nan": (DataError, TrainingDiverged),
+}
+
+
+@pytest.mark.parametrize("what", REFUSALS)
 def test_a_refused_experience_changes_nothing(name: str, what: str, tiny_vit: Vit) -> None:
     stream, calm, strategy = two_experiences(), make(name, tiny_vit), make(name, tiny_vit)
     for task in range(2):
         before = state(strategy)
-        with pytest.raises((ClAdaptersError, AssertionError)) as error:
+        with pytest.raises(REFUSALS[what]):
             strategy.train(odd(what))
-        assert error.type in {"label": (DataError,), "nan": (DataError, TrainingDiverged)}.get(what, (error.type,))
         assert not differing(before, state(strategy))
         for each in (calm, strategy):
             each.train(stream[task])
@@ -296,8 +306,7 @@ def test_an_own_optimizer_with_schedule_and_replay(name: str, tiny_vit: Vit) -> 
 
     calm, strategy = made(), made(plugin)
     plugin.at("after_update" if name not in ("aper", "ranpac") else "before_training_exp")
-    for each in (calm, strategy):
-        each.train(stream[0]) if each is calm else None
+    calm.train(stream[0])
     with pytest.raises(KeyboardInterrupt):
         strategy.train(stream[0])
     plugin.at("")
@@ -335,18 +344,18 @@ def test_two_objects_with_one_state(tiny_vit: Vit) -> None:
     stream, plugin = two_experiences(), Failing()
     strategy = make("mos", tiny_vit, plugins=[plugin])
     model = strategy.model
-    view = type(model).__new__(type("View", (type(model),), {}))
-    vars(view).update()
+    view: Any = object.__new__(type("View", (type(model),), {}))
     view.__dict__ = vars(model)
     strategy.model = view
     strategy.train(stream[0])
-    before = state(SimpleNamespace(**vars(strategy), model_=model))
+    before, kept = state(strategy), {key: value.clone() for key, value in model.state_dict().items()}
+    plugin.at("after_training_epoch")
     with pytest.raises(KeyboardInterrupt):
-        plugin.at("after_training_epoch")
         strategy.train(stream[1])
     assert strategy.model is view
     assert vars(view) is vars(model)
     assert not differing(before, state(strategy))
+    assert not differing(kept | {"own": {}}, model.state_dict() | {"own": {}})
 
 
 def test_ctrl_c_in_the_middle_of_a_pass(name: str, tiny_vit: Vit) -> None:
@@ -377,8 +386,6 @@ def test_ctrl_c_inside_an_attention_of_transformers() -> None:
     )
     torch.manual_seed(0)
     backbone = FrozenBackbone.wrap(transformers.ViTModel(config, add_pooling_layer=False).eval())
-    from cl_adapters.adapters.prefix import Prefix
-
     bank = AdapterBank(backbone, Prefix())
     slot = bank.add_slot(bank.fresh(torch.Generator().manual_seed(0)))
     x = torch.randn(2, 3, 16, 16, generator=torch.Generator().manual_seed(1))
@@ -471,8 +478,6 @@ def test_a_strategy_of_somebody_else(tiny_vit: Vit) -> None:
 
 def test_what_going_back_costs(tiny_vit: Vit) -> None:
     """No copy of the backbone, of finished adapters, of covariances, or of the optimizer's momentum."""
-    from cl_adapters.strategies._loop.snapshot import Snapshot
-
     kept: list[Snapshot] = []
 
     class Look(SupervisedPlugin[Any]):
@@ -492,8 +497,6 @@ def test_what_going_back_costs(tiny_vit: Vit) -> None:
 
 
 def test_a_second_interrupt_while_going_back(tiny_vit: Vit, monkeypatch: pytest.MonkeyPatch) -> None:
-    from cl_adapters.strategies._loop import snapshot
-
     stream, plugin = two_experiences(), Failing()
     calm, strategy = make("mos", tiny_vit), make("mos", tiny_vit, plugins=[plugin])
     for each in (calm, strategy):
@@ -503,9 +506,10 @@ def test_a_second_interrupt_while_going_back(tiny_vit: Vit, monkeypatch: pytest.
     def interrupted(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with monkeypatch.context() as patch:
         patch.setattr(snapshot.torch, "inference_mode", interrupted)
-        strategy.train(stream[1])
+        with pytest.raises(KeyboardInterrupt):
+            strategy.train(stream[1])
     plugin.at("")
     for each in (calm, strategy):
         each.train(stream[1])
@@ -521,6 +525,3 @@ def test_a_stream_with_cached_activations(tiny_vit: Vit) -> None:
             strategy.train(part)
         found.append(state(strategy))
     assert not differing(*found, *THIS_OBJECT)
-
-
-__all__ = ["LoRA", "SEMA", "Joint", "MOS"]
