@@ -127,7 +127,8 @@ class AdapterStrategy(SupervisedTemplate):
     _stop_training: bool
     _logits: Tensor | None = None
     _output: Tensor | None = None
-    _before: Snapshot | None = None
+    _snapshot: Snapshot | None = None
+    mbatch: Any
     _phase: Phase | None = None
     _features: Tensor | None = None
     _dropout_generator: torch.Generator | None = None
@@ -387,7 +388,12 @@ class AdapterStrategy(SupervisedTemplate):
         metrics: Mapping[int, Mapping[str, float]] | None = None,
         compression: str | None = None,
     ) -> AdapterPool:
-        """Write the model as a pool with one record per adapter; see :meth:`AdapterModel.save_pool`."""
+        """Write the model as a pool with one record per adapter; see :meth:`AdapterModel.save_pool`.
+
+        Raises:
+            ClAdaptersError: a task is in training.
+        """
+        self._check_between_tasks()
         model: AdapterModel = self.model
         return model.save_pool(path, tags=tags, benchmark=benchmark, metrics=metrics, compression=compression)
 
@@ -400,8 +406,9 @@ class AdapterStrategy(SupervisedTemplate):
         (plugins keep what they have): the same call again, or one with another experience, goes on from there.
 
         Raises:
-            ClAdaptersError: the model was made from a pool of adapters.
+            ClAdaptersError: the model was made from a pool of adapters; or a task is in training.
         """
+        self._check_between_tasks()
         self._go_back()  # where going back was itself interrupted
         self._check_complete()
         self._loader_options = loader_options
@@ -411,9 +418,9 @@ class AdapterStrategy(SupervisedTemplate):
                 return super().train(experiences, eval_streams, **loader_options)
         except BaseException:
             self._go_back()
-            self._train_cleanup()
             raise
         finally:
+            self._train_cleanup()
             self._forget_pass()
             self._loader_options = {}
 
@@ -433,7 +440,7 @@ class AdapterStrategy(SupervisedTemplate):
         backbone = self.model.backbone
         apart = [*backbone.modules(), *backbone.parameters(), self.plugins, self.timings]  # the time it took stays true
         finished = self.model.bank.parameters() if self.model.bank is not None and self.frozen_after_task else ()
-        self._before = Snapshot(self, apart, [each for each in finished if not each.requires_grad])
+        self._snapshot = Snapshot(self, apart, [each for each in finished if not each.requires_grad])
         super()._before_training_exp(**kwargs)
 
     def train_dataset_adaptation(self, **kwargs: Any) -> None:
@@ -512,7 +519,7 @@ class AdapterStrategy(SupervisedTemplate):
         self.model.origins |= {slot: self.origin(slot) for slot in new}
         self._take_keys()
         self.model.predictor = self._given or self.predictor(self.task, training=False)
-        self._before = None  # finished: what fails from here on undoes nothing
+        self._snapshot = None  # finished: what fails from here on undoes nothing
         super()._after_training_exp(**kwargs)
 
     def report(self, phase: str, done: int, total: int) -> None:
@@ -623,10 +630,14 @@ class AdapterStrategy(SupervisedTemplate):
         if criterion is not None:
             check_criterion(criterion)
 
+    def _check_between_tasks(self) -> None:
+        if self._snapshot is not None and self.experience is not None:
+            raise ClAdaptersError(f"task {self.task} is in training: a plugin may do this in after_training_exp")
+
     def _go_back(self) -> None:
         """Be as before the experience that is in training, if any."""
-        if self._before is not None:
-            self._before.restore()
+        if self._snapshot is not None:
+            self._snapshot.restore()
 
     def _forget_pass(self) -> None:
         """Drop what belongs to the passes over one experience."""
