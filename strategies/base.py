@@ -44,6 +44,7 @@ from cl_adapters.strategies._loop.by_label import WIDEST, ByLabel, Pass
 from cl_adapters.strategies._loop.experiences import check_experience, experience_classes
 from cl_adapters.strategies._loop.order import lengths_of, reading_loader, training_loader
 from cl_adapters.strategies._loop.plugins import check_plugins
+from cl_adapters.strategies._loop.snapshot import Snapshot
 from cl_adapters.strategies._loop.task_labels import TaskClasses
 from cl_adapters.strategies.config import StrategyConfig, TrainingConfig, resolve
 from cl_adapters.strategies.phases import Batch, Loss, ParamGroup, Phase
@@ -131,7 +132,8 @@ class AdapterStrategy(SupervisedTemplate):
     _stop_training: bool
     _run: Pass | None = None
     _trained: Mapping[int, nn.Parameter] = MappingProxyType({})
-    _unfinished: bool = False
+    _snapshot: Snapshot | None = None
+    mbatch: Any
     _phase: Phase | None = None
     _dropout_generator: torch.Generator | None = None
     _cache: ActivationCache | None = None
@@ -394,9 +396,9 @@ class AdapterStrategy(SupervisedTemplate):
         """Write the model as a pool with one record per adapter; see :meth:`AdapterModel.save_pool`.
 
         Raises:
-            ClAdaptersError: a task is half trained.
+            ClAdaptersError: a task is in training.
         """
-        self._check_finished()
+        self._check_between_tasks()
         model: AdapterModel = self.model
         return model.save_pool(path, tags=tags, benchmark=benchmark, metrics=metrics, compression=compression)
 
@@ -405,25 +407,46 @@ class AdapterStrategy(SupervisedTemplate):
     def train(self, experiences: Any, eval_streams: Any = None, **loader_options: Any) -> Any:
         """Learn one experience, or several in order; see Avalanche. Global random states are left as they were.
 
+        An error or interrupt in the middle of an experience puts model and strategy back to what they were before it
+        (plugins keep what they have): the same call again, or one with another experience, goes on from there.
+
         Raises:
-            ClAdaptersError: an error or interrupt stopped an earlier call in the middle of a task; or the model was
-                made from a pool of adapters.
+            ClAdaptersError: the model was made from a pool of adapters; or a task is in training.
         """
-        self._check_finished()
+        self._check_between_tasks()
+        self._go_back()  # where going back was itself interrupted
         self._check_complete()
         self._loader_options = loader_options
         self.expansions = []
         try:
             with isolated(self.device), self.timings.part("train"):
                 return super().train(experiences, eval_streams, **loader_options)
+        except BaseException:
+            self._go_back()
+            raise
         finally:
-            self._phase = self._run = self._dropout_generator = self._cache = None
+            self._train_cleanup()
+            self._forget_pass()
             self._loader_options = {}
 
     def eval(self, experiences: Any, **loader_options: Any) -> Any:
         """Evaluate; see Avalanche. Changes no tensor of the model and no random state."""
-        with isolated(self.device), self.timings.part("eval"):
-            return super().eval(experiences, **loader_options)
+        state = self._save_train_state()
+        try:
+            with isolated(self.device), self.timings.part("eval"):
+                return super().eval(experiences, **loader_options)
+        except BaseException:
+            self._eval_cleanup()
+            self._load_train_state(state)
+            raise
+
+    def _before_training_exp(self, **kwargs: Any) -> None:
+        self._forget_pass()
+        backbone = self.model.backbone
+        apart = [*backbone.modules(), *backbone.parameters(), self.plugins, self.timings]  # the time it took stays true
+        finished = self.model.bank.parameters() if self.model.bank is not None and self.frozen_after_task else ()
+        self._snapshot = Snapshot(self, apart, [each for each in finished if not each.requires_grad])
+        super()._before_training_exp(**kwargs)
 
     def train_dataset_adaptation(self, **kwargs: Any) -> None:
         """Check the experience before anything grows, then let Avalanche choose the data."""
@@ -456,7 +479,6 @@ class AdapterStrategy(SupervisedTemplate):
             labels = experience_classes(self.experience)
             self.model.add_task(labels)
             self._task_classes.note(self.experience)
-            self._unfinished = True
             self.grow(self.task)
             self.model.assign_new_slots(self.task)
             self.model.predictor = self.predictor(self.task, training=True)
@@ -505,7 +527,7 @@ class AdapterStrategy(SupervisedTemplate):
         self.model.origins |= {slot: self.origin(slot) for slot in new}
         self._take_keys()
         self.model.predictor = self._given or self.predictor(self.task, training=False)
-        self._unfinished = False
+        self._snapshot = None  # finished: what fails from here on undoes nothing
         with self._as_trained():
             super()._after_training_exp(**kwargs)
 
@@ -619,12 +641,19 @@ class AdapterStrategy(SupervisedTemplate):
                 parameter.requires_grad_(False)
             self._trained = {}
 
-    def _check_finished(self) -> None:
-        if self._unfinished:
-            raise ClAdaptersError(
-                f"task {self.task} was left unfinished by an error, so this model is half trained: load the model that "
-                "was saved after the task before and make the strategy from it, or begin anew"
-            )
+    def _check_between_tasks(self) -> None:
+        if self._snapshot is not None and self.experience is not None:
+            raise ClAdaptersError(f"task {self.task} is in training: a plugin may do this in after_training_exp")
+
+    def _go_back(self) -> None:
+        """Be as before the experience that is in training, if any."""
+        if self._snapshot is not None:
+            self._snapshot.restore()
+
+    def _forget_pass(self) -> None:
+        """Drop what belongs to the passes over one experience."""
+        self._phase = self._run = self._dropout_generator = self._cache = None
+        self.mbatch = None
 
     def _check_complete(self) -> None:
         """A pool has adapters, heads and keys, but not what training goes on from."""

@@ -169,6 +169,10 @@ class AdapterBank(nn.Module):
             active.routes, active.dropout_generator, active.watch = routes, dropout_generator, watch
             try:
                 yield
+            except BaseException:
+                for place in self._places():
+                    place.end_pass(self._anchor[0])
+                raise
             finally:
                 active.routes, active.dropout_generator, active.watch = before
 

@@ -135,6 +135,12 @@ class SiteAdapters(nn.Module):
             del self.slots[str(slot)]
             self._stack = SlotStack()
 
+    def end_pass(self, encoder: nn.Module) -> None:
+        """Be as before a pass that ended in the middle: torch calls no hook after Ctrl-C, not even those for errors."""
+        self._source = None
+        if self.site.target.end == "inside":
+            attention_sites.leave(encoder.get_submodule(self.site.target.module))
+
     def _hook(self, register: Callable[[Any], RemovableHandle], method: Callable[..., Any]) -> None:
         """Register a method of this object as a hook for as long as it lives."""
         handle = register(_WeakHook(weakref.ref(self), method.__name__))
