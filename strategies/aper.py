@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 
@@ -42,6 +42,8 @@ class APER(AdapterStrategy):
 
     Config: ClassVar[type[StrategyConfig]] = APERConfig
     summary: ClassVar[str] = "first-task adapter, then class means on bare and adapted features (IJCV 2024)"
+    classes_return: ClassVar[Literal["refused", "taken", "merged"]] = "merged"
+    first_task_adapts: ClassVar[bool] = True
     config: APERConfig
 
     def grow(self, task: int) -> None:
@@ -61,7 +63,7 @@ class APER(AdapterStrategy):
         return Route.single(0)
 
     def consolidate(self, task: int) -> None:
-        """Freeze the adapter; append the mean of every new class."""
+        """Freeze the adapter; keep the mean of every class."""
         if task == 0:
             self.model.bank.freeze(0)
             self.model.head = LinearHead(self.model.backbone.num_features).to(self.device)  # it served the adapter only
@@ -69,8 +71,7 @@ class APER(AdapterStrategy):
             bare_ND, columns_N = self.training_features(None)
             adapted_ND, _ = self.training_features(self.routes())
             both_NW = torch.cat([bare_ND, adapted_ND], dim=1)
-            means_CW = torch.stack([f_MW.mean(0) for f_MW in self.per_class(both_NW, columns_N)])
-            self.model.part("class_means", ClassMeans).head.append(means_CW)
+            self.keep_means(self.model.part("class_means", ClassMeans).head, both_NW, columns_N)
 
     def predictor(self, task: int, training: bool) -> Predictor:
         """Class means of both features; while the adapter trains, its linear head."""

@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from functools import partial
-from typing import Any, ClassVar
+from typing import Any, ClassVar, Literal
 
 import torch
 
@@ -97,6 +97,7 @@ class LAE(AdapterStrategy):
 
     Config: ClassVar[type[StrategyConfig]] = LAEConfig
     summary: ClassVar[str] = "an online adapter, its moving average, and the ensemble of both (ICCV 2023)"
+    classes_return: ClassVar[Literal["refused", "taken", "merged"]] = "taken"
     frozen_after_task: ClassVar[bool] = False
     config: LAEConfig
 
@@ -129,7 +130,7 @@ class LAE(AdapterStrategy):
 
     def phases(self, task: int) -> Iterable[Phase]:
         """One phase, so that the head's moments go on when the adapter thaws (see :meth:`before_epoch`)."""
-        loss = partial(current_task_loss, known=self.known)
+        loss = partial(current_task_loss, known=self.known, returning=self.returning)
         yield self.adapter_phase(self.model.bank.slot_parameters(ONLINE), loss, schedule=constant_lr)
 
     def before_epoch(self, epoch: int) -> None:

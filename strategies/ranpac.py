@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 import torch
 import torch.nn.functional as F
@@ -67,6 +67,8 @@ class RanPAC(AdapterStrategy):
 
     Config: ClassVar[type[StrategyConfig]] = RanPACConfig
     summary: ClassVar[str] = "first-task adapter, then ridge regression on random projections (NeurIPS 2023)"
+    classes_return: ClassVar[Literal["refused", "taken", "merged"]] = "taken"
+    first_task_adapts: ClassVar[bool] = True
     config: RanPACConfig
 
     @property
@@ -120,8 +122,7 @@ class RanPAC(AdapterStrategy):
         held_N = hold_back(columns_N, config.holdout, self.generator("held back", self.task))
         if not held_N.any():
             return max(ridge.ridges[-1], usable[0]) if ridge.ridges else usable[-1]
-        first = int(columns_N.min())
-        targets_NK = F.one_hot(columns_N - first).float()
+        targets_NK = F.one_hot(torch.searchsorted(torch.tensor(self.columns), columns_N)).float()
         errors = ridge.errors(f_ND, targets_NK, held_N, usable).tolist()
         return min(zip(errors, usable, strict=True), key=lambda pair: (pair[0], -pair[1]))[1]
 

@@ -92,6 +92,8 @@ class SEMA(AdapterStrategy):
 
     Config: ClassVar[type[StrategyConfig]] = SEMAConfig
     summary: ClassVar[str] = "self-expanding mixture of adapters (CVPR 2025)"
+    classes_return: ClassVar[Literal["refused", "taken", "merged"]] = "taken"
+    first_task_adapts: ClassVar[bool] = True
     frozen_after_task: ClassVar[bool] = False  # a new router row changes the mixture of old images too
     explicit_order: ClassVar[bool] = True
     expands: ClassVar[bool] = True
@@ -188,7 +190,7 @@ class SEMA(AdapterStrategy):
         self.descriptors.freeze()
 
     def _loss(self) -> Loss:
-        return partial(current_task_loss, known=self.known)
+        return partial(current_task_loss, known=self.known, returning=self.returning)
 
     # --- detect --------------------------------------------------------------------------------------------------
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar
+from typing import ClassVar, Literal
 
 from cl_adapters.bank.bank import Route
 from cl_adapters.predictors.base import Predictor
@@ -19,6 +19,7 @@ class Sequential(AdapterStrategy):
 
     Config: ClassVar[type[StrategyConfig]] = TrainingConfig
     summary: ClassVar[str] = "one adapter tuned on every task in turn: the lower bound"
+    classes_return: ClassVar[Literal["refused", "taken", "merged"]] = "taken"
     frozen_after_task: ClassVar[bool] = False
     config: TrainingConfig
 
