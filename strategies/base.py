@@ -532,7 +532,9 @@ class AdapterStrategy(SupervisedTemplate):
         new = [slot for slot, task in enumerate(self.model.task_of_slot) if task == self.task]
         self.model.origins |= {slot: self.origin(slot) for slot in new}
         self._take_keys()
-        self._count_samples()
+        if self.classes_return == "merged":
+            before = self.model.samples
+            self.model.samples = before | {c: before.get(c, 0) + n for c, n in self._samples.items()}
         self.model.predictor = self._given or self.predictor(self.task, training=False)
         self._unfinished = False
         super()._after_training_exp(**kwargs)
@@ -672,12 +674,6 @@ class AdapterStrategy(SupervisedTemplate):
             features = self.per_class(*self.training_features(None))
             for column, f_ND in zip(self.columns, features, strict=True):
                 keys.add_class(f_ND, draw, column)
-
-    def _count_samples(self) -> None:
-        """Add up the samples that were read, of each class that was counted whenever it came."""
-        samples, returning = self.model.samples, self.returning
-        counted = {c: n for c, n in self._samples.items() if c in samples or c not in returning}
-        self.model.samples = samples | {c: samples.get(c, 0) + n for c, n in counted.items()}
 
     def _check_returning(self, labels: Sequence[int]) -> None:
         """Look whether classes of an experience were learned before.

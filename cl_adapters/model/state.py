@@ -69,7 +69,7 @@ class ModelState(AdaptedEncoder):
         class_names: label to name, where known.
         task_of_column: int64 [C], the task (0-based) in which each column arrived.
         returned: column to the newest task in which its class was trained, where that is a later one.
-        samples: column to the training images behind its means and statistics, where a strategy takes any.
+        samples: column to the training images behind its means and statistics, where a strategy merges any.
         task_of_slot: the task in which each adapter was made.
         origins: what each adapter was made of, by slot, where a strategy said so.
         record_of_slot: id of each adapter in the pool that the model was made from; else empty.

@@ -110,7 +110,9 @@ def with_validation() -> Any:
 
 STREAMS: dict[str, Callable[[], Any]] = {
     "domains": domains,
-    "ni_benchmark": lambda: ni_benchmark(images(range(4), 9, 0), images(range(4), 6, 99), n_experiences=3, seed=0),
+    "ni_benchmark": lambda: ni_benchmark(
+        images(range(4), 9, 0), images(range(4), 6, 99), 3, seed=0, balance_experiences=True
+    ),
     "new_instances": new_instances,
     "repetition": repetition,
     "parts of experiences": parts,
