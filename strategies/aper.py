@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 
@@ -19,7 +19,7 @@ from cl_adapters.parts.class_means import ClassMeans
 from cl_adapters.predictors.base import Predictor
 from cl_adapters.predictors.concatenated import Concatenated
 from cl_adapters.predictors.fixed import Fixed
-from cl_adapters.strategies.base import AdapterStrategy, strategies
+from cl_adapters.strategies.base import AdapterStrategy, Returning, strategies
 from cl_adapters.strategies.config import StrategyConfig, TrainingConfig
 from cl_adapters.strategies.phases import Phase, all_classes_loss
 
@@ -42,7 +42,7 @@ class APER(AdapterStrategy):
 
     Config: ClassVar[type[StrategyConfig]] = APERConfig
     summary: ClassVar[str] = "first-task adapter, then class means on bare and adapted features (IJCV 2024)"
-    classes_return: ClassVar[Literal["refused", "taken", "merged"]] = "merged"
+    classes_return: ClassVar[Returning] = "merged"
     first_task_adapts: ClassVar[bool] = True
     config: APERConfig
 

@@ -51,6 +51,10 @@ from cl_adapters.strategies.recipe import Criterion, Dial, MakeOptimizer, MakeSc
 if TYPE_CHECKING:
     from cl_adapters.pool import AdapterPool
 
+Returning = Literal["refused", "taken", "merged"]
+"""Classes that were learned before are refused; or taken, where ``returning`` says all that is needed of them; or their
+means are merged by the number of samples so far (``keep_means``)."""
+
 
 @dataclass(frozen=True, kw_only=True)
 class Expansion:
@@ -123,9 +127,8 @@ class AdapterStrategy(SupervisedTemplate):
     """Whether the data decide how many adapters there are; ``expansions`` then says which were added and why."""
     first_task_adapts: ClassVar[bool] = False
     """Whether the first task decides what is adapted: then a first experience of a few images is warned of."""
-    classes_return: ClassVar[Literal["refused", "taken", "merged"]] = "refused"
-    """What becomes of classes that were learned before: they are refused; or taken, as no more is needed than
-    ``returning`` says; or their means are merged by the number of samples so far (``keep_means``)."""
+    classes_return: ClassVar[Returning] = "refused"
+    """What becomes of classes that were learned before."""
     explicit_order: ClassVar[bool] = False
     """Whether images are shuffled by the strategy's own generators, as cached activations always are."""
 
@@ -707,7 +710,7 @@ class AdapterStrategy(SupervisedTemplate):
         if self.retrieves:
             raise DataError(
                 f"{name} makes an adapter for each experience, and this one (OnlineCLExperience) is {size} samples of "
-                "another: train on the stream that was split, or take Sequential, LAE, SEMA, SimpleCIL or RanPAC"
+                "another: train on the stream that was split, or take a strategy with fewer, such as SimpleCIL or LAE"
             )
         if self.first_task_adapts and self.trains and not self.model.classes:
             warnings.warn(

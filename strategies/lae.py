@@ -13,7 +13,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Iterable
 from functools import partial
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar
 
 import torch
 
@@ -29,7 +29,7 @@ from cl_adapters.parts.accumulation import Accumulation
 from cl_adapters.predictors.base import Predictor
 from cl_adapters.predictors.fixed import Fixed
 from cl_adapters.predictors.max_ensemble import MaxEnsemble
-from cl_adapters.strategies.base import AdapterStrategy, strategies
+from cl_adapters.strategies.base import AdapterStrategy, Returning, strategies
 from cl_adapters.strategies.config import StrategyConfig, TrainingConfig
 from cl_adapters.strategies.phases import Phase, constant_lr, current_task_loss
 
@@ -97,7 +97,7 @@ class LAE(AdapterStrategy):
 
     Config: ClassVar[type[StrategyConfig]] = LAEConfig
     summary: ClassVar[str] = "an online adapter, its moving average, and the ensemble of both (ICCV 2023)"
-    classes_return: ClassVar[Literal["refused", "taken", "merged"]] = "taken"
+    classes_return: ClassVar[Returning] = "taken"
     frozen_after_task: ClassVar[bool] = False
     config: LAEConfig
 

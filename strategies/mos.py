@@ -26,7 +26,7 @@ from cl_adapters.model.statistics import ClassStatistics, Covariance
 from cl_adapters.predictors.base import Predictor
 from cl_adapters.predictors.fixed import Fixed
 from cl_adapters.predictors.self_refine import SelfRefine
-from cl_adapters.strategies.base import AdapterStrategy, strategies
+from cl_adapters.strategies.base import AdapterStrategy, Returning, strategies
 from cl_adapters.strategies.config import StrategyConfig, TrainingConfig
 from cl_adapters.strategies.phases import Batch, Phase, current_task_loss
 
@@ -71,7 +71,7 @@ class MOS(AdapterStrategy):
 
     Config: ClassVar[type[StrategyConfig]] = MOSConfig
     summary: ClassVar[str] = "adapter merging and self-refined retrieval (AAAI 2025)"
-    classes_return: ClassVar[Literal["refused", "taken", "merged"]] = "merged"
+    classes_return: ClassVar[Returning] = "merged"
     retrieves: ClassVar[bool] = True
     config: MOSConfig
 

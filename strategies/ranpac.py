@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Iterable
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +24,7 @@ from cl_adapters.parts.ridge import Ridge, random_projection
 from cl_adapters.predictors.base import Predictor
 from cl_adapters.predictors.fixed import Fixed
 from cl_adapters.predictors.ridge import RidgeClassifier
-from cl_adapters.strategies.base import AdapterStrategy, strategies
+from cl_adapters.strategies.base import AdapterStrategy, Returning, strategies
 from cl_adapters.strategies.config import StrategyConfig, TrainingConfig
 from cl_adapters.strategies.phases import Phase, all_classes_loss
 
@@ -67,7 +67,7 @@ class RanPAC(AdapterStrategy):
 
     Config: ClassVar[type[StrategyConfig]] = RanPACConfig
     summary: ClassVar[str] = "first-task adapter, then ridge regression on random projections (NeurIPS 2023)"
-    classes_return: ClassVar[Literal["refused", "taken", "merged"]] = "taken"
+    classes_return: ClassVar[Returning] = "taken"
     first_task_adapts: ClassVar[bool] = True
     config: RanPACConfig
 

@@ -6,11 +6,11 @@ Source: Zhou et al. 2024, "Revisiting class-incremental learning with pre-traine
 from __future__ import annotations
 
 from collections.abc import Iterable
-from typing import ClassVar, Literal
+from typing import ClassVar
 
 from cl_adapters.predictors.base import Predictor
 from cl_adapters.predictors.fixed import Fixed
-from cl_adapters.strategies.base import AdapterStrategy, strategies
+from cl_adapters.strategies.base import AdapterStrategy, Returning, strategies
 from cl_adapters.strategies.phases import Phase
 
 
@@ -19,7 +19,7 @@ class SimpleCIL(AdapterStrategy):
     """Prototypes only: nothing is trained, one pass over the data, one pass per prediction."""
 
     summary: ClassVar[str] = "prototypes of the frozen backbone, no training"
-    classes_return: ClassVar[Literal["refused", "taken", "merged"]] = "merged"
+    classes_return: ClassVar[Returning] = "merged"
 
     def grow(self, task: int) -> None:
         """Nothing grows."""

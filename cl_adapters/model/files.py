@@ -8,8 +8,7 @@
     parts/NAME.safetensors        what else the strategy keeps
 
 Adapters of finished tasks never change, nor do statistics of classes that do not return, so a later save may hard-link
-them. Nothing in ``model.json`` is
-believed: every value is checked, and the tensors against it.
+them. Nothing in ``model.json`` is believed: every value is checked, and the tensors against it.
 """
 
 from __future__ import annotations

@@ -24,8 +24,9 @@ def experience_classes(experience: Any) -> list[int]:
     classes = getattr(experience, "classes_in_this_experience", None)
     if classes is not None:
         named = {class_label(label, "a class of this experience") for label in classes}
-        partly = targets is not None and isinstance(experience, OnlineCLExperience)
-        return sorted(named & _labels(targets) if partly else named)
+        if targets is not None and isinstance(experience, OnlineCLExperience):
+            named &= _labels(targets)
+        return sorted(named)
     if targets is None:
         raise ClAdaptersError("this experience has neither classes_in_this_experience nor dataset.targets")
     return sorted(_labels(targets))

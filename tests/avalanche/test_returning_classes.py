@@ -43,7 +43,7 @@ NAMES = strategies.names()
 ONLINE = [name for name in NAMES if name != "mos"]
 PATTERNS = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(9))
 SMALL: dict[str, Any] = {
-    "train_epochs": 4,
+    "train_epochs": 3,
     "train_mb_size": 6,
     "lr": 0.05,
     "adapter": {"type": "bottleneck", "bottleneck": 4},
@@ -323,8 +323,10 @@ def test_what_mos_keeps_of_a_class_that_returns(backbone: FrozenBackbone) -> Non
 
 
 def test_keys_of_a_class_that_returns_are_kept_beside_the_others(backbone: FrozenBackbone, tmp_path: Path) -> None:
-    for kind, rows in (("prototypes", 1), ("centroids", 2)):
-        config = KeysConfig(kind=kind, per_class=None if kind == "prototypes" else 2, held_out=0.0)
+    for config, rows in (
+        (KeysConfig(held_out=0.0), 1),
+        (KeysConfig(kind="centroids", per_class=2, held_out=0.0), 2),
+    ):
         strategy = train(make("mos", backbone, keys=config, predictor="nearest_key"), repetition().train_stream)
         model = strategy.model
         keys = model.part(CLASS_KEYS, Keys)
@@ -333,7 +335,7 @@ def test_keys_of_a_class_that_returns_are_kept_beside_the_others(backbone: Froze
         assert keys.size_M is None or torch.equal(
             torch.zeros(4, dtype=torch.long).index_add(0, keys.column_M, keys.size_M), 4 * times
         )
-        folder = model.save(tmp_path / kind)
+        folder = model.save(tmp_path / config.kind)
         assert torch.equal(AdapterModel.load(folder, backbone).predict(PATTERNS), model.predict(PATTERNS))
         assert isinstance(model.predictor, NearestKey)
 
@@ -383,7 +385,7 @@ def test_a_strategy_that_says_nothing_of_them_takes_each_class_once(backbone: Fr
             self.model.prototypes.append(torch.stack(means))
 
         def predictor(self, task: int, training: bool) -> Any:
-            return strategies.get("simple_cil").predictor(self, task, training)  # type: ignore[arg-type]
+            return strategies.get("simple_cil").predictor(self, task, training)
 
     stream = repetition().train_stream
     strategy = train(Own(backbone, evaluator=None), stream[:1])
