@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from itertools import chain
 from typing import Any
 
 import torch
@@ -100,12 +101,13 @@ class AdaptedNet(nn.Module):
             DataError: a task without labels, or a label that the head does not have or that is named twice.
         """
         model = AdapterModel(self.backbone, AdapterBank(self.backbone, self.bank.adapter, self.bank.blocks))
-        for labels in tasks or [range(self.head.num_classes)]:
-            model.add_task([class_label(label, "a class of as_model") for label in labels])
         known = range(self.head.num_classes)
-        wrong = [label for label, times in Counter(model.classes).items() if label not in known or times > 1]
+        parts = [[class_label(label, "a class of as_model") for label in labels] for labels in tasks or [known]]
+        wrong = [label for label, times in Counter(chain(*parts)).items() if label not in known or times > 1]
         if wrong:
             raise DataError(f"as_model takes each of the labels 0 to {known[-1]} at most once, got {wrong[0]}")
+        for labels in parts:
+            model.add_task(labels)
         assert model.bank is not None
         model.bank.add_slot(self.bank.export(0))
         model.assign_new_slots(0)

@@ -19,7 +19,7 @@ from cl_adapters.parts.class_means import ClassMeans
 from cl_adapters.predictors.base import Predictor
 from cl_adapters.predictors.concatenated import Concatenated
 from cl_adapters.predictors.fixed import Fixed
-from cl_adapters.strategies.base import AdapterStrategy, strategies
+from cl_adapters.strategies.base import AdapterStrategy, Returning, strategies
 from cl_adapters.strategies.config import StrategyConfig, TrainingConfig
 from cl_adapters.strategies.phases import Phase, all_classes_loss
 
@@ -42,6 +42,8 @@ class APER(AdapterStrategy):
 
     Config: ClassVar[type[StrategyConfig]] = APERConfig
     summary: ClassVar[str] = "first-task adapter, then class means on bare and adapted features (IJCV 2024)"
+    classes_return: ClassVar[Returning] = "merged"
+    first_task_adapts: ClassVar[bool] = True
     trains_once: ClassVar[bool] = True
     config: APERConfig
 
@@ -62,7 +64,7 @@ class APER(AdapterStrategy):
         return Route.single(0)
 
     def consolidate(self, task: int) -> None:
-        """Freeze the adapter; append the mean of every new class."""
+        """Freeze the adapter; keep the mean of every class."""
         if task == 0:
             self.model.bank.freeze(0)
             self.model.head = LinearHead(self.model.backbone.num_features).to(self.device)  # it served the adapter only
@@ -70,8 +72,7 @@ class APER(AdapterStrategy):
             bare_ND, columns_N = self.training_features(None)
             adapted_ND, _ = self.training_features(self.routes())
             both_NW = torch.cat([bare_ND, adapted_ND], dim=1)
-            means_CW = torch.stack([f_MW.mean(0) for f_MW in self.per_class(both_NW, columns_N)])
-            self.model.part("class_means", ClassMeans).head.append(means_CW)
+            self.keep_means(self.model.part("class_means", ClassMeans).head, both_NW, columns_N)
 
     def predictor(self, task: int, training: bool) -> Predictor:
         """Class means of both features; while the adapter trains, its linear head."""

@@ -11,14 +11,16 @@ import inspect
 import math
 import warnings
 from abc import abstractmethod
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, Literal
 
 import torch
+from avalanche.benchmarks.scenarios.online import OnlineCLExperience
 from avalanche.core import BasePlugin
 from avalanche.training.plugins import EvaluationPlugin
 from avalanche.training.plugins.evaluation import default_evaluator
@@ -34,7 +36,7 @@ from cl_adapters.config import build, renamed_keyword, to_plain
 from cl_adapters.errors import ClAdaptersError, ConfigError, DataError, TrainingDiverged
 from cl_adapters.model.alignment import cosine_lr
 from cl_adapters.model.facade import AdapterModel
-from cl_adapters.model.heads import Init
+from cl_adapters.model.heads import Init, PrototypeHead
 from cl_adapters.model.state import Origin
 from cl_adapters.parts.keys import CLASS_KEYS, Keys, KeysConfig, Kind
 from cl_adapters.predictors.base import Predictor, predictor_from
@@ -52,6 +54,10 @@ from cl_adapters.strategies.recipe import Criterion, Dial, MakeOptimizer, MakeSc
 
 if TYPE_CHECKING:
     from cl_adapters.pool import AdapterPool
+
+Returning = Literal["refused", "taken", "merged"]
+"""Classes that were learned before are refused; or taken, where ``returning`` says all that is needed of them; or their
+means are merged by the number of samples so far (``keep_means``)."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -125,6 +131,10 @@ class AdapterStrategy(SupervisedTemplate):
     """Whether the data decide how many adapters there are; ``expansions`` then says which were added and why."""
     trains_once: ClassVar[bool] = False
     """Whether nothing is trained by gradients after the first task: then there is nothing to protect."""
+    first_task_adapts: ClassVar[bool] = False
+    """Whether the first task decides what is adapted: then a first experience of a few images is warned of."""
+    classes_return: ClassVar[Returning] = "refused"
+    """What becomes of classes that were learned before."""
     explicit_order: ClassVar[bool] = False
     """Whether images are shuffled by the strategy's own generators, as cached activations always are."""
 
@@ -288,6 +298,16 @@ class AdapterStrategy(SupervisedTemplate):
         """Columns of the classes of finished tasks."""
         return int((self.model.task_of_column < self.task).sum())
 
+    @property
+    def returning(self) -> list[int]:
+        """Those of them whose classes are in the newest task again."""
+        return [column for column, task in sorted(self.model.returned.items()) if task == self.task]
+
+    @property
+    def columns(self) -> list[int]:
+        """Columns of the classes of the newest task, rising."""
+        return [*self.returning, *range(self.known, len(self.model.classes))]
+
     def generator(self, purpose: str, task: int) -> torch.Generator:
         """A fresh CPU generator for one purpose in one task."""
         return generator(self.seed, purpose, task)
@@ -295,7 +315,8 @@ class AdapterStrategy(SupervisedTemplate):
     def grow_head(self, init: Init | None = None) -> None:
         """Rows in the linear head for the classes that have none yet."""
         new = len(self.model.classes) - self.model.head.num_classes
-        self.model.head.grow(new, self.generator("head", self.task), init)
+        if new:
+            self.model.head.grow(new, self.generator("head", self.task), init)
 
     def fresh_adapter(self) -> dict[str, Tensor]:
         """Weights of a new adapter in all blocks of the bank."""
@@ -348,8 +369,10 @@ class AdapterStrategy(SupervisedTemplate):
                 labels.append(torch.as_tensor(y))
         if not all(f_BD.isfinite().all() for f_BD in features):
             raise DataError("features of the training images are not finite: check the images and the learning rate")
+        columns_N = self._known_columns(torch.cat(labels)[back_N])
+        self._samples = Counter(columns_N.tolist())
         # out of inference mode, so that later code may save or differentiate through what is built from them
-        return torch.cat(features)[back_N].clone(), self._known_columns(torch.cat(labels)[back_N])
+        return torch.cat(features)[back_N].clone(), columns_N
 
     def next_order(self) -> torch.Generator:
         """The generator that shuffles the next pass over this task's images."""
@@ -382,7 +405,19 @@ class AdapterStrategy(SupervisedTemplate):
 
     def per_class(self, f_ND: Tensor, columns_N: Tensor) -> list[Tensor]:
         """The features [N_c, D] of each class of the newest task, in column order."""
-        return [f_ND[columns_N == column] for column in range(self.known, len(self.model.classes))]
+        return [f_ND[columns_N == column] for column in self.columns]
+
+    def keep_means(self, head: PrototypeHead, f_ND: Tensor, columns_N: Tensor) -> None:
+        """The mean feature of each class of the newest task: appended, or merged with that of its samples before."""
+        returning = self.returning
+        features = self.per_class(f_ND, columns_N)
+        means = [f_MD.mean(0) for f_MD in features]
+        if means[len(returning) :]:
+            head.append(torch.stack(means[len(returning) :]))
+        if returning:
+            sizes = [len(f_MD) for f_MD in features[: len(returning)]]
+            shares = [n / (n + self.model.samples[column]) for n, column in zip(sizes, returning, strict=True)]
+            head.merge(returning, torch.stack(means[: len(returning)]), torch.tensor(shares, dtype=torch.float64))
 
     def save_pool(
         self,
@@ -451,7 +486,10 @@ class AdapterStrategy(SupervisedTemplate):
     def train_dataset_adaptation(self, **kwargs: Any) -> None:
         """Check the experience before anything grows, then let Avalanche choose the data."""
         self.model.backbone.check_frozen()
-        self.model.check_new(check_experience(self.experience))
+        labels = check_experience(self.experience)
+        self.model.check_task(labels)
+        self._check_returning(labels)
+        self._check_whole()
         self._task_classes.check(self.experience, self.task_incremental)
         task = self.model.num_tasks
         seed_globals(derive(self.seed, "loader", task))
@@ -521,11 +559,15 @@ class AdapterStrategy(SupervisedTemplate):
         self.optimizer.zero_grad()
 
     def _after_training_exp(self, **kwargs: Any) -> None:
+        self._samples = Counter()
         self.consolidate(self.task)
         self.model.assign_new_slots(self.task)
         new = [slot for slot, task in enumerate(self.model.task_of_slot) if task == self.task]
         self.model.origins |= {slot: self.origin(slot) for slot in new}
         self._take_keys()
+        if self.classes_return == "merged":
+            before = self.model.samples
+            self.model.samples = before | {c: before.get(c, 0) + n for c, n in self._samples.items()}
         self.model.predictor = self._given or self.predictor(self.task, training=False)
         self._snapshot = None  # finished: what fails from here on undoes nothing
         with self._as_trained():
@@ -672,8 +714,50 @@ class AdapterStrategy(SupervisedTemplate):
         keys = self.model.part(CLASS_KEYS, Keys)
         with self.timings.part("statistics"):
             draw = self.generator("keys", self.task)
-            for f_ND in self.per_class(*self.training_features(None)):
-                keys.add_class(f_ND, draw)
+            features = self.per_class(*self.training_features(None))
+            for column, f_ND in zip(self.columns, features, strict=True):
+                keys.add_class(f_ND, draw, column)
+
+    def _check_returning(self, labels: Sequence[int]) -> None:
+        """Look whether classes of an experience were learned before.
+
+        Raises:
+            DataError: some were, and this strategy, or this model, cannot take them.
+        """
+        model, name = self.model, type(self).__name__
+        known = {column: label for column, label in enumerate(model.classes) if label in labels}
+        if known and self.classes_return == "refused":
+            raise DataError(
+                f"classes {sorted(known.values())} were learned in an earlier task, and {name} takes each class in one "
+                "task: merge the tasks, leave those images out, or take another strategy"
+            )
+        if self.classes_return == "merged" and not known.keys() <= model.samples.keys():
+            raise DataError(
+                f"classes {sorted(known.values())} were learned in an earlier task, and {name} merges their means by "
+                "the number of samples, which this model does not have: it was saved by an older release. Train it "
+                "anew, or leave those images out"
+            )
+
+    def _check_whole(self) -> None:
+        """Look at an experience that is a small part of another.
+
+        Raises:
+            DataError: this strategy makes an adapter of each.
+        """
+        if not isinstance(self.experience, OnlineCLExperience):
+            return
+        name, size = type(self).__name__, len(self.experience.dataset)
+        if self.retrieves:
+            raise DataError(
+                f"{name} makes an adapter for each experience, and this one (OnlineCLExperience) is {size} samples of "
+                "another: train on the stream that was split, or take a strategy with fewer, such as SimpleCIL or LAE"
+            )
+        if self.first_task_adapts and self.trains and not self.model.classes:
+            warnings.warn(
+                f"{name} trains its first adapter on the first experience alone, here (OnlineCLExperience) {size} "
+                "samples: train on a whole experience first, such as strategy.train(benchmark.train_stream[0])",
+                stacklevel=2,
+            )
 
     def _known_columns(self, labels_B: Tensor) -> Tensor:
         """Columns of the labels of training samples, int64 [B].

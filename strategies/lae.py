@@ -29,7 +29,7 @@ from cl_adapters.parts.accumulation import Accumulation
 from cl_adapters.predictors.base import Predictor
 from cl_adapters.predictors.fixed import Fixed
 from cl_adapters.predictors.max_ensemble import MaxEnsemble
-from cl_adapters.strategies.base import AdapterStrategy, strategies
+from cl_adapters.strategies.base import AdapterStrategy, Returning, strategies
 from cl_adapters.strategies.config import StrategyConfig, TrainingConfig
 from cl_adapters.strategies.phases import Phase, constant_lr, current_task_loss
 
@@ -97,6 +97,7 @@ class LAE(AdapterStrategy):
 
     Config: ClassVar[type[StrategyConfig]] = LAEConfig
     summary: ClassVar[str] = "an online adapter, its moving average, and the ensemble of both (ICCV 2023)"
+    classes_return: ClassVar[Returning] = "taken"
     frozen_after_task: ClassVar[bool] = False
     config: LAEConfig
 
@@ -129,7 +130,7 @@ class LAE(AdapterStrategy):
 
     def phases(self, task: int) -> Iterable[Phase]:
         """One phase, so that the head's moments go on when the adapter thaws (see :meth:`before_epoch`)."""
-        loss = partial(current_task_loss, known=self.known)
+        loss = partial(current_task_loss, known=self.known, returning=self.returning)
         yield self.adapter_phase(self.model.bank.slot_parameters(ONLINE), loss, schedule=constant_lr)
 
     def before_epoch(self, epoch: int) -> None:

@@ -26,7 +26,7 @@ from cl_adapters.model.statistics import ClassStatistics, Covariance
 from cl_adapters.predictors.base import Predictor
 from cl_adapters.predictors.fixed import Fixed
 from cl_adapters.predictors.self_refine import SelfRefine
-from cl_adapters.strategies.base import AdapterStrategy, strategies
+from cl_adapters.strategies.base import AdapterStrategy, Returning, strategies
 from cl_adapters.strategies.config import StrategyConfig, TrainingConfig
 from cl_adapters.strategies.phases import Batch, Phase, current_task_loss
 
@@ -71,6 +71,7 @@ class MOS(AdapterStrategy):
 
     Config: ClassVar[type[StrategyConfig]] = MOSConfig
     summary: ClassVar[str] = "adapter merging and self-refined retrieval (AAAI 2025)"
+    classes_return: ClassVar[Returning] = "merged"
     retrieves: ClassVar[bool] = True
     config: MOSConfig
 
@@ -94,11 +95,13 @@ class MOS(AdapterStrategy):
         block_of = {site.name: blocks.index(site.block) for site in model.bank.sites}
         self._layer = [block_of[key.rpartition("/")[0]] for key in keys]
         self._anchor = self._mean_of_finished(task)
-        known = self.known
+        known, returning = self.known, self.returning
         means_KD = None if model.statistics is None else model.statistics.means_CD.to(self.device)
+        if means_KD is not None and returning:  # a class need not be apart from its own mean
+            means_KD = means_KD[[column for column in range(known) if column not in returning]]
 
         def loss(batch: Batch) -> Tensor:
-            plain = current_task_loss(batch, known)
+            plain = current_task_loss(batch, known, returning)
             return plain + config.reg * orthogonality_loss(batch.features, means_KD, config.temperature)
 
         yield self.adapter_phase(self._live, loss)
@@ -145,11 +148,14 @@ class MOS(AdapterStrategy):
             if model.statistics is None:
                 model.statistics = ClassStatistics.of_kind(config.covariance, model.backbone.num_features)
             f_ND, columns_N = self.training_features(Route.single(task))
-            for f_MD in self.per_class(f_ND, columns_N):
-                model.statistics.add(f_MD)
+            for column, f_MD in zip(self.columns, self.per_class(f_ND, columns_N), strict=True):
+                if column < self.known:
+                    model.statistics.merge(column, f_MD, model.samples[column])
+                else:
+                    model.statistics.add(f_MD)
             if task:  # under adapter 0 they are the same features for the first task
                 f_ND, columns_N = self.training_features(Route.single(0))
-            model.prototypes.append(torch.stack([f_MD.mean(0) for f_MD in self.per_class(f_ND, columns_N)]))
+            self.keep_means(model.prototypes, f_ND, columns_N)
         if task and config.alignment.epochs:
             with self.timings.part("alignment"):
                 n = config.alignment.samples_per_class or 5 * config.train_mb_size

@@ -87,20 +87,33 @@ class Phase:
             live["lr"] = self.schedule(group.lr, epoch, self.epochs)
 
 
-def current_task_loss(batch: Batch, known: int) -> Tensor:
+def current_task_loss(batch: Batch, known: int, returning: Sequence[int] = ()) -> Tensor:
     """Cross-entropy over the columns of the current task alone.
 
-    Leaving the first ``known`` columns out is what setting them to minus infinity does: they get no probability
-    and exactly no gradient. Samples of known classes, which a replay plugin brings, are judged over all columns; every
-    sample counts the same.
+    Leaving the other columns out is what setting them to minus infinity does: they get no probability and exactly no
+    gradient. Samples of other classes, which a replay plugin brings, are judged over all columns; every sample counts
+    the same.
+
+    Args:
+        batch: what the loss sees.
+        known: the first so many columns are of earlier tasks.
+        returning: those of them whose classes are in the current task again, rising.
     """
-    new_B = batch.columns >= known
+    own: slice | Tensor = slice(known, None)
+    place_B = batch.columns - known  # among the columns of the task; negative: of another
+    if returning:
+        classes = batch.logits.shape[1]
+        own = torch.tensor([*returning, *range(known, classes)], device=batch.logits.device)
+        place_C = torch.full((classes,), -1, device=own.device)
+        place_C[own] = torch.arange(len(own), device=own.device)
+        place_B = place_C[batch.columns]
+    new_B = place_B >= 0
     if bool(new_B.all()):
-        return batch.criterion(batch.logits[:, known:], batch.columns - known)
+        return batch.criterion(batch.logits[:, own], place_B)
     old = batch.criterion(batch.logits[~new_B], batch.columns[~new_B])
     if not bool(new_B.any()):
         return old
-    new = batch.criterion(batch.logits[new_B, known:], batch.columns[new_B] - known)
+    new = batch.criterion(batch.logits[:, own][new_B], place_B[new_B])
     share = float(new_B.float().mean())
     return share * new + (1 - share) * old
 

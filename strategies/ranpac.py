@@ -24,7 +24,7 @@ from cl_adapters.parts.ridge import Ridge, random_projection
 from cl_adapters.predictors.base import Predictor
 from cl_adapters.predictors.fixed import Fixed
 from cl_adapters.predictors.ridge import RidgeClassifier
-from cl_adapters.strategies.base import AdapterStrategy, strategies
+from cl_adapters.strategies.base import AdapterStrategy, Returning, strategies
 from cl_adapters.strategies.config import StrategyConfig, TrainingConfig
 from cl_adapters.strategies.phases import Phase, all_classes_loss
 
@@ -67,6 +67,8 @@ class RanPAC(AdapterStrategy):
 
     Config: ClassVar[type[StrategyConfig]] = RanPACConfig
     summary: ClassVar[str] = "first-task adapter, then ridge regression on random projections (NeurIPS 2023)"
+    classes_return: ClassVar[Returning] = "taken"
+    first_task_adapts: ClassVar[bool] = True
     trains_once: ClassVar[bool] = True
     config: RanPACConfig
 
@@ -121,8 +123,7 @@ class RanPAC(AdapterStrategy):
         held_N = hold_back(columns_N, config.holdout, self.generator("held back", self.task))
         if not held_N.any():
             return max(ridge.ridges[-1], usable[0]) if ridge.ridges else usable[-1]
-        first = int(columns_N.min())
-        targets_NK = F.one_hot(columns_N - first).float()
+        targets_NK = F.one_hot(torch.searchsorted(torch.tensor(self.columns), columns_N)).float()
         errors = ridge.errors(f_ND, targets_NK, held_N, usable).tolist()
         return min(zip(errors, usable, strict=True), key=lambda pair: (pair[0], -pair[1]))[1]
 

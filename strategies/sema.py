@@ -29,7 +29,7 @@ from cl_adapters.parts.router import ExpandableRouter, router_widths
 from cl_adapters.predictors.base import Predictor
 from cl_adapters.predictors.mixture import MixtureOfAdapters
 from cl_adapters.strategies._loop.adapter_inputs import AdapterInputs
-from cl_adapters.strategies.base import AdapterStrategy, Expansion, strategies
+from cl_adapters.strategies.base import AdapterStrategy, Expansion, Returning, strategies
 from cl_adapters.strategies.config import LARGEST_BATCH, StrategyConfig, TrainingConfig
 from cl_adapters.strategies.phases import Loss, Phase, current_task_loss
 
@@ -92,6 +92,8 @@ class SEMA(AdapterStrategy):
 
     Config: ClassVar[type[StrategyConfig]] = SEMAConfig
     summary: ClassVar[str] = "self-expanding mixture of adapters (CVPR 2025)"
+    classes_return: ClassVar[Returning] = "taken"
+    first_task_adapts: ClassVar[bool] = True
     frozen_after_task: ClassVar[bool] = False  # a new router row changes the mixture of old images too
     explicit_order: ClassVar[bool] = True
     expands: ClassVar[bool] = True
@@ -188,7 +190,7 @@ class SEMA(AdapterStrategy):
         self.descriptors.freeze()
 
     def _loss(self) -> Loss:
-        return partial(current_task_loss, known=self.known)
+        return partial(current_task_loss, known=self.known, returning=self.returning)
 
     # --- detect --------------------------------------------------------------------------------------------------
 

@@ -8,7 +8,7 @@ from typing import ClassVar
 from cl_adapters.bank.bank import Route
 from cl_adapters.predictors.base import Predictor
 from cl_adapters.predictors.fixed import Fixed
-from cl_adapters.strategies.base import AdapterStrategy, strategies
+from cl_adapters.strategies.base import AdapterStrategy, Returning, strategies
 from cl_adapters.strategies.config import StrategyConfig, TrainingConfig
 from cl_adapters.strategies.phases import Phase, all_classes_loss
 
@@ -19,6 +19,7 @@ class Sequential(AdapterStrategy):
 
     Config: ClassVar[type[StrategyConfig]] = TrainingConfig
     summary: ClassVar[str] = "one adapter tuned on every task in turn: the lower bound"
+    classes_return: ClassVar[Returning] = "taken"
     frozen_after_task: ClassVar[bool] = False
     config: TrainingConfig
 

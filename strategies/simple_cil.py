@@ -8,11 +8,9 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import ClassVar
 
-import torch
-
 from cl_adapters.predictors.base import Predictor
 from cl_adapters.predictors.fixed import Fixed
-from cl_adapters.strategies.base import AdapterStrategy, strategies
+from cl_adapters.strategies.base import AdapterStrategy, Returning, strategies
 from cl_adapters.strategies.phases import Phase
 
 
@@ -21,6 +19,7 @@ class SimpleCIL(AdapterStrategy):
     """Prototypes only: nothing is trained, one pass over the data, one pass per prediction."""
 
     summary: ClassVar[str] = "prototypes of the frozen backbone, no training"
+    classes_return: ClassVar[Returning] = "merged"
 
     def grow(self, task: int) -> None:
         """Nothing grows."""
@@ -30,10 +29,9 @@ class SimpleCIL(AdapterStrategy):
         return ()
 
     def consolidate(self, task: int) -> None:
-        """Append the mean feature of every new class."""
+        """Keep the mean feature of every class."""
         with self.timings.part("statistics"):
-            means = [f_ND.mean(0) for f_ND in self.per_class(*self.training_features(None))]
-            self.model.prototypes.append(torch.stack(means))
+            self.keep_means(self.model.prototypes, *self.training_features(None))
 
     def predictor(self, task: int, training: bool) -> Predictor:
         """Cosine to the prototypes under the bare backbone."""

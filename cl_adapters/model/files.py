@@ -4,11 +4,11 @@
                                   and of its own content (older ones are without that)
     heads.safetensors             linear.weight [C, D], linear.bias [C], prototypes [C, D]
     adapters/0000.safetensors     one per slot, keyed "blocks.3.ffn/down"
-    statistics/0000.safetensors   one per task: means and spreads of its classes
+    statistics/0000.safetensors   one per task: means and spreads of the classes that first came in it
     parts/NAME.safetensors        what else the strategy keeps
 
-Adapters and statistics of finished tasks never change, so a later save may hard-link them. Nothing in ``model.json`` is
-believed: every value is checked, and the tensors against it.
+Adapters of finished tasks never change, nor do statistics of classes that do not return, so a later save may hard-link
+them. Nothing in ``model.json`` is believed: every value is checked, and the tensors against it.
 """
 
 from __future__ import annotations
@@ -59,14 +59,23 @@ Read = Callable[[str], dict[str, Tensor]]
 
 @dataclass(frozen=True, kw_only=True)
 class _Class:
-    """One class of ``model.json``; their order is that of the columns."""
+    """One class of ``model.json``; their order is that of the columns.
+
+    ``newest_task`` (where it is not ``task``) and ``samples`` (where they were counted) came later than files in use.
+    """
 
     label: Label
     name: str | None
     task: Count
+    newest_task: Count | None = None
+    samples: Count | None = None
 
     def __post_init__(self) -> None:
         check_label(self.label, ConfigError)
+        if self.newest_task is not None and not self.task < self.newest_task < TASKS:
+            raise ConfigError(f"newest_task of class {self.label} is {self.newest_task}, its task {self.task}")
+        if self.samples == 0:
+            raise ConfigError(f"samples of class {self.label} are none")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -137,7 +146,7 @@ class _Card:
     @property
     def num_tasks(self) -> int:
         """Tasks, some perhaps without classes."""
-        return self.classes[-1].task + 1 if self.classes else 0
+        return max((row.newest_task or row.task for row in self.classes), default=-1) + 1
 
 
 def _check_tasks(tasks: Sequence[int]) -> None:
@@ -214,8 +223,8 @@ def _describe(model: Classifier) -> dict[str, Any]:
             "origins": {str(slot): to_plain(origin) for slot, origin in sorted(model.origins.items())},
         },
         "classes": [
-            {"label": label, "name": model.class_names.get(label), "task": int(task)}
-            for label, task in zip(model.classes, model.task_of_column, strict=True)
+            {"label": label, "name": model.class_names.get(label), "task": int(task), **_later(model, column)}
+            for column, (label, task) in enumerate(zip(model.classes, model.task_of_column, strict=True))
         ],
         "predictor": {"type": predictors.name_of(model.predictor), "config": to_plain(model.predictor)},
         "statistics": None if model.statistics is None else model.statistics.kind,
@@ -225,6 +234,12 @@ def _describe(model: Classifier) -> dict[str, Any]:
             if isinstance(part, Part)
         },
     }
+
+
+def _later(model: Classifier, column: int) -> dict[str, int]:
+    """What is said of a class only where it is known."""
+    found = {"newest_task": model.returned.get(column), "samples": model.samples.get(column)}
+    return {key: value for key, value in found.items() if value is not None}
 
 
 def _tensors(model: Classifier) -> dict[str, dict[str, Tensor]]:
@@ -283,6 +298,9 @@ def _assemble(cls: type[M], path: Path, card: _Card, backbone: FrozenBackbone) -
     model.classes = [row.label for row in card.classes]
     model.class_names = {row.label: row.name for row in card.classes if row.name is not None}
     model.task_of_column = torch.tensor([row.task for row in card.classes], dtype=torch.long)
+    known = list(enumerate(card.classes))
+    model.returned = {column: row.newest_task for column, row in known if row.newest_task is not None}
+    model.samples = {column: row.samples for column, row in known if row.samples is not None}
     heads = read(HEADS)
     bias = (_rows(heads, "linear.weight"),)
     shapes = {"linear.weight": (None, width), "linear.bias": bias, "prototypes": (None, width)}

@@ -117,6 +117,14 @@ class PrototypeHead(nn.Module):
         self.groups = ()
         self.prototypes = torch.cat([self.prototypes, means_CD.to(self.prototypes)])
 
+    @torch.no_grad()
+    def merge(self, columns: Sequence[int], means_KD: Tensor, share_K: Tensor) -> None:
+        """Give these classes ``share_K`` (float64, in [0, 1]) of other means, and the rest of their own."""
+        own_KD = self.prototypes[columns].double().cpu()
+        merged_KD = own_KD.lerp(means_KD.double().cpu(), share_K[:, None])
+        at_K = torch.tensor(columns, device=self.prototypes.device)
+        self.prototypes = self.prototypes.index_copy(0, at_K, merged_KD.to(self.prototypes))
+
     def forward(self, f_BD: Tensor) -> Tensor:
         """Logits sigma * cos(f, prototype), [B, C]."""
         unit_CD = F.normalize(self.prototypes, dim=-1)

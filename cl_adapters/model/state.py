@@ -68,6 +68,8 @@ class ModelState(AdaptedEncoder):
         classes: class label of each column, in arrival order.
         class_names: label to name, where known.
         task_of_column: int64 [C], the task (0-based) in which each column arrived.
+        returned: column to the newest task in which its class was trained, where that is a later one.
+        samples: column to the training images behind its means and statistics, where a strategy merges any.
         task_of_slot: the task in which each adapter was made.
         origins: what each adapter was made of, by slot, where a strategy said so.
         record_of_slot: id of each adapter in the pool that the model was made from; else empty.
@@ -84,6 +86,8 @@ class ModelState(AdaptedEncoder):
         self.classes: list[int] = []
         self.class_names: dict[int, str] = {}
         self.task_of_column = torch.empty(0, dtype=torch.long)
+        self.returned: dict[int, int] = {}
+        self.samples: dict[int, int] = {}
         self.task_of_slot: list[int] = []
         self.origins: dict[int, Origin] = {}
         self.record_of_slot: tuple[str, ...] = ()
@@ -91,25 +95,36 @@ class ModelState(AdaptedEncoder):
 
     @property
     def num_tasks(self) -> int:
-        """Tasks so far."""
-        return int(self.task_of_column[-1]) + 1 if len(self.task_of_column) else 0
+        """Tasks so far; each brought a class, or trained one again."""
+        return max([*self.task_of_column[-1:].tolist(), *self.returned.values()], default=-1) + 1
+
+    @property
+    def newest_task_of_column(self) -> Tensor:
+        """The newest task in which each class was trained, int64 [C]."""
+        if not self.returned:
+            return self.task_of_column
+        tasks = enumerate(self.task_of_column.tolist())
+        return torch.tensor([self.returned.get(column, task) for column, task in tasks], dtype=torch.long)
 
     @property
     def slot_of_column(self) -> Tensor:
-        """The adapter of each class, int64 [C]: the newest that was made up to its task; -1 where there was none."""
+        """The adapter of each class, int64 [C]: the newest up to the newest task that trained it; -1 without one."""
         made = [*self.task_of_slot, *range(len(self.task_of_slot), self.num_slots)]
-        return torch.searchsorted(torch.tensor(made, dtype=torch.long), self.task_of_column, right=True) - 1
+        return torch.searchsorted(torch.tensor(made, dtype=torch.long), self.newest_task_of_column, right=True) - 1
 
     def add_task(self, labels: Sequence[int]) -> None:
-        """Append one column per new label, as the next task.
+        """The next task: one more column per new label; classes that were learned before keep theirs.
 
         Raises:
-            DataError: see :meth:`check_new`.
+            DataError: see :meth:`check_task`.
         """
-        self.check_new(labels)
+        self.check_task(labels)
         task = self.num_tasks
-        self.classes.extend(labels)
-        self.task_of_column = torch.cat([self.task_of_column, torch.full((len(labels),), task)])
+        new = [label for label in labels if label not in self.classes]
+        again = {column: task for column, label in enumerate(self.classes) if label in labels}
+        self.returned = self.returned | again
+        self.classes.extend(new)
+        self.task_of_column = torch.cat([self.task_of_column, torch.full((len(new),), task)])
 
     def assign_new_slots(self, task: int) -> None:
         """Note that the adapters added since the last call belong to ``task``."""
@@ -126,22 +141,16 @@ class ModelState(AdaptedEncoder):
             raise ClAdaptersError(f"this model has no part {name!r} of type {kind.__name__}; it has {list(self.parts)}")
         return found
 
-    def check_new(self, labels: Sequence[int]) -> None:
+    def check_task(self, labels: Sequence[int]) -> None:
         """Check that these labels can be the next task.
 
         Raises:
-            DataError: no label, one that cannot be a label, or one that is already known.
+            DataError: no label, or one that cannot be a label.
         """
         if not labels:
             raise DataError("a task needs at least one class")
         for place, label in enumerate(labels):
             class_label(label, f"class {place} of the task")
-        known = sorted(set(labels) & set(self.classes))
-        if known:
-            raise DataError(
-                f"classes {known} were learned in an earlier task; class-incremental learning takes each class in one "
-                "task. Merge the tasks, or leave those images out"
-            )
 
     def columns_of(self, labels_B: Tensor) -> Tensor:
         """Columns (int64 [B]) of class labels (int64 [B]); -1 where the class is not known.

@@ -60,17 +60,37 @@ class ClassStatistics(ABC):
         Raises:
             DataError: no feature, or one that is not finite.
         """
-        f_ND = f_ND.detach().float().cpu()
-        if not len(f_ND):
-            raise DataError("a class without any image has no statistics")
-        if not torch.isfinite(f_ND).all():
-            raise DataError("features are not finite; check the images and the learning rate")
+        f_ND = _checked(f_ND)
         if len(f_ND) == 1:
             warnings.warn("a class has one image: its covariance is the ridge alone", stacklevel=2)
         mean_D = f_ND.double().mean(0)
         centred_ND = f_ND.double() - mean_D
         self.means_CD = torch.cat([self.means_CD, mean_D.float()[None]])
         self.spreads.append(self._spread(centred_ND, max(len(f_ND) - 1, 1)).float())
+
+    def merge(self, c: int, f_ND: Tensor, samples: int) -> None:
+        """Take further features of a class that is here: the Gaussian becomes that of all of them, up to rounding.
+
+        Source: pooling of means and scatter (Chan, Golub and LeVeque 1979, eq. 2.1).
+
+        Args:
+            c: its position.
+            f_ND: float [N, D], N at least 1.
+            samples: features that it was made from so far.
+
+        Raises:
+            DataError: no feature, or one that is not finite.
+        """
+        f_ND = _checked(f_ND)
+        total = samples + len(f_ND)
+        mean_D, old_D = f_ND.double().mean(0), self.means_CD[c].double()
+        apart_D = math.sqrt(samples * len(f_ND) / total) * (mean_D - old_D)
+        rows_MD = torch.cat([f_ND.double() - mean_D, apart_D[None]])
+        share = max(samples - 1, 1) / (total - 1)
+        self.means_CD = self.means_CD.clone()
+        self.means_CD[c] = old_D.lerp(mean_D, len(f_ND) / total)
+        self.spreads[c] = self._joined(self.spreads[c].double(), share, self._spread(rows_MD, total - 1)).float()
+        self._factors.pop(c, None)
 
     def sample(self, n: int, generator: torch.Generator) -> tuple[Tensor, Tensor]:
         """Draw n features of every class.
@@ -96,6 +116,10 @@ class ClassStatistics(ABC):
         """What is stored of the centred features (float64)."""
 
     @abstractmethod
+    def _joined(self, spread: Tensor, share: float, new: Tensor) -> Tensor:
+        """What is stored of a class: ``share`` of the covariance of ``spread``, and that of ``new`` (both float64)."""
+
+    @abstractmethod
     def _draw(self, c: int, n: int, generator: torch.Generator) -> Tensor:
         """n features of class c, [n, D]."""
 
@@ -112,6 +136,9 @@ class FullGaussian(ClassStatistics):
         covariance = centred_ND.T @ centred_ND / degrees
         return covariance + self.ridge * torch.eye(len(covariance), dtype=covariance.dtype)
 
+    def _joined(self, spread: Tensor, share: float, new: Tensor) -> Tensor:
+        return new + share * (spread - self.ridge * torch.eye(len(new), dtype=new.dtype))
+
     def _draw(self, c: int, n: int, generator: torch.Generator) -> Tensor:
         if c not in self._factors:
             self._factors[c] = torch.linalg.cholesky(self.spreads[c].double()).float().T.contiguous()
@@ -126,6 +153,9 @@ class DiagonalGaussian(ClassStatistics):
 
     def _spread(self, centred_ND: Tensor, degrees: int) -> Tensor:
         return centred_ND.square().sum(0) / degrees + self.ridge
+
+    def _joined(self, spread: Tensor, share: float, new: Tensor) -> Tensor:
+        return new + share * (spread - self.ridge)
 
     def _draw(self, c: int, n: int, generator: torch.Generator) -> Tensor:
         eps_ND = torch.randn(n, self.means_CD.shape[1], generator=generator)
@@ -144,9 +174,26 @@ class LowRankGaussian(ClassStatistics):
     def _spread(self, centred_ND: Tensor, degrees: int) -> Tensor:
         return centred_ND / math.sqrt(degrees)
 
+    def _joined(self, spread: Tensor, share: float, new: Tensor) -> Tensor:
+        return torch.cat([math.sqrt(share) * spread, new])
+
     def _draw(self, c: int, n: int, generator: torch.Generator) -> Tensor:
         rows_ND = self.spreads[c]
         z = torch.randn(n, len(rows_ND), generator=generator)
         eps_ND = torch.randn(n, rows_ND.shape[1], generator=generator)
         drawn: Tensor = torch.addmm(self.means_CD[c], z, rows_ND).add_(eps_ND, alpha=self.ridge**0.5)
         return drawn
+
+
+def _checked(f_ND: Tensor) -> Tensor:
+    """Features as float32 on the CPU.
+
+    Raises:
+        DataError: none, or one that is not finite.
+    """
+    f_ND = f_ND.detach().float().cpu()
+    if not len(f_ND):
+        raise DataError("a class without any image has no statistics")
+    if not torch.isfinite(f_ND).all():
+        raise DataError("features are not finite; check the images and the learning rate")
+    return f_ND

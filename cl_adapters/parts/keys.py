@@ -37,7 +37,8 @@ class KeysConfig:
     """What is kept of each class.
 
     Attributes:
-        kind: "prototypes" (the mean feature), "centroids" (of k-means) or "features" (of the images themselves).
+        kind: "prototypes" (the mean feature), "centroids" (of k-means) or "features" (of the images themselves); for a
+            class that returns in later tasks, those of each of them.
         per_class: centroids (default 4), or features drawn without replacement (default all) per class.
         held_out: share of each class's images that becomes no key, for calibrating a threshold
             (:mod:`cl_adapters.openset`); rounded down, so small classes may give none.
@@ -203,19 +204,20 @@ class Keys(Part, KeyLookup):
         return class_means(self.keys_MD, self.column_M, self.num_classes, self.size_M)
 
     @torch.no_grad()
-    def add_class(self, f_ND: Tensor, generator: torch.Generator) -> None:
-        """Take the next class from the features of its training images under the bare backbone.
+    def add_class(self, f_ND: Tensor, generator: torch.Generator, column: int | None = None) -> None:
+        """Take a class from the features of its training images under the bare backbone.
 
         Args:
             f_ND: float32 [N, D].
             generator: of what is held out, drawn, and where k-means starts.
+            column: of the class; one that has keys already gets these beside them. Default the next one.
 
         Raises:
             DataError: no feature.
         """
         if not len(f_ND):
             raise DataError("a class without training images has no keys")
-        column, config = self.num_classes, self.config
+        column, config = self.num_classes if column is None else column, self.config
         order_N = torch.randperm(len(f_ND), generator=generator)
         held = int(config.held_out * len(f_ND))
         kept_ND = f_ND[order_N[held:].sort().values]

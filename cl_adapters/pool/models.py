@@ -1,7 +1,7 @@
 """A model as a pool, one record per adapter, and a model of a pool's records.
 
-A class belongs to the newest adapter that was made up to its task. The other way round, record i is slot i and task i
-of the model; one that the bare backbone answers for is a slot that adds nothing.
+A class belongs to the newest adapter that was made up to the newest task that trained it. The other way round, record i
+is slot i and task i of the model; one that the bare backbone answers for is a slot that adds nothing.
 """
 
 from __future__ import annotations
@@ -357,7 +357,7 @@ def _check_by_class(model: Classifier) -> None:
 
 def _groups(model: Classifier) -> Iterator[tuple[int, list[int]]]:
     """Each adapter with its columns; before them the tasks that the bare backbone answers for, one by one."""
-    slots, tasks = model.slot_of_column.tolist(), model.task_of_column.tolist()
+    slots, tasks = model.slot_of_column.tolist(), model.newest_task_of_column.tolist()
     bare = {task: [c for c, slot in enumerate(slots) if slot == BARE and tasks[c] == task] for task in sorted({*tasks})}
     yield from ((BARE, columns) for columns in bare.values() if columns)
     for slot in range(model.num_slots):
@@ -366,7 +366,7 @@ def _groups(model: Classifier) -> Iterator[tuple[int, list[int]]]:
 
 def _task_of(model: Classifier, slot: int, columns: list[int]) -> int | None:
     if columns:
-        return int(model.task_of_column[columns[0]])
+        return int(model.newest_task_of_column[columns].min())
     return model.task_of_slot[slot] if slot < len(model.task_of_slot) else None
 
 

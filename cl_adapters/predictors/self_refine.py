@@ -76,6 +76,5 @@ class SelfRefine(Predictor):
                 break
             active, next_M = active[moved], next_M[moved]
             adapter_B[active] = next_M
-        num_tasks = int(model.task_of_column.max()) + 1
-        logits_BC = z_BC.softmax(1) + (num_tasks * o_BC).softmax(1) if self.ensemble else z_BC
+        logits_BC = z_BC.softmax(1) + (model.num_tasks * o_BC).softmax(1) if self.ensemble else z_BC
         return Prediction(logits_BC, adapter_B, features.passes_B)

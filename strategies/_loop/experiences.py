@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Iterable
 from typing import Any
 
+from avalanche.benchmarks.scenarios.online import OnlineCLExperience
+
 from cl_adapters.errors import ClAdaptersError, DataError
 from cl_adapters.model.state import class_label
 
@@ -12,14 +14,19 @@ from cl_adapters.model.state import class_label
 def experience_classes(experience: Any) -> list[int]:
     """Class labels of an experience of either Avalanche style (a set, a list, or only targets), sorted.
 
+    A part of another experience may name the classes of the whole: its classes are those of its samples.
+
     Raises:
         ClAdaptersError: it has neither classes nor targets.
         DataError: a label that cannot be one.
     """
+    targets = getattr(experience.dataset, "targets", None)
     classes = getattr(experience, "classes_in_this_experience", None)
     if classes is not None:
-        return sorted({class_label(label, "a class of this experience") for label in classes})
-    targets = getattr(experience.dataset, "targets", None)
+        named = {class_label(label, "a class of this experience") for label in classes}
+        if targets is not None and isinstance(experience, OnlineCLExperience):
+            named &= _labels(targets)
+        return sorted(named)
     if targets is None:
         raise ClAdaptersError("this experience has neither classes_in_this_experience nor dataset.targets")
     return sorted(_labels(targets))

@@ -60,6 +60,7 @@ def model(backbone: MakeBackbone, filled: Callable[..., AdapterBank]) -> Adapter
             f_ND = torch.randn(5, WIDTH, generator=generator)
             statistics.add(f_ND)
             keys.add_class(f_ND, generator)
+    made.returned, made.samples = {0: 1}, {0: 5}
     made.class_names = {4: "four", 9: "nine"}
     made.origins = {1: Origin(parents=(0,), merge={"method": "ema", "momentum": 0.1})}
     made.statistics = statistics
@@ -126,6 +127,8 @@ FIELDS: dict[tuple[Any, ...], list[Any]] = {
     ("classes", 0, "name"): [w for w in WRONG if w not in (None, "x")] + [False],
     ("classes", 1, "task"): [*WRONG, "0", 1.0, False],
     ("classes", 2, "task"): [*WRONG, 0, 2, 10**9, 2**62],
+    ("classes", 0, "newest_task"): [*[w for w in WRONG if w is not None], 0, 2, 10**9, "1", 1.0],
+    ("classes", 0, "samples"): [*[w for w in WRONG if w is not None], 0, "1", 1.0],
     ("classes", 0, "more"): [1],
     ("predictor",): WRONG,
     ("predictor", "type"): WRONG,

@@ -29,7 +29,7 @@ class Scripted:
     bank = None
 
     def __init__(self, start: int, goes_to: list[int]) -> None:
-        self.num_slots = len(goes_to)
+        self.num_slots = self.num_tasks = len(goes_to)
         self.task_of_column = self.slot_of_column = torch.arange(self.num_slots)
         self.rows = 3.0 * F.one_hot(torch.tensor(goes_to), self.num_slots).float()
         self.start = start

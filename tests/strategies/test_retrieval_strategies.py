@@ -128,7 +128,7 @@ def test_a_strategy_answers_by_the_rule_of_choice(
     assert model.predictor == wanted != own.predictor
     assert all(torch.equal(value, own.state_dict()[name]) for name, value in model.state_dict().items())
     x = torch.stack([stream[0].dataset[i][0] for i in range(4)])
-    assert torch.equal(model(x), own.answer(x, predictor=wanted).logits.float())
+    assert torch.equal(model.predict(x), own.answer(x, predictor=wanted).logits.float())
     model.save(tmp_path / "saved")
     assert AdapterModel.load(tmp_path / "saved", FrozenBackbone.wrap(vit())).predictor == wanted
 

@@ -123,7 +123,7 @@ class Lab:
         if model.statistics is not None:
             found |= {f"statistics.{key}": value.clone() for key, value in model.statistics.tensors().items()}
         found["task_of_column"] = model.task_of_column.clone()
-        found["classes"] = list(model.classes)
+        found["classes"] = (list(model.classes), dict(model.returned), dict(model.samples))
         found["predictor"] = model.predictor
         found["requires_grad"] = {key: value.requires_grad for key, value in model.named_parameters()}
         found["rng"] = (torch.get_rng_state(), random.getstate(), str(np.random.get_state()))
