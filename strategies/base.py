@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 import warnings
 from abc import abstractmethod
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
 from avalanche.core import BasePlugin
@@ -41,6 +43,7 @@ from cl_adapters.strategies._loop.activation_cache import ActivationCache, Cache
 from cl_adapters.strategies._loop.experiences import check_experience, experience_classes
 from cl_adapters.strategies._loop.order import lengths_of, reading_loader, training_loader
 from cl_adapters.strategies._loop.plugins import check_plugins
+from cl_adapters.strategies._loop.saving import load_strategy, save_strategy
 from cl_adapters.strategies._loop.task_labels import TaskClasses
 from cl_adapters.strategies.config import StrategyConfig, TrainingConfig, resolve
 from cl_adapters.strategies.phases import Batch, Loss, ParamGroup, Phase
@@ -48,6 +51,8 @@ from cl_adapters.strategies.recipe import Criterion, Dial, MakeOptimizer, MakeSc
 
 if TYPE_CHECKING:
     from cl_adapters.pool import AdapterPool
+
+S = TypeVar("S", bound="AdapterStrategy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -127,6 +132,7 @@ class AdapterStrategy(SupervisedTemplate):
     _logits: Tensor | None = None
     _output: Tensor | None = None
     _unfinished: bool = False
+    _running: bool = False
     _phase: Phase | None = None
     _features: Tensor | None = None
     _dropout_generator: torch.Generator | None = None
@@ -395,6 +401,85 @@ class AdapterStrategy(SupervisedTemplate):
         model: AdapterModel = self.model
         return model.save_pool(path, tags=tags, benchmark=benchmark, metrics=metrics, compression=compression)
 
+    # --- going on later ------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the strategy as a folder, atomically, from which :meth:`load` goes on as if it had never stopped.
+
+        It holds the model, the settings, Avalanche's clock, the evaluator's curves and what its metrics and the
+        plugins keep: Avalanche's forgetting, transfer and accuracies, and whatever has ``state_dict()``, of tensors and
+        of what JSON holds, and ``load_state_dict(state)``. Warns of a plugin or metric of which nobody knows whether it
+        keeps anything. What one call of ``train`` reports (``expansions``, ``timings``) is not kept, and no data.
+
+        Args:
+            path: folder to make.
+            overwrite: replace a saved strategy, or an empty folder; nothing else is ever replaced.
+
+        Raises:
+            ConfigError: one of Avalanche's plugins keeps what has no place there, such as ``ReplayPlugin`` samples.
+            ClAdaptersError: ``train`` or ``eval`` is running, or a task is half trained.
+            StorageError: the place exists or cannot be written, or a number of the model is not finite.
+        """
+        self._check_finished()
+        if self._running:
+            raise ClAdaptersError("a strategy is saved between calls of train and eval, not while they run")
+        return save_strategy(self, Path(path), overwrite=overwrite)
+
+    @classmethod
+    def load(
+        cls: type[S],
+        path: str | Path,
+        backbone: FrozenBackbone | None = None,
+        *,
+        optimizer: Optimizer | MakeOptimizer | None = None,
+        criterion: Criterion | None = None,
+        scheduler: MakeScheduler | None = None,
+        device: str | torch.device = "cpu",
+        plugins: Sequence[BasePlugin] | None = None,
+        evaluator: EvaluationPlugin | Callable[[], EvaluationPlugin] | None = default_evaluator,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> S:
+        """Read a folder of :meth:`save`; without a ``backbone`` the recorded one is loaded again by name.
+
+        What was given to the constructor as an object has to be given again, plugins as new ones in the same order.
+        Metrics of the evaluator go on where the saved one had them. Strategies that keep the data of finished tasks
+        (Joint) want them back by :meth:`recall`.
+
+        Raises:
+            StorageError: missing, altered or newer files.
+            ConfigError: another class's strategy; an optimizer, criterion, schedule or plugin is missing or another.
+            IncompatibleBackbone: not the backbone that the adapters were trained on.
+        """
+        return load_strategy(
+            cls,
+            Path(path),
+            backbone,
+            device=device,
+            plugins=plugins or (),
+            evaluator=evaluator,
+            brought={"optimizer": optimizer, "criterion": criterion, "scheduler": scheduler},
+            progress=progress,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For ``avalanche.checkpointing.save_checkpoint``, whose dill looks classes up in modules.
+
+        torch deletes the names of the modules in which its optimizers are, so dill would copy the classes and fail.
+        """
+        for made in (self.optimizer, self._brought_optimizer):
+            package, _, module = type(made).__module__.rpartition(".")
+            if package == "torch.optim":
+                setattr(torch.optim, module, sys.modules[type(made).__module__])
+        return dict(vars(self))
+
+    @contextmanager
+    def _run(self) -> Iterator[None]:
+        before, self._running = self._running, True
+        try:
+            yield
+        finally:
+            self._running = before
+
     # --- Avalanche's loop: a task -------------------------------------------------------------------------------------
 
     def train(self, experiences: Any, eval_streams: Any = None, **loader_options: Any) -> Any:
@@ -409,7 +494,7 @@ class AdapterStrategy(SupervisedTemplate):
         self._loader_options = loader_options
         self.expansions = []
         try:
-            with isolated(self.device), self.timings.part("train"):
+            with self._run(), isolated(self.device), self.timings.part("train"):
                 return super().train(experiences, eval_streams, **loader_options)
         finally:
             self._phase = self._features = self._logits = self._output = self._dropout_generator = self._cache = None
@@ -417,7 +502,7 @@ class AdapterStrategy(SupervisedTemplate):
 
     def eval(self, experiences: Any, **loader_options: Any) -> Any:
         """Evaluate; see Avalanche. Changes no tensor of the model and no random state."""
-        with isolated(self.device), self.timings.part("eval"):
+        with self._run(), isolated(self.device), self.timings.part("eval"):
             return super().eval(experiences, **loader_options)
 
     def train_dataset_adaptation(self, **kwargs: Any) -> None:
@@ -604,6 +689,7 @@ class AdapterStrategy(SupervisedTemplate):
             own = self._new_optimizer()
             own.param_groups[0]["lr"] = self._training_config().lr
             self._dial = Dial(own)
+        self._brought_optimizer = None if optimizer is None or self._dial is None else self._dial.optimizer
         self._schedules = Schedules(self._dial, scheduler, plugins)
         if criterion is not None:
             check_criterion(criterion)
