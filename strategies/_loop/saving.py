@@ -141,9 +141,10 @@ def save_strategy(strategy: Any, path: Path, *, overwrite: bool = False) -> Path
     for plugin in plugins:
         if state_of(plugin) is None and keeps_data(plugin):
             raise ConfigError(
-                f"{_name(plugin)} keeps samples, weights or counters that have no place in a saved strategy, which would "
-                "not go on as if it had never stopped: give a subclass state_dict() and load_state_dict(state), take "
-                "avalanche.checkpointing.save_checkpoint (a pickle), or save the model alone: strategy.model.save(folder)"
+                f"{_name(plugin)} keeps samples, weights or counters without a place in a saved strategy, so this one "
+                "would not go on as if it had never stopped: give a subclass state_dict() and load_state_dict(state), "
+                "take avalanche.checkpointing.save_checkpoint (a pickle), or save the model alone with "
+                "strategy.model.save(folder)"
             )
     tensors: dict[str, Tensor] = {}
     kept = {"plugins": _kept("plugins", plugins, tensors), "metrics": _kept("metrics", metrics, tensors)}
