@@ -112,6 +112,7 @@ class _Saved:
     seed: Whole
     task_incremental: bool
     task_classes: tuple[tuple[Label, tuple[Label, ...]], ...]
+    class_names: tuple[tuple[Label, str], ...]
     predictor: dict[str, Any] | None
     brought: _Brought
     train_mb_size: Annotated[int, Field(strict=True, ge=1)]
@@ -176,6 +177,9 @@ def _describe(strategy: Any) -> dict[str, Any]:
         "seed": strategy.seed,
         "task_incremental": strategy.task_incremental,
         "task_classes": strategy._task_classes.to_plain(),
+        "class_names": [
+            (int(label), name) for label, name in strategy.model.class_names.items()
+        ],  # of later classes too
         "predictor": None if strategy._given is None else predictor_to_plain(strategy._given),
         "brought": asdict(_brought(strategy)),
         "train_mb_size": strategy.train_mb_size,
@@ -279,6 +283,7 @@ def load_strategy(
         eval_every=saved.eval_every,
         peval_mode=saved.peval_mode,
         task_incremental=saved.task_incremental,
+        class_names=dict(saved.class_names),
         predictor=predictor,
         **options,
     )
