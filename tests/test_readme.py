@@ -55,8 +55,16 @@ def test_the_recipe_of_the_readme_runs_as_printed(repo_root: Path, tmp_path: Pat
     assert python(train.partition("strategy =")[0] + own, tmp_path) == ""
 
 
+def test_a_strategy_goes_on_as_printed(repo_root: Path, tmp_path: Path) -> None:
+    train, going_on = blocks(repo_root, "python")[0], blocks(repo_root, "python")[3]
+    metrics = python(
+        train.partition("for experience")[0] + going_on + "print(strategy.clock.train_exp_counter)", tmp_path
+    )
+    assert metrics.splitlines()[-1] == "3"
+
+
 def test_a_strategy_of_avalanche_runs_as_printed(repo_root: Path, tmp_path: Path) -> None:
-    train = blocks(repo_root, "python")[3]
+    train = blocks(repo_root, "python")[4]
     (reached,) = re.findall(r"Top1_Acc_Stream/eval_phase/test_stream\S* = ([0-9.]+)", python(train, tmp_path))
     assert float(reached) > 0.5  # ten classes: chance is 0.1
     ask = "from cl_adapters import AdapterModel\nprint(AdapterModel.load('replay-model').classes)"
@@ -65,7 +73,7 @@ def test_a_strategy_of_avalanche_runs_as_printed(repo_root: Path, tmp_path: Path
 
 def test_the_pool_of_the_readme_prints_what_stands_there(repo_root: Path, tmp_path: Path) -> None:
     """Trained in one process, asked in another; every line as printed, but for blanks at its end."""
-    train, ask = blocks(repo_root, "python")[4:6]  # the last one has a test of its own: test_instruct_pool
+    train, ask = blocks(repo_root, "python")[5:7]  # the last one has a test of its own: test_instruct_pool
     (expected,) = blocks(repo_root, "text")
     assert "avalanche" not in ask
     assert python(train, tmp_path) == ""
