@@ -417,10 +417,11 @@ class AdapterStrategy(SupervisedTemplate):
 
         Raises:
             ConfigError: one of Avalanche's plugins keeps what has no place there, such as ``ReplayPlugin`` samples.
-            ClAdaptersError: ``train`` or ``eval`` is running, or a task is half trained.
+            ClAdaptersError: ``train`` or ``eval`` runs, a task is half trained, or the model was made from a pool.
             StorageError: the place exists or cannot be written, or a number of the model is not finite.
         """
         self._check_finished()
+        self._check_complete()
         if self._running:
             raise ClAdaptersError("a strategy is saved between calls of train and eval, not while they run")
         return save_strategy(self, Path(path), overwrite=overwrite)

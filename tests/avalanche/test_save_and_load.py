@@ -35,6 +35,7 @@ from torch.optim.lr_scheduler import CosineAnnealingLR, LinearLR
 from cl_adapters._io import sealed
 from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.errors import ClAdaptersError, ConfigError, StorageError
+from cl_adapters.model.facade import AdapterModel
 from cl_adapters.strategies import LAE, MOS, Joint, Sequential, SimpleCIL
 from cl_adapters.strategies.base import AdapterStrategy, strategies
 from tests.avalanche.streams import two_experiences
@@ -127,6 +128,7 @@ import sys
 from pathlib import Path
 from safetensors.torch import save_file
 from avalanche.training.plugins import EvaluationPlugin
+from cl_adapters.model.facade import AdapterModel
 from cl_adapters.strategies import LAE
 
 root = Path(sys.argv[1])
@@ -386,6 +388,15 @@ def test_it_is_not_saved_while_it_runs(backbone: Backbone, tmp_path: Path) -> No
         strategy.train(stream[0])
     strategy.plugins.remove(saves)
     strategy.save(tmp_path / "after")
+
+
+def test_a_model_of_a_pool_is_refused_as_in_training(backbone: Backbone, tmp_path: Path) -> None:
+    strategy = small(MOS, backbone())
+    strategy.train(two_experiences()[0])
+    strategy.save_pool(tmp_path / "pool")
+    model = AdapterModel.from_pool(tmp_path / "pool", backbone=backbone())
+    with pytest.raises(ClAdaptersError, match="made from a pool"):
+        small(MOS, model).save(tmp_path / "saved")
 
 
 EDITS: dict[str, Any] = {
