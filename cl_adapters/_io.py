@@ -16,7 +16,7 @@ import shutil
 import stat
 import time
 import uuid
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO, TypeVar
@@ -32,6 +32,8 @@ SCRATCH = re.compile(r"\..+\.(old-)?[0-9a-f]{8}")
 """Names beside a file or folder under which it is written, or stood before; left over where a writer was killed."""
 SEAL = "sha256"
 """Key of the digest that a JSON file holds of itself."""
+DEEPEST = 100
+"""Levels of lists and objects in a JSON file: what walks through it later must not run out of stack."""
 TRIES = 60
 """How often a folder that is replaced while it is read is read anew: with the pauses, for about 9 s."""
 
@@ -96,7 +98,18 @@ def parse_json(content: bytes, *, parse_constant: Callable[[str], Any] | None = 
             json.dumps(json.loads(content), ensure_ascii=False).encode("utf-8")
     except RecursionError as error:
         raise ValueError(str(error)) from error
-    return found
+    level = list(_inside(found))
+    for _ in range(DEEPEST):
+        level = [(key, inner) for key, value in level for _, inner in _inside(value)]
+        if not level:
+            return found
+    raise ValueError(f"{level[0][0]!r} is nested more than {DEEPEST} deep")
+
+
+def _inside(value: Any) -> Iterable[tuple[Any, Any]]:
+    if isinstance(value, dict):
+        return value.items()
+    return enumerate(value) if isinstance(value, list) else ()
 
 
 def check_schema(content: Any, newest: int, where: object, error: type[StorageError] = StorageError) -> dict[str, Any]:

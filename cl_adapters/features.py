@@ -39,7 +39,7 @@ class FeatureMemory:
         Raises:
             ClAdaptersError: one of them is not so.
         """
-        if self.model is not model:
+        if self.model.__dict__ is not model.__dict__:  # a strategy's model is another face of the same
             raise ClAdaptersError("this memory holds features of another model: make a FeatureMemory of this one")
         if samples is None or len(samples) != batch:
             given = "no sample numbers" if samples is None else f"{len(samples)} sample numbers"

@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, ClassVar, TypeVar
 
 import torch
@@ -40,6 +41,7 @@ from cl_adapters.parts.keys import CLASS_KEYS, Keys, KeysConfig, Kind
 from cl_adapters.predictors.base import Predictor, predictor_from
 from cl_adapters.registry import Registry
 from cl_adapters.strategies._loop.activation_cache import ActivationCache, CachedLoader
+from cl_adapters.strategies._loop.by_label import WIDEST, ByLabel, Pass
 from cl_adapters.strategies._loop.experiences import check_experience, experience_classes
 from cl_adapters.strategies._loop.order import lengths_of, reading_loader, training_loader
 from cl_adapters.strategies._loop.plugins import check_plugins
@@ -129,12 +131,10 @@ class AdapterStrategy(SupervisedTemplate):
 
     expansions: list[Expansion]
     _stop_training: bool
-    _logits: Tensor | None = None
-    _output: Tensor | None = None
+    _run: Pass | None = None
+    _trained: Mapping[int, nn.Parameter] = MappingProxyType({})
     _unfinished: bool = False
-    _running: bool = False
     _phase: Phase | None = None
-    _features: Tensor | None = None
     _dropout_generator: torch.Generator | None = None
     _cache: ActivationCache | None = None
     _visits: int = 0
@@ -181,9 +181,9 @@ class AdapterStrategy(SupervisedTemplate):
         begin_keys(model, None if keys is None else KeysConfig.of(keys))
         self._given = None if predictor is None else usable(predictor_from(predictor), model)
         super().__init__(
-            model=model.to(device),
+            model=ByLabel.of(model).to(device),
             optimizer=self._new_optimizer() if self._dial is None else self._dial.new_optimizer(),
-            criterion=nn.functional.cross_entropy if criterion is None else criterion,
+            criterion=nn.CrossEntropyLoss() if criterion is None else criterion,
             train_mb_size=self.config.train_mb_size,
             train_epochs=getattr(self.config, "train_epochs", 0),
             eval_mb_size=self.config.eval_mb_size,
@@ -422,7 +422,7 @@ class AdapterStrategy(SupervisedTemplate):
         """
         self._check_finished()
         self._check_complete()
-        if self._running:
+        if self.timings.running:
             raise ClAdaptersError("a strategy is saved between calls of train and eval, not while they run")
         return save_strategy(self, Path(path), overwrite=overwrite)
 
@@ -467,19 +467,10 @@ class AdapterStrategy(SupervisedTemplate):
 
         torch deletes the names of the modules in which its optimizers are, so dill would copy the classes and fail.
         """
-        for made in (self.optimizer, self._brought_optimizer):
-            package, _, module = type(made).__module__.rpartition(".")
-            if package == "torch.optim":
-                setattr(torch.optim, module, sys.modules[type(made).__module__])
+        package, _, module = type(self.optimizer).__module__.rpartition(".")
+        if package == "torch.optim":
+            setattr(torch.optim, module, sys.modules[f"{package}.{module}"])
         return dict(vars(self))
-
-    @contextmanager
-    def _run(self) -> Iterator[None]:
-        before, self._running = self._running, True
-        try:
-            yield
-        finally:
-            self._running = before
 
     # --- Avalanche's loop: a task -------------------------------------------------------------------------------------
 
@@ -495,15 +486,15 @@ class AdapterStrategy(SupervisedTemplate):
         self._loader_options = loader_options
         self.expansions = []
         try:
-            with self._run(), isolated(self.device), self.timings.part("train"):
+            with isolated(self.device), self.timings.part("train"):
                 return super().train(experiences, eval_streams, **loader_options)
         finally:
-            self._phase = self._features = self._logits = self._output = self._dropout_generator = self._cache = None
+            self._phase = self._run = self._dropout_generator = self._cache = None
             self._loader_options = {}
 
     def eval(self, experiences: Any, **loader_options: Any) -> Any:
         """Evaluate; see Avalanche. Changes no tensor of the model and no random state."""
-        with self._run(), isolated(self.device), self.timings.part("eval"):
+        with isolated(self.device), self.timings.part("eval"):
             return super().eval(experiences, **loader_options)
 
     def train_dataset_adaptation(self, **kwargs: Any) -> None:
@@ -550,11 +541,14 @@ class AdapterStrategy(SupervisedTemplate):
     def _train_exp(self, experience: Any, eval_streams: Any = None, **kwargs: Any) -> None:
         self._dropout_generator = generator(self.seed, "dropout", self.task, device=self.device)
         self.trainable_parameters = 0
+        self._trained = {}
         self._images = self.dataloader  # a plugin may have put its own
         for phase in self.phases(self.task):
             self._phase = phase
             self.dataloader = self._loader_of(phase)
             phase.install(self.optimizer)
+            self.model.trained, self.model.trained_routes = True, self.routes()
+            self._trained = {id(p): p for group in phase.groups for p in group.params} | self._trained
             self._schedules.reset()
             self.trainable_parameters = max(self.trainable_parameters, phase.num_parameters)
             steps = len(self.dataloader)
@@ -584,7 +578,8 @@ class AdapterStrategy(SupervisedTemplate):
         self._take_keys()
         self.model.predictor = self._given or self.predictor(self.task, training=False)
         self._unfinished = False
-        super()._after_training_exp(**kwargs)
+        with self._as_trained():
+            super()._after_training_exp(**kwargs)
 
     def report(self, phase: str, done: int, total: int) -> None:
         """Tell the progress listener, if any."""
@@ -594,50 +589,38 @@ class AdapterStrategy(SupervisedTemplate):
     # --- Avalanche's loop: one batch ----------------------------------------------------------------------------------
 
     def forward(self) -> Tensor:
-        """Logits; what Avalanche's metrics and plugins read of them is :attr:`mb_output`.
-
-        Returns:
-            In training [B, C] in the order of ``model.classes``; in evaluation [B, L] indexed by class label.
-        """
+        """Logits [B, L] indexed by class label; see :class:`ByLabel`."""
+        width = int(self.mb_y.max()) + 1
+        if not self.model.classes:
+            return torch.zeros(len(self.mb_y), *([width] if width <= WIDEST else []), device=self.device)
+        run = self._run = Pass(width=width)
         if self.is_training:
             self.before_pass()
-            start = getattr(self.dataloader, "start", None)
-            self._features = self.model.features(self.mb_x, self.routes(), self._dropout_generator, start=start)
-            self._logits = self.model.head(self._features)
-            return self._logits
-        if not self.model.classes:
-            return torch.zeros(len(self.mb_y), int(self.mb_y.max()) + 1, device=self.device)
-        logits_BL = self._by_label(self.model(self.mb_x))
-        return self._task_classes.restricted(logits_BL, self.mbatch, self.model) if self.task_incremental else logits_BL
-
-    @property
-    def mb_output(self) -> Tensor | None:
-        """Logits [B, L] indexed by class label, as Avalanche's metrics expect; unseen labels at minus infinity.
-
-        In training they are made when somebody reads them, who may also change them before the loss is computed.
-        """
-        if self._output is not None and self._output is self._logits:
-            self._output = self._by_label(self._output)
-        return self._output
-
-    @mb_output.setter
-    def mb_output(self, logits: Tensor | None) -> None:
-        self._output = logits
+            run.start = getattr(self.dataloader, "start", None)
+            run.routes = self.model.trained_routes = self.routes()
+            run.dropout = self._dropout_generator
+        output: Tensor = self.model(self.mb_x, run)
+        if self.is_training or not self.task_incremental:
+            return output
+        run.logits = self._task_classes.restricted(run.logits, self.mbatch, self.model)
+        output = self.model.by_label(run.logits, width, exact=False)
+        return output
 
     def criterion(self) -> Tensor:
-        """The phase's loss in training; in evaluation cross-entropy over the samples of known classes."""
+        """The phase's loss in training; in evaluation cross-entropy over the samples of known classes, NaN over none.
+
+        Of ``mb_output``, which plugins may have changed.
+        """
+        run, output = self._run, self.mb_output
         columns_of = self._known_columns if self.is_training else self.model.columns_of
         columns_B = columns_of(self.mb_y).to(self.device)
-        assert self._output is not None
-        unread = self._output is self._logits
-        logits_BC = self._output if unread else self._output[:, self.model.classes]
+        seen = columns_B >= 0
+        if run is None or not (self.is_training or seen.any()):
+            return torch.tensor(torch.nan, device=self.device)
+        logits_BC = run.logits if output.dim() == 1 else output[:, self.model.classes]
         if self.is_training:
             assert self._phase is not None
-            assert self._features is not None
-            return self._phase.loss(Batch(self._features, logits_BC, columns_B, self._criterion))
-        seen = columns_B >= 0
-        if not seen.any():
-            return logits_BC.new_zeros(())
+            return self._phase.loss(Batch(run.features, logits_BC, columns_B, self._criterion))
         loss: Tensor = self._criterion(logits_BC[seen], columns_B[seen])
         return loss
 
@@ -682,6 +665,7 @@ class AdapterStrategy(SupervisedTemplate):
         for name, value in given.items():
             if value is not None and not self.trains:
                 raise ConfigError(f"{type(self).__name__} trains nothing here, so {name}= has no effect: leave it out")
+        self._brought = [name for name, value in given.items() if value is not None]
         self._dial: Dial | None = None
         if optimizer is not None:
             self._dial = Dial.of(optimizer)
@@ -690,10 +674,23 @@ class AdapterStrategy(SupervisedTemplate):
             own = self._new_optimizer()
             own.param_groups[0]["lr"] = self._training_config().lr
             self._dial = Dial(own)
-        self._brought_optimizer = None if optimizer is None or self._dial is None else self._dial.optimizer
         self._schedules = Schedules(self._dial, scheduler, plugins)
         if criterion is not None:
             check_criterion(criterion)
+
+    @contextmanager
+    def _as_trained(self) -> Iterator[None]:
+        """What was trained needs gradients again: plugins ask after a task how much each parameter matters."""
+        rested = [parameter for parameter in self._trained.values() if not parameter.requires_grad]
+        for parameter in rested:
+            parameter.requires_grad_(True)
+        try:
+            yield
+        finally:
+            self.optimizer.zero_grad()
+            for parameter in rested:
+                parameter.requires_grad_(False)
+            self._trained = {}
 
     def _check_finished(self) -> None:
         if self._unfinished:
@@ -754,12 +751,6 @@ class AdapterStrategy(SupervisedTemplate):
             draw=self.next_order,
             drop_last=self._loader_options.get("drop_last", getattr(self.config, "drop_last", False)),
         )
-
-    def _by_label(self, logits_BC: Tensor) -> Tensor:
-        width = max(*self.model.classes, int(self.mb_y.max())) + 1
-        labels = torch.tensor(self.model.classes, device=logits_BC.device)
-        wide = logits_BC.new_full((len(logits_BC), width), -torch.inf)
-        return wide.index_copy(1, labels, logits_BC)
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         """An optimizer whose parameters each phase replaces; torch refuses an empty one."""

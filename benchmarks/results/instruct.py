@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from cl_adapters._io import read_json, write_json
-from cl_adapters.benchmarks.results.parts import BackboneInfo, Row, Rows, agree, figures
+from cl_adapters.benchmarks.results.parts import BackboneInfo, Row, Rows, agree, check_lengths, figures
 from cl_adapters.config import build, to_plain
 from cl_adapters.errors import ConfigError, StorageError
 
@@ -76,7 +76,24 @@ class InstructResults:
     versions: dict[str, str]
     schema_version: int = SCHEMA_VERSION
 
+    def __post_init__(self) -> None:
+        ways = {name: way for name in WAYS if (way := getattr(self, name)) is not None}
+        lists = {name: getattr(self, name) for name in PER_TASK}
+        lists |= {f"{name}.test_counts": way.test_counts for name, way in ways.items()}
+        check_lengths(
+            lists, {f"{name}.accuracy_matrix": way.accuracy_matrix for name, way in ways.items()}, len(self.tasks)
+        )
 
+
+WAYS = ("likelihood", "generation")
+PER_TASK = (
+    "train_counts",
+    "train_loss",
+    "trainable_parameters",
+    "stored_bytes_per_task",
+    "seconds_train",
+    "seconds_eval",
+)
 DERIVED = tuple(entry.name for entry in fields(Judged) if not entry.init)
 
 
@@ -87,7 +104,7 @@ def write(results: InstructResults, path: Path) -> Path:
         StorageError: the place cannot be written.
     """
     plain = to_plain(results)
-    for way in ("likelihood", "generation"):
+    for way in WAYS:
         judged = getattr(results, way)
         plain[way] = None if judged is None else {name: _listed(value) for name, value in asdict(judged).items()}
     write_json(path, plain)
@@ -103,14 +120,14 @@ def read(path: Path) -> InstructResults:
     path = path / FILE_NAME if path.is_dir() else path
     plain = read_json(path, schema_version=SCHEMA_VERSION)
     given = dict(plain)
-    for way in ("likelihood", "generation"):
+    for way in WAYS:
         if isinstance(plain.get(way), dict):
             given[way] = {name: value for name, value in plain[way].items() if name not in DERIVED}
     try:
         results = build(InstructResults, given)
     except ConfigError as error:
         raise StorageError(f"{path} does not follow the schema of instruction results: {error}") from error
-    for way in ("likelihood", "generation"):
+    for way in WAYS:
         judged = getattr(results, way)
         for name in DERIVED if judged is not None else ():
             if not agree(plain[way].get(name), _listed(getattr(judged, name))):

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence, Sized
 from dataclasses import dataclass, fields
 from typing import Any
 
@@ -34,6 +34,20 @@ def figures(accuracy_matrix: Rows, counts: Sequence[int]) -> dict[str, Any]:
         "forgetting": _number(metrics.forgetting(matrix)),
         "backward_transfer": _number(metrics.backward_transfer(matrix)),
     }
+
+
+def check_lengths(lists: Mapping[str, Sized], matrices: Mapping[str, Rows], tasks: int) -> None:
+    """Check that there is one entry, and in a matrix one row and one column, for each finished task.
+
+    Raises:
+        ValueError: names what has another number.
+    """
+    for name, entries in {**lists, **matrices}.items():
+        if len(entries) != tasks:
+            raise ValueError(f"{name} has {len(entries)} entries, expected one for each of {tasks} finished tasks")
+    for name, rows in matrices.items():
+        if any(len(row) != tasks for row in rows):
+            raise ValueError(f"each row of {name} needs {tasks} cells, with null for unseen tasks")
 
 
 def agree(stored: Any, computed: Any) -> bool:

@@ -27,6 +27,7 @@ from cl_adapters.benchmarks.results.parts import (
     Rows,
     Seconds,
     agree,
+    check_lengths,
     figures,
 )
 from cl_adapters.config import build, to_plain
@@ -107,7 +108,6 @@ class Results:
     def _check_lengths(self) -> None:
         tasks, classes = len(self.task_classes), len(self.class_names)
         lists: dict[str, Sized] = {
-            "accuracy_matrix": self.accuracy_matrix,
             "test_counts": self.test_counts,
             "trainable_parameters": self.trainable_parameters,
             "stored_bytes_per_task": self.stored_bytes_per_task,
@@ -118,11 +118,7 @@ class Results:
         lists |= {name: entries for name in _NEW_IN_2 if (entries := getattr(self, name)) is not None}
         if self.routing is not None:
             lists["routing.counts"] = self.routing.counts
-        for name, entries in lists.items():
-            if len(entries) != tasks:
-                raise ValueError(f"{name} has {len(entries)} entries, expected one for each of {tasks} finished tasks")
-        if any(len(row) != tasks for row in self.accuracy_matrix):
-            raise ValueError(f"each row of accuracy_matrix needs {tasks} cells, with null for unseen tasks")
+        check_lengths(lists, {"accuracy_matrix": self.accuracy_matrix}, tasks)
         labels = {*self.class_order, *(label for task in self.task_classes for label in task)}
         if not labels <= set(range(classes)):
             raise ValueError(

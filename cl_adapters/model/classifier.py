@@ -51,6 +51,18 @@ class Classifier(ModelState):
             ClAdaptersError: no task was learned yet; the memory is of another model or batch; or logits are NaN.
             DataError: inputs that the backbone does not take, or numbers in them that are not finite.
         """
+        with torch.inference_mode():
+            return self.answer_with_grad(x, memory, samples, predictor=predictor)
+
+    def answer_with_grad(
+        self,
+        x: Inputs,
+        memory: FeatureMemory | None = None,
+        samples: Sequence[int] | None = None,
+        *,
+        predictor: Predictor | None = None,
+    ) -> Prediction:
+        """As :meth:`answer`, through which gradients can flow to adapters and heads."""
         if not self.classes:
             raise ClAdaptersError("this model knows no class yet: train it on a task first")
         x = as_inputs(x)
@@ -58,17 +70,16 @@ class Classifier(ModelState):
             memory.check(self, batch_size(x), samples)
         if not batch_size(x):
             return self._no_answer()
-        with torch.inference_mode():
-            lazy = LazyFeatures(self, to_device(x, self.device), memory, samples)
-            prediction = (predictor or self.predictor).predict(self, lazy)
-            if bool(prediction.logits.isnan().any()):
-                raise ClAdaptersError(
-                    "logits are no numbers (NaN): training has diverged (take a smaller lr), or the model's numbers "
-                    "overflow"
-                )
-            if "abstention" not in self.parts:
-                return prediction
-            return self.part("abstention", Abstention).applied(self, lazy, prediction)
+        lazy = LazyFeatures(self, to_device(x, self.device), memory, samples)
+        prediction = (predictor or self.predictor).predict(self, lazy)
+        if bool(prediction.logits.isnan().any()):
+            raise ClAdaptersError(
+                "logits are no numbers (NaN): training has diverged (take a smaller lr), or the model's numbers "
+                "overflow"
+            )
+        if "abstention" not in self.parts:
+            return prediction
+        return self.part("abstention", Abstention).applied(self, lazy, prediction)
 
     def forward(self, x: Inputs) -> Tensor:
         """Logits float32 [B, C]; columns are ``classes``."""

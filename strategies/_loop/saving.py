@@ -25,7 +25,7 @@ from avalanche.training.plugins import EvaluationPlugin
 from avalanche.training.plugins.clock import Clock
 from avalanche.training.templates.base_sgd import PeriodicEval
 from pydantic import Field
-from torch import Tensor, nn
+from torch import Tensor
 
 from cl_adapters._forms import SHA, Count, Label, clipped, shown
 from cl_adapters._io import (
@@ -221,13 +221,13 @@ def _numbers(values: Mapping[Any, Any]) -> tuple[dict[Any, Any], list[Any]]:
 
 
 def _brought(strategy: Any) -> _Brought:
-    optimizer, criterion, schedule = strategy._brought_optimizer, strategy._criterion, strategy._schedules.by_epoch
-    own = criterion is nn.functional.cross_entropy
-    return _Brought(
-        optimizer=None if optimizer is None else type(optimizer).__name__,
-        criterion=None if own else getattr(criterion, "__name__", type(criterion).__name__),
-        scheduler=None if schedule is None else type(schedule).__name__,
-    )
+    criterion = strategy._criterion
+    names = {
+        "optimizer": lambda: _name(strategy._dial.optimizer),
+        "criterion": lambda: getattr(criterion, "__name__", _name(criterion)),
+        "scheduler": lambda: _name(strategy._schedules.by_epoch),
+    }
+    return _Brought(**{key: name() if key in strategy._brought else None for key, name in names.items()})
 
 
 # --- load --------------------------------------------------------------------------------------------------------

@@ -55,11 +55,11 @@ class TaskClasses:
         """Take back what :meth:`to_plain` gave."""
         self._classes = {label: set(classes) for label, classes in plain}
 
-    def restricted(self, logits_BL: Tensor, mbatch: Sequence[Any], model: ModelState) -> Tensor:
+    def restricted(self, logits_BC: Tensor, mbatch: Sequence[Any], model: ModelState) -> Tensor:
         """Logits with minus infinity at classes of other tasks; as they are for tasks that were not trained yet.
 
         Args:
-            logits_BL: by class label.
+            logits_BC: by column.
             mbatch: of Avalanche; its last entry are the task labels, int64 [B].
             model: whose classes have to be known here.
 
@@ -74,13 +74,12 @@ class TaskClasses:
                 f"the task label of class {unknown[0]} is not known, because the model learned it before: give the "
                 "experiences of then with strategy.recall(benchmark.train_stream[:N])"
             )
-        allowed_BL = torch.ones_like(logits_BL, dtype=torch.bool)
-        task_B = torch.as_tensor(mbatch[-1]).to(logits_BL.device)
+        allowed_BC = torch.ones_like(logits_BC, dtype=torch.bool)
+        task_B = torch.as_tensor(mbatch[-1]).to(logits_BC.device)
         for label, classes in self._classes.items():
-            allowed_L = torch.zeros(logits_BL.shape[1], dtype=torch.bool, device=logits_BL.device)
-            allowed_L[sorted(classes)] = True
-            allowed_BL[task_B == label] = allowed_L
-        return logits_BL.masked_fill(~allowed_BL, -torch.inf)
+            allowed_C = torch.tensor([c in classes for c in model.classes], device=logits_BC.device)
+            allowed_BC[task_B == label] = allowed_C
+        return logits_BC.masked_fill(~allowed_BC, -torch.inf)
 
 
 def _task_labels(experience: Any) -> list[int]:

@@ -267,7 +267,8 @@ def test_who_does_not_say_what_it_keeps_is_named(backbone: Backbone, tmp_path: P
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         small(MOS, backbone(), optimizer=quiet[1], plugins=quiet[0]).save(tmp_path / "quiet")
-        small(MOS, backbone(), plugins=[EarlyStoppingPlugin(1, "train_stream")]).save(tmp_path / "early")
+        early: Any = [EarlyStoppingPlugin(1, "train_stream")]
+        small(MOS, backbone(), plugins=early, evaluator=new_evaluator, eval_every=1).save(tmp_path / "early")
 
 
 def test_replay_is_refused_by_name(backbone: Backbone, tmp_path: Path) -> None:

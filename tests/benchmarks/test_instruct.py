@@ -85,6 +85,17 @@ def test_retrieve_learns_and_forgets_nothing(
     assert results.generation.a_bar == 100 and results.generation.forgetting == 0
     assert max(results.train_loss) < 0.3, "from about 3.5"
     assert read(tmp_path / "run") == results
+    whole = json.loads((tmp_path / "run" / "instruct.json").read_text())
+    for change in ("tasks", "train_counts", "seconds_eval"):
+        (tmp_path / "instruct.json").write_text(json.dumps(whole | {change: whole[change][:1]}))
+        with pytest.raises(StorageError, match=r"expected one for each of [12] finished tasks"):
+            read(tmp_path / "instruct.json")
+    for depth in (400, 150):
+        (tmp_path / "instruct.json").write_text(
+            json.dumps(whole | {"tasks": 0}).replace('"tasks": 0', '"tasks": ' + "[" * depth + "]" * depth)
+        )
+        with pytest.raises(StorageError, match=r"instruct\.json.*tasks.*nested more than 100 deep"):
+            read(tmp_path / "instruct.json")
 
 
 def test_sequential_forgets(experiment: Callable[..., instruct.InstructExperiment], tmp_path: Path) -> None:

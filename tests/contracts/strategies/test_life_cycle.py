@@ -199,7 +199,7 @@ def test_metrics_and_loggers(name: str, lab: Any, style: str) -> None:
     benchmark = lab.benchmark(style)
     strategy = lab.make(name, evaluator=evaluator, eval_every=0)
     start = strategy.eval(benchmark.test_stream)
-    assert all(np.isfinite(value) for key, value in start.items() if "Loss" in key)
+    assert all(np.isnan(value) for key, value in start.items() if "Loss" in key), "no class is known, so no loss either"
     for experience in benchmark.train_stream:
         strategy.train(experience, eval_streams=[benchmark.test_stream])
         found = strategy.eval(benchmark.test_stream)
@@ -274,7 +274,7 @@ def test_progress_calls_the_callback(name: str, lab: Any) -> None:
 
 
 def test_plugins_and_metrics_read_logits_by_label(name: str, lab: Any) -> None:
-    """Label-wide output in training too, though it is made only when somebody reads it; reading changes nothing."""
+    """Label-wide output in training too; reading it changes nothing."""
     from avalanche.core import SupervisedPlugin
 
     shapes: list[tuple[bool, int, int]] = []
@@ -290,7 +290,7 @@ def test_plugins_and_metrics_read_logits_by_label(name: str, lab: Any) -> None:
             width = max(*strategy.model.classes, int(strategy.mb_y.max())) + 1
             unseen = [label for label in range(width) if label not in strategy.model.classes]
             shapes.append((strategy.is_training, strategy.mb_output.shape[1], width))
-            assert bool((strategy.mb_output[:, unseen] == -torch.inf).all())
+            assert bool((strategy.mb_output[:, unseen] == -1000).all())
 
     states = []
     for plugins in ([], [Reader()]):
