@@ -221,13 +221,13 @@ def _numbers(values: Mapping[Any, Any]) -> tuple[dict[Any, Any], list[Any]]:
 
 
 def _brought(strategy: Any) -> _Brought:
-    criterion = strategy._criterion
-    names = {
-        "optimizer": lambda: _name(strategy._dial.optimizer),
-        "criterion": lambda: getattr(criterion, "__name__", _name(criterion)),
-        "scheduler": lambda: _name(strategy._schedules.by_epoch),
+    found = {
+        "optimizer": None if strategy._dial is None else strategy._dial.optimizer,
+        "criterion": strategy._criterion,
+        "scheduler": strategy._schedules.by_epoch,
     }
-    return _Brought(**{key: name() if key in strategy._brought else None for key, name in names.items()})
+    names = {key: getattr(value, "__name__", _name(value)) for key, value in found.items()}
+    return _Brought(**{key: name if key in strategy._brought else None for key, name in names.items()})
 
 
 # --- load --------------------------------------------------------------------------------------------------------
