@@ -109,7 +109,7 @@ class _Saved:
     schema_version: int
     strategy: str
     config: dict[str, Any]
-    seed: Whole
+    seed: Annotated[str, Field(pattern=r"^-?[0-9]{1,40}\Z")]  # torch's own seeds have 64 bits without a sign
     task_incremental: bool
     task_classes: tuple[tuple[Label, tuple[Label, ...]], ...]
     class_names: tuple[tuple[Label, str], ...]
@@ -174,7 +174,7 @@ def _describe(strategy: Any) -> dict[str, Any]:
         "schema_version": SCHEMA,
         "strategy": type(strategy).__name__,
         "config": to_plain(strategy.config),
-        "seed": strategy.seed,
+        "seed": str(int(strategy.seed)),
         "task_incremental": strategy.task_incremental,
         "task_classes": strategy._task_classes.to_plain(),
         "class_names": [
@@ -275,7 +275,7 @@ def load_strategy(
     strategy: Any = cls(
         model,
         **brought,
-        seed=saved.seed,
+        seed=int(saved.seed),
         config=config,
         device=device,
         plugins=plugins,

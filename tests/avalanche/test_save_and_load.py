@@ -162,12 +162,14 @@ def test_another_process_goes_on_too(tmp_path: Path, repo_root: Path) -> None:
 
 
 def test_settings_of_later_go_along(backbone: Backbone, tmp_path: Path) -> None:
-    strategy = small(Sequential, backbone(), eval_every=2, peval_mode="iteration", class_names={0: "zero"})
+    strategy = small(
+        Sequential, backbone(), eval_every=2, peval_mode="iteration", class_names={0: "zero"}, seed=2**64 - 1
+    )
     strategy.train_epochs, strategy.train_mb_size = 3, 4
     loaded = Sequential.load(strategy.save(tmp_path / "saved"), backbone(), evaluator=None)
     assert loaded.config == strategy.config
     assert (loaded.train_epochs, loaded.train_mb_size, loaded.eval_every) == (3, 4, 2)
-    assert loaded.model.class_names == {0: "zero"}
+    assert (loaded.seed, loaded.model.class_names) == (2**64 - 1, {0: "zero"})
 
 
 def test_the_predictor_that_was_given_goes_along(backbone: Backbone, tmp_path: Path) -> None:
@@ -402,7 +404,7 @@ def test_a_model_of_a_pool_is_refused_as_in_training(backbone: Backbone, tmp_pat
 
 EDITS: dict[str, Any] = {
     "strategy": "MOS; import os",
-    "seed": "1",
+    "seed": "1x",
     "config": {"lr": -1},
     "task_classes": [[0, [10**12]]],
     "predictor": {"type": "none"},
