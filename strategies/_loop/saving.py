@@ -109,7 +109,7 @@ class _Saved:
     schema_version: int
     strategy: str
     config: dict[str, Any]
-    seed: Annotated[str, Field(pattern=r"^-?[0-9]{1,40}\Z")]  # torch's own seeds have 64 bits without a sign
+    seed: Annotated[str, Field(pattern=r"^-?[0-9]{1,40}$")]  # torch's own seeds have 64 bits without a sign
     task_incremental: bool
     task_classes: tuple[tuple[Label, tuple[Label, ...]], ...]
     class_names: tuple[tuple[Label, str], ...]
