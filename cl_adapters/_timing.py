@@ -21,6 +21,11 @@ class Stopwatch:
     cpu: dict[str, float] = field(default_factory=dict)
     _nested: list[list[float]] = field(default_factory=list)
 
+    @property
+    def running(self) -> bool:
+        """Whether a part is being timed."""
+        return bool(self._nested)
+
     @contextmanager
     def part(self, name: str) -> Iterator[None]:
         """Time the block under ``name``."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import inspect
 import math
+import sys
 import warnings
 from abc import abstractmethod
 from collections import Counter
@@ -17,7 +18,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from types import MappingProxyType
-from typing import TYPE_CHECKING, Any, ClassVar, Literal
+from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 
 import torch
 from avalanche.benchmarks.scenarios.online import OnlineCLExperience
@@ -46,6 +47,7 @@ from cl_adapters.strategies._loop.by_label import WIDEST, ByLabel, Pass
 from cl_adapters.strategies._loop.experiences import check_experience, experience_classes
 from cl_adapters.strategies._loop.order import lengths_of, reading_loader, training_loader
 from cl_adapters.strategies._loop.plugins import check_plugins
+from cl_adapters.strategies._loop.saving import load_strategy, save_strategy
 from cl_adapters.strategies._loop.snapshot import Snapshot
 from cl_adapters.strategies._loop.task_labels import TaskClasses
 from cl_adapters.strategies.config import StrategyConfig, TrainingConfig, resolve
@@ -58,6 +60,7 @@ if TYPE_CHECKING:
 Returning = Literal["refused", "taken", "merged"]
 """Classes that were learned before are refused; or taken, where ``returning`` says all that is needed of them; or their
 means are merged by the number of samples so far (``keep_means``)."""
+S = TypeVar("S", bound="AdapterStrategy")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -437,6 +440,77 @@ class AdapterStrategy(SupervisedTemplate):
         model: AdapterModel = self.model
         return model.save_pool(path, tags=tags, benchmark=benchmark, metrics=metrics, compression=compression)
 
+    # --- going on later ------------------------------------------------------------------------------------------
+
+    def save(self, path: str | Path, *, overwrite: bool = False) -> Path:
+        """Write the strategy as a folder, atomically, from which :meth:`load` goes on as if it had never stopped.
+
+        It holds the model, the settings, Avalanche's clock, the evaluator's curves and what its metrics and the
+        plugins keep: Avalanche's forgetting, transfer and accuracies, and whatever has ``state_dict()``, of tensors and
+        of what JSON holds, and ``load_state_dict(state)``. Warns of a plugin or metric of which nobody knows whether it
+        keeps anything. What one call of ``train`` reports (``expansions``, ``timings``) is not kept, and no data.
+
+        Args:
+            path: folder to make.
+            overwrite: replace a saved strategy, or an empty folder; nothing else is ever replaced.
+
+        Raises:
+            ConfigError: one of Avalanche's plugins keeps what has no place there, such as ``ReplayPlugin`` samples.
+            ClAdaptersError: ``train`` or ``eval`` runs, a task is half trained, or the model was made from a pool.
+            StorageError: the place exists or cannot be written, or a number of the model is not finite.
+        """
+        self._check_between_tasks()
+        self._check_complete()
+        if self.timings.running:
+            raise ClAdaptersError("a strategy is saved between calls of train and eval, not while they run")
+        return save_strategy(self, Path(path), overwrite=overwrite)
+
+    @classmethod
+    def load(
+        cls: type[S],
+        path: str | Path,
+        backbone: FrozenBackbone | None = None,
+        *,
+        optimizer: Optimizer | MakeOptimizer | None = None,
+        criterion: Criterion | None = None,
+        scheduler: MakeScheduler | None = None,
+        device: str | torch.device = "cpu",
+        plugins: Sequence[BasePlugin] | None = None,
+        evaluator: EvaluationPlugin | Callable[[], EvaluationPlugin] | None = default_evaluator,
+        progress: Callable[[str, int, int], None] | None = None,
+    ) -> S:
+        """Read a folder of :meth:`save`; without a ``backbone`` the recorded one is loaded again by name.
+
+        What was given to the constructor as an object has to be given again, plugins as new ones in the same order.
+        Metrics of the evaluator go on where the saved one had them. Strategies that keep the data of finished tasks
+        (Joint) want them back by :meth:`recall`.
+
+        Raises:
+            StorageError: missing, altered or newer files.
+            ConfigError: another class's strategy; an optimizer, criterion, schedule or plugin is missing or another.
+            IncompatibleBackbone: not the backbone that the adapters were trained on.
+        """
+        return load_strategy(
+            cls,
+            Path(path),
+            backbone,
+            device=device,
+            plugins=plugins or (),
+            evaluator=evaluator,
+            brought={"optimizer": optimizer, "criterion": criterion, "scheduler": scheduler},
+            progress=progress,
+        )
+
+    def __getstate__(self) -> dict[str, Any]:
+        """For ``avalanche.checkpointing.save_checkpoint``, whose dill looks classes up in modules.
+
+        torch deletes the names of the modules in which its optimizers are, so dill would copy the classes and fail.
+        """
+        package, _, module = type(self.optimizer).__module__.rpartition(".")
+        if package == "torch.optim":
+            setattr(torch.optim, module, sys.modules[f"{package}.{module}"])
+        return dict(vars(self))
+
     # --- Avalanche's loop: a task -------------------------------------------------------------------------------------
 
     def train(self, experiences: Any, eval_streams: Any = None, **loader_options: Any) -> Any:
@@ -657,6 +731,7 @@ class AdapterStrategy(SupervisedTemplate):
         for name, value in given.items():
             if value is not None and not self.trains:
                 raise ConfigError(f"{type(self).__name__} trains nothing here, so {name}= has no effect: leave it out")
+        self._brought = [name for name, value in given.items() if value is not None]
         self._dial: Dial | None = None
         if optimizer is not None:
             self._dial = Dial.of(optimizer)

@@ -163,6 +163,12 @@ class Schedules:
             self.by_epoch.step()
 
 
+def without_recipe(config: C) -> C:
+    """The configuration before :meth:`Dial.settings`."""
+    defaults = {each.name: each.default for each in dataclasses.fields(config) if each.name in SETTINGS}
+    return dataclasses.replace(config, **defaults)  # type: ignore[arg-type]
+
+
 def check_criterion(criterion: Any) -> None:
     """Check a user's criterion.
 

@@ -63,6 +63,15 @@ def test_classes_return_as_printed(repo_root: Path, tmp_path: Path) -> None:
     assert float(reached) > 0.5  # ten classes: chance is 0.1
 
 
+def test_a_strategy_goes_on_as_printed(repo_root: Path, tmp_path: Path) -> None:
+    train, *others = blocks(repo_root, "python")
+    (going_on,) = (block for block in others if "strategy.save(" in block)
+    metrics = python(
+        train.partition("for experience")[0] + going_on + "print(strategy.clock.train_exp_counter)", tmp_path
+    )
+    assert metrics.splitlines()[-1] == "3"
+
+
 def test_a_strategy_of_avalanche_runs_as_printed(repo_root: Path, tmp_path: Path) -> None:
     (train,) = (block for block in blocks(repo_root, "python") if "AdaptedNet(" in block)
     (reached,) = re.findall(r"Top1_Acc_Stream/eval_phase/test_stream\S* = ([0-9.]+)", python(train, tmp_path))

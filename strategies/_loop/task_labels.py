@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -46,6 +46,14 @@ class TaskClasses:
         """Remember the classes of an experience that is trained."""
         for label in _task_labels(experience):
             self._classes.setdefault(label, set()).update(experience_classes(experience))
+
+    def to_plain(self) -> list[tuple[int, list[int]]]:
+        """Task labels and their classes, ready for JSON."""
+        return [(label, sorted(classes)) for label, classes in self._classes.items()]
+
+    def load(self, plain: Iterable[tuple[int, Iterable[int]]]) -> None:
+        """Take back what :meth:`to_plain` gave."""
+        self._classes = {label: set(classes) for label, classes in plain}
 
     def restricted(self, logits_BC: Tensor, mbatch: Sequence[Any], model: ModelState) -> Tensor:
         """Logits with minus infinity at classes of other tasks; as they are for tasks that were not trained yet.

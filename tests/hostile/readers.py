@@ -50,7 +50,16 @@ SAME, CLEAN, ANOTHER, BAD, CRASH = OUTCOMES = (
     "accepted and different",
     "crash",
 )
-DESCRIPTIONS = {"model.json", "manifest.json", "index.json", "config.json", "row.json", "results.json", "instruct.json"}
+DESCRIPTIONS = {
+    "model.json",
+    "manifest.json",
+    "index.json",
+    "config.json",
+    "row.json",
+    "results.json",
+    "instruct.json",
+    "strategy.json",
+}
 """Files whose digest stands in no other file, though it may in themselves."""
 
 
@@ -299,6 +308,56 @@ def read_model_by_name(folder: Path, found: Found) -> None:
     found.take("model", lambda: loaded.append(AdapterModel.load(folder)))
     if loaded:
         ask(loaded[0], found, "model", images())
+
+
+# --- strategies --------------------------------------------------------------------------------------------------
+
+
+class Sums:
+    """A plugin that keeps a tensor and a number."""
+
+    def __init__(self) -> None:
+        self.state: dict[str, Any] = {}
+
+    def state_dict(self) -> dict[str, Any]:
+        return self.state
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.state = state
+
+
+def new_evaluator() -> Any:
+    """One that remembers, without a word."""
+    from avalanche.evaluation.metrics import forgetting_metrics
+    from avalanche.training.plugins import EvaluationPlugin
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return EvaluationPlugin(forgetting_metrics(experience=True, stream=True))
+
+
+def read_strategy(folder: Path, found: Found) -> None:
+    """Load, and look at all that it goes on with."""
+    from cl_adapters.strategies import MOS
+    from cl_adapters.strategies._loop.kept import state_of
+
+    sums, loaded = Sums(), []
+    plugins: Any = [sums]
+
+    def load() -> None:
+        loaded.append(MOS.load(folder, backbone(), plugins=plugins, evaluator=new_evaluator()))
+
+    found.take("strategy", load)
+    if not loaded:
+        return
+    strategy = loaded[0]
+    evaluator = strategy.evaluator
+    found.bits["settings"] = repr((strategy.config, strategy.seed, strategy.model.class_names, vars(strategy.clock)))
+    found.bits["task classes"] = repr((strategy.task_incremental, strategy._task_classes.to_plain()))
+    found.bits["measured"] = repr((evaluator.all_metric_results, evaluator.last_metric_results))
+    found.bits["metrics"] = repr([state_of(metric) for metric in evaluator.metrics])
+    found.bits["plugin"] = (repr(sums.state.get("count")), bits({"sums": sums.state["sums"]}))
+    ask(strategy.model, found, "model of a strategy", images())
 
 
 # --- pools and indexes -------------------------------------------------------------------------------------------
@@ -575,6 +634,25 @@ class Place:
         folder = self.scratch / name
         return folder if folder.exists() else AdapterModel.load(FROZEN / name, backbone()).save(folder)
 
+    def strategy(self, seed: int) -> Path:
+        """A strategy, as if it had trained and measured."""
+        from cl_adapters.strategies import MOS
+
+        folder = self.scratch / f"strategy-{seed}"
+        if not folder.exists():
+            plugins: Any = [sums := Sums()]
+            model = AdapterModel.load(FROZEN / "mos", backbone())
+            strategy = MOS(model, seed=seed, plugins=plugins, evaluator=new_evaluator(), class_names={99: "later"})
+            sums.state = {"count": seed, "sums": torch.arange(8.0) + seed}
+            strategy.clock.train_iterations, strategy.clock.train_exp_counter = 40 + seed, 2
+            strategy._task_classes.load([(0, model.classes[:2]), (1, model.classes[2:])])
+            for metric in strategy.evaluator.metrics:
+                metric.train_exp_id, metric.forgetting.initial, metric.forgetting.last = 1, {0: 0.9, 1: 0.5}, {0: 0.25}
+            strategy.evaluator.all_metric_results["loss"] = ([1, 2, 3], [0.5, float("nan"), seed])
+            strategy.evaluator.last_metric_results["loss"] = 0.125
+            strategy.save(folder)
+        return folder
+
     def run(self) -> Path:
         """The interrupted run, gone on with for one task, so that it has results."""
         from cl_adapters.benchmarks.run.runner import resume
@@ -634,6 +712,7 @@ def _models(place: Place) -> tuple[Path, ...]:
 
 KINDS: dict[str, Callable[[Place], Kind]] = {
     "model": lambda place: Kind("model", _models(place), (read_model, read_model, read_model_by_name)),
+    "strategy": lambda place: Kind("strategy", (place.strategy(0), place.strategy(7)), (read_strategy,)),
     "pool": lambda place: Kind(
         "pool", (FROZEN / "pool", place.pool()), (read_pool, model_of(None), model_of("default"))
     ),

@@ -22,6 +22,7 @@ from tests.hostile.readers import BAD, CLEAN, KINDS, SAME, Found, Kind, Place, j
 
 FEW = {
     "model": 40,
+    "strategy": 40,
     "pool": 30,
     "index": 60,
     "run": 16,

@@ -150,6 +150,27 @@ def test_a_model_over_an_older_one(models: Models, tmp_path: Path) -> None:
     )
 
 
+def test_a_strategy_over_an_older_one(backbone: FrozenBackbone, tmp_path: Path) -> None:
+    """Model, clock and metrics are of one state."""
+    from cl_adapters.strategies import MOS
+
+    def load(place: Path) -> MOS:
+        return MOS.load(place, backbone, evaluator=None)
+
+    strategy = MOS(random_model(backbone, TASKS), evaluator=None, seed=1)
+    (tmp_path / "template").mkdir()
+    strategy.save(tmp_path / "template" / "x")
+    with torch.no_grad():
+        strategy.model.prototypes.prototypes += torch.eye(4, 16)
+    strategy.clock.train_iterations = 7
+    assert_stays_whole(
+        tmp_path / "template",
+        tmp_path / "home",
+        lambda home: strategy.save(home / "x", overwrite=True),
+        lambda home: (load(home / "x").clock.train_iterations, load(home / "x").model.predict(X).numpy().tobytes()),
+    )
+
+
 # --- indexes and forgetting ------------------------------------------------------------------------------------------
 
 
