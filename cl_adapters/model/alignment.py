@@ -44,6 +44,7 @@ def cosine_lr(lr: float, epoch: int, epochs: int) -> float:
 
 
 @torch.no_grad()
+@torch.autocast("cpu", enabled=False)
 def align(
     head: LinearHead,
     statistics: ClassStatistics,
