@@ -71,7 +71,10 @@ class Classifier(ModelState):
             return self.part("abstention", Abstention).applied(self, lazy, prediction)
 
     def forward(self, x: Inputs) -> Tensor:
-        """Logits float32 [B, C]; columns are ``classes``."""
+        """Logits float32 [B, C]; columns are ``classes``. Before the first task, a pass that ends in no column."""
+        if not self.classes:
+            with torch.inference_mode():
+                return self.features(to_device(as_inputs(x), self.device), None).float()[:, :0]
         return self.answer(x).logits.float()
 
     def predict(self, x: Inputs, batch: int = 64, *, predictor: Predictor | None = None) -> Tensor:
