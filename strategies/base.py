@@ -147,6 +147,8 @@ class AdapterStrategy(SupervisedTemplate):
     _features: Tensor | None = None
     _dropout_generator: torch.Generator | None = None
     _cache: ActivationCache | None = None
+    _images: Any = None
+    _own_images: Any = None
     _visits: int = 0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -442,6 +444,7 @@ class AdapterStrategy(SupervisedTemplate):
                 return super().train(experiences, eval_streams, **loader_options)
         finally:
             self._phase = self._features = self._logits = self._output = self._dropout_generator = self._cache = None
+            self._images = self._own_images = None  # with them end workers that persist
             self._loader_options = {}
 
     def eval(self, experiences: Any, **loader_options: Any) -> Any:
@@ -470,7 +473,8 @@ class AdapterStrategy(SupervisedTemplate):
         self._visits = 0
         data = self.adapted_dataset
         if not self.explicit_order and (lengths_of(data) is None or not kwargs.get("shuffle", True)):
-            super().make_train_dataloader(**kwargs)
+            whole = len(data) >= self.train_mb_size  # the only batch is not left out
+            super().make_train_dataloader(**kwargs | {"drop_last": whole and kwargs.get("drop_last", False)})
             if type(self.dataloader) is DataLoader:  # Avalanche leaves it out, though not in evaluation
                 self.dataloader.collate_fn = collate_of(data) or self.dataloader.collate_fn
             if kwargs.get("persistent_workers") and kwargs.get("num_workers"):
