@@ -149,6 +149,8 @@ class AdapterStrategy(SupervisedTemplate):
     _cache: ActivationCache | None = None
     _images: Any = None
     _own_images: Any = None
+    dataloader: Any
+    mbatch: Any
     _visits: int = 0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -475,10 +477,11 @@ class AdapterStrategy(SupervisedTemplate):
         if not self.explicit_order and (lengths_of(data) is None or not kwargs.get("shuffle", True)):
             whole = len(data) >= self.train_mb_size  # the only batch is not left out
             super().make_train_dataloader(**kwargs | {"drop_last": whole and kwargs.get("drop_last", False)})
-            if type(self.dataloader) is DataLoader:  # Avalanche leaves it out, though not in evaluation
-                self.dataloader.collate_fn = collate_of(data) or self.dataloader.collate_fn
+            loader: Any = self.dataloader
+            if type(loader) is DataLoader:  # Avalanche leaves it out, though not in evaluation
+                loader.collate_fn = collate_of(data) or loader.collate_fn
             if kwargs.get("persistent_workers") and kwargs.get("num_workers"):
-                self.dataloader = Persistent(self.dataloader)
+                self.dataloader = Persistent(loader)
         else:
             self.dataloader = training_loader(data, self.train_mb_size, self.next_order, kwargs)
         self._own_images = self.dataloader
@@ -494,8 +497,8 @@ class AdapterStrategy(SupervisedTemplate):
         """
         if model is not None and model is not self.model:
             raise ConfigError(
-                f"{type(self).__name__} grows strategy.model alone, got another {type(model).__name__}: make a strategy "
-                "of its own for that model"
+                f"{type(self).__name__} grows strategy.model alone, got another {type(model).__name__}: make a "
+                "strategy of its own for that model"
             )
         if self.is_training:
             labels = experience_classes(self.experience)

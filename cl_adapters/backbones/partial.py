@@ -245,7 +245,7 @@ def checked_inputs(encoder: nn.Module, given: Any, preprocessing: Any, name: str
             inspect.signature(encoder.forward).bind(**x)
         except TypeError as error:
             raise DataError(
-                f"backbone {name!r} does not take a dictionary of {list(x)}: {error}; give what its forward takes by name"
+                f"backbone {name!r} does not take a dictionary of {list(x)} ({error}): give what its forward takes"
             ) from error
         return x
     for expected in _shapes_of_input(encoder, preprocessing):
@@ -253,8 +253,8 @@ def checked_inputs(encoder: nn.Module, given: Any, preprocessing: Any, name: str
             raise DataError(
                 f"backbone {name!r} takes {'images' if len(expected) == 3 else 'spectrograms'} "
                 f"[B, {', '.join(map(str, expected))}], got {list(x.shape)} of type "
-                f"{str(x.dtype).removeprefix('torch.')}: batches of float32 (a single one needs a first axis, x[None]), "
-                "pixels scaled to [0, 1] and normalised as in the model's training; use "
+                f"{str(x.dtype).removeprefix('torch.')}: batches of float32 (a single one needs a first axis, "
+                "x[None]), pixels scaled to [0, 1] and normalised as in the model's training; use "
                 "backbone.preprocessing.eval_transform() on each image"
             )
     if x.is_floating_point():

@@ -28,7 +28,8 @@ class Ridge(Part):
     """A ridge classifier that learns class after class and forgets none: its sums do not depend on the order.
 
     Source: RanPAC (McDonnell et al. 2023), algorithm 1; released code at 698e00c, RanPAC.py, ``replace_fc``.
-    The sums are float32, under autocast too; they are solved in float64, on the CPU, since not every accelerator has it.
+    The sums are float32, under autocast too; they are solved in float64, on the CPU, since not every accelerator has
+    it.
 
     Args:
         projection_DM: W, float32 [D, M]; see :func:`random_projection`.

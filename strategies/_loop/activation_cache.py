@@ -39,8 +39,8 @@ class ActivationCache:
         seeds: one per view, for the augmentation.
         batch: images per forward pass.
         memory_mb: limit per depth, see :class:`HiddenStore`.
-        options: of the data loader: ``num_workers``, ``pin_memory``, and ``shuffle`` (False: passes come in the order of
-            the data set).
+        options: of the data loader: ``num_workers``, ``pin_memory``, and ``shuffle`` (False: passes come in the order
+            of the data set).
 
     Attributes:
         labels: int64 [N], class labels.

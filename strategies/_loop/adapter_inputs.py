@@ -55,8 +55,8 @@ class AdapterInputs:
                     seen[self._block_of[site]] = pooled(x_BND)
 
             with torch.no_grad():
-                x = to_device(x, self._model.device)
-                self._model.features(x, self._routes(), start=start, stop=self._stop, watch=watch)
+                inputs = to_device(x, self._model.device)
+                self._model.features(inputs, self._routes(), start=start, stop=self._stop, watch=watch)
             yield seen
 
     def passes(

@@ -16,7 +16,8 @@ def check_early_stopping(plugins: Sequence[BasePlugin], eval_every: int, peval_m
 
     Args:
         plugins: of the strategy.
-        eval_every, peval_mode: of the strategy.
+        eval_every: evaluations in between, counted in
+        peval_mode: epochs or iterations.
         measured: whether it has an evaluator.
 
     Raises:

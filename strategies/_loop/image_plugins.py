@@ -38,8 +38,8 @@ def check_image_plugins(given: Sequence[Any], owner: str) -> None:
         kind = type(plugin)
         if isinstance(plugin, READ_IMAGES):
             raise ConfigError(
-                f"{kind.__name__} looks at the images of a batch, and with cached_views {owner} trains on hidden states "
-                "in their place: set cached_views=0, or leave it out"
+                f"{kind.__name__} looks at the images of a batch, and with cached_views {owner} trains on hidden "
+                "states in their place: set cached_views=0, or leave it out"
             )
         own = [name for name in WITH_BATCH if not _maker(kind, name).startswith("avalanche.")]
         if own:

@@ -1,4 +1,4 @@
-"""Conventions of Avalanche: seeds, metrics that ask the model, autocast, early stopping, odd mini-batches, data sets."""
+"""Conventions of Avalanche: seeds, metrics that ask the model, autocast, early stopping, mini-batches, data sets."""
 
 from __future__ import annotations
 
@@ -280,7 +280,12 @@ def test_early_stopping_brings_the_best_weights_back(vit: Vit) -> None:
     strategy = small("mos", vit(), train_epochs=9, plugins=plugins, evaluator=evaluator, eval_every=1)
     restored: list[dict[str, Tensor]] = []
     consolidate = strategy.consolidate
-    strategy.consolidate = lambda task: (restored.append(weights(strategy)), consolidate(task))
+
+    def watched(task: int) -> None:
+        restored.append(weights(strategy))
+        consolidate(task)
+
+    strategy.consolidate = watched
     with pytest.warns(UserWarning, match="not computed yet"):
         strategy.train(two_experiences()[0])
     assert len(seen) == 3
@@ -295,9 +300,7 @@ def test_a_stop_in_the_last_epoch_does_not_stop_the_next_task(vit: Vit) -> None:
                 strategy.stop_training()
 
     count = Best()
-    strategy = small("mos", vit(), plugins=[Stop(), count])
-    for experience in two_experiences():
-        strategy.train(experience)
+    small("mos", vit(), plugins=[Stop(), count]).train(two_experiences())
     assert count.epochs == [1, 1]
 
 
@@ -364,7 +367,7 @@ def test_samples_that_cannot_be_used(name: str, make: Any, message: str, vit: Vi
 
 
 def test_what_comes_as_no_tensor_is_refused(vit: Vit) -> None:
-    with pytest.raises(DataError, match="a training sample cannot be put into a batch: .*'object'"):
+    with pytest.raises(DataError, match=r"a training sample cannot be put into a batch: .*'object'"):
         SimpleCIL(vit(), evaluator=None).train(experience_of(lambda x, y: (object(), y)))
 
 

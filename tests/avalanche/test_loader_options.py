@@ -169,7 +169,7 @@ def test_workers_persist(name: str, vit: Vit) -> None:
             assert (loader.persistent_workers, loader.num_workers, len(loader)) == (True, 1, 3)
             workers.append([process.pid for process in multiprocessing.active_children()])
 
-    workers: list[list[int]] = []
+    workers: list[list[int | None]] = []
     before = {process.pid for process in multiprocessing.active_children()}
     small(name, vit(), plugins=[Loader()]).train(experience(), num_workers=1, persistent_workers=True)
     assert len(workers) == 2
@@ -188,7 +188,7 @@ def test_an_unknown_keyword_is_refused_by_name(name: str, vit: Vit) -> None:
             getattr(strategy, call)(experience(), suffle=False)
         with pytest.raises(ConfigError, match="did you mean 'num_workers'"):
             getattr(strategy, call)(experience(), num_worker=1)
-        with pytest.raises(ConfigError, match="collate_fn .*is the data set's own matter"):
+        with pytest.raises(ConfigError, match=r"collate_fn .*is the data set's own matter"):
             getattr(strategy, call)(experience(), collate_fn=list)
     assert strategy.model.classes == []
 
