@@ -35,7 +35,7 @@ class AdaptedNet(nn.Module):
         adapter: the adapter type, its name, or a mapping with "type" and its options.
         blocks: blocks that get adapters; default all.
         seed: of the initial values and of the adapter's dropout, whose masks depend on it and on the number of training
-            passes before.
+            passes before. Default that of torch's global generator, as for strategies.
 
     Raises:
         ConfigError: ``num_classes`` is no whole number from 1, an adapter that cannot be, or a block named twice.
@@ -50,7 +50,7 @@ class AdaptedNet(nn.Module):
         num_classes: int,
         adapter: AdapterType | str | Mapping[str, Any] = "bottleneck",
         blocks: Sequence[int] | None = None,
-        seed: int = 0,
+        seed: int | None = None,
     ) -> None:
         super().__init__()
         if not isinstance(num_classes, int) or num_classes < 1:
@@ -58,7 +58,7 @@ class AdaptedNet(nn.Module):
                 f"num_classes must be a whole number from 1 (the largest label plus 1), got {num_classes!r}"
             )
         check_blocks(blocks)
-        self.seed = seed
+        self.seed = seed = torch.initial_seed() if seed is None else seed
         self._passes = 0
         self._frozen = (FrozenBackbone.wrap(backbone),)  # in a tuple: no submodule, so no parameters of this one
         self.bank = AdapterBank(self.backbone, adapter_from(adapter), blocks)

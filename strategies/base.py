@@ -28,10 +28,13 @@ from avalanche.training.plugins.evaluation import default_evaluator
 from avalanche.training.templates import SupervisedTemplate
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.utils.data import DataLoader
 
+from cl_adapters._precision import uncached_autocast
 from cl_adapters._seeding import derive, generator, isolated, seed_globals
 from cl_adapters._timing import Stopwatch
 from cl_adapters.backbones.frozen import FrozenBackbone
+from cl_adapters.backbones.inputs import to_device
 from cl_adapters.bank.bank import AdapterBank, Routes
 from cl_adapters.config import build, renamed_keyword, to_plain
 from cl_adapters.errors import ClAdaptersError, ConfigError, DataError, TrainingDiverged
@@ -43,9 +46,19 @@ from cl_adapters.parts.keys import CLASS_KEYS, Keys, KeysConfig, Kind
 from cl_adapters.predictors.base import Predictor, predictor_from
 from cl_adapters.registry import Registry
 from cl_adapters.strategies._loop.activation_cache import ActivationCache, CachedLoader
+from cl_adapters.strategies._loop.batches import check_first, on_device, sample_batch
 from cl_adapters.strategies._loop.by_label import WIDEST, ByLabel, Pass
+from cl_adapters.strategies._loop.early_stopping import begin_early_stopping, check_early_stopping
 from cl_adapters.strategies._loop.experiences import check_experience, experience_classes
-from cl_adapters.strategies._loop.order import lengths_of, reading_loader, training_loader
+from cl_adapters.strategies._loop.image_plugins import check_image_plugins
+from cl_adapters.strategies._loop.order import (
+    Persistent,
+    check_loader_options,
+    collate_of,
+    lengths_of,
+    reading_loader,
+    training_loader,
+)
 from cl_adapters.strategies._loop.plugins import check_plugins
 from cl_adapters.strategies._loop.saving import load_strategy, save_strategy
 from cl_adapters.strategies._loop.snapshot import Snapshot
@@ -102,7 +115,9 @@ class AdapterStrategy(SupervisedTemplate):
         scheduler: makes a schedule of torch from an optimizer; it is stepped after every epoch, begins anew in every
             phase, and takes the place of the method's. Others: ``LRSchedulerPlugin`` on the ``optimizer`` given here.
         seed: of everything random. The result is a function of the seed and the order of the experiences alone:
-            evaluations in between, or the random state around it, change nothing.
+            evaluations in between, or the random state around it, change nothing. Default the seed of torch's global
+            generator, which ``RNGManager.set_random_seeds`` and ``torch.manual_seed`` set: strategies made without
+            seeding anew share it. Where nobody has seeded, torch has drawn one, another in every process.
         config: settings; default the strategy's own.
         device: where to compute.
         plugins, evaluator, eval_every, peval_mode: as in Avalanche.
@@ -119,6 +134,7 @@ class AdapterStrategy(SupervisedTemplate):
     Attributes:
         config: the resolved settings.
         model: the :class:`AdapterModel`.
+        seed: the one in use.
         timings: seconds of "train", "statistics", "alignment" and "eval".
         trainable_parameters: at once, the most in the newest task.
         expansions: adapters that the newest call of ``train`` added because the data asked for them.
@@ -146,10 +162,13 @@ class AdapterStrategy(SupervisedTemplate):
     _run: Pass | None = None
     _trained: Mapping[int, nn.Parameter] = MappingProxyType({})
     _snapshot: Snapshot | None = None
-    mbatch: Any
     _phase: Phase | None = None
     _dropout_generator: torch.Generator | None = None
     _cache: ActivationCache | None = None
+    _images: Any = None
+    _own_images: Any = None
+    dataloader: Any
+    mbatch: Any
     _visits: int = 0
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
@@ -166,7 +185,7 @@ class AdapterStrategy(SupervisedTemplate):
         criterion: Criterion | None = None,
         *,
         scheduler: MakeScheduler | None = None,
-        seed: int = 0,
+        seed: int | None = None,
         config: StrategyConfig | None = None,
         device: str | torch.device = "cpu",
         plugins: Sequence[BasePlugin] | None = None,
@@ -185,6 +204,8 @@ class AdapterStrategy(SupervisedTemplate):
         self.config = resolve(
             type(self).__name__, self.Config, config, options, list(type(self).__signature__.parameters)
         )
+        if self.trains:
+            check_early_stopping(plugins or (), eval_every, peval_mode, measured=evaluator is not None)
         device = torch.device(device)
         later = self.trains and not self.trains_once
         check_plugins(plugins or (), type(self).__name__, device, trains=self.trains, later=later, expands=self.expands)
@@ -207,7 +228,7 @@ class AdapterStrategy(SupervisedTemplate):
             eval_every=eval_every,
             peval_mode=peval_mode,
         )
-        self.seed = seed
+        self.seed = torch.initial_seed() if seed is None else seed
         self.task_incremental = task_incremental
         self._task_classes = TaskClasses()
         self.timings = Stopwatch()
@@ -217,6 +238,7 @@ class AdapterStrategy(SupervisedTemplate):
         self._loader_options: dict[str, Any] = {}
         if getattr(self.config, "cached_views", 0):
             model.backbone.check_resumable()
+            check_image_plugins([*(plugins or ()), *self.evaluator.metrics], type(self).__name__)
 
     # --- the four questions --------------------------------------------------------------------------------------
 
@@ -363,13 +385,14 @@ class AdapterStrategy(SupervisedTemplate):
         Raises:
             DataError: a feature is not a finite number, or a sample is of no known class.
         """
-        workers = self._loader_options.get("num_workers", 0)
-        loader, back_N = reading_loader(self.experience.dataset.eval(), self.config.eval_mb_size, workers)
+        dataset = self.experience.dataset.eval()
+        loader, back_N = reading_loader(dataset, self.config.eval_mb_size, self._loader_options)
         features, labels = [], []
         with torch.inference_mode():
-            for x, y, *_ in loader:
-                features.append(self.model.features(x.to(self.device), routes).float().cpu())
-                labels.append(torch.as_tensor(y))
+            for batch in loader:
+                x, labels_B = sample_batch(batch)
+                features.append(self.model.features(to_device(x, self.device), routes).float().cpu())
+                labels.append(labels_B)
         if not all(f_BD.isfinite().all() for f_BD in features):
             raise DataError("features of the training images are not finite: check the images and the learning rate")
         columns_N = self._known_columns(torch.cat(labels)[back_N])
@@ -387,8 +410,8 @@ class AdapterStrategy(SupervisedTemplate):
         cache = self.activation_cache()
         if cache is not None:
             return CachedLoader(cache, block, self.routes(), batch=batch, draw=self.next_order)
-        workers = self._loader_options.get("num_workers", 0)
-        return training_loader(self.adapted_dataset, batch, self.next_order, num_workers=workers)
+        options = self._loader_options | {"drop_last": False}
+        return training_loader(self.adapted_dataset, batch, self.next_order, options)
 
     def activation_cache(self) -> ActivationCache | None:
         """What is cached of this task's images; None where caching is off or a plugin supplies the data."""
@@ -402,7 +425,7 @@ class AdapterStrategy(SupervisedTemplate):
                 seeds=[derive(self.seed, "view", self.task, view) for view in range(config.cached_views)],
                 batch=config.eval_mb_size,
                 memory_mb=config.cache_memory_mb,
-                num_workers=self._loader_options.get("num_workers", 0),
+                options=self._loader_options,
             )
         return self._cache
 
@@ -519,16 +542,25 @@ class AdapterStrategy(SupervisedTemplate):
         An error or interrupt in the middle of an experience puts model and strategy back to what they were before it
         (plugins keep what they have): the same call again, or one with another experience, goes on from there.
 
+        Args:
+            experiences: one, or several.
+            eval_streams: as in Avalanche.
+            loader_options: ``shuffle``, ``drop_last``, ``num_workers``, ``persistent_workers`` and ``pin_memory``. The
+                last three change nothing of the result, but that random augmentation draws from generators of the
+                workers where there are some.
+
         Raises:
+            ConfigError: another keyword.
             ClAdaptersError: the model was made from a pool of adapters; or a task is in training.
         """
         self._check_between_tasks()
         self._go_back()  # where going back was itself interrupted
         self._check_complete()
+        check_loader_options(loader_options, f"{type(self).__name__}.train")
         self._loader_options = loader_options
         self.expansions = []
         try:
-            with isolated(self.device), self.timings.part("train"):
+            with isolated(self.device), uncached_autocast(), self.timings.part("train"):
                 return super().train(experiences, eval_streams, **loader_options)
         except BaseException:
             self._go_back()
@@ -536,13 +568,19 @@ class AdapterStrategy(SupervisedTemplate):
         finally:
             self._train_cleanup()
             self._forget_pass()
+            self._images = self._own_images = None  # with them end workers that persist
             self._loader_options = {}
 
     def eval(self, experiences: Any, **loader_options: Any) -> Any:
-        """Evaluate; see Avalanche. Changes no tensor of the model and no random state."""
+        """Evaluate; see Avalanche. Changes no tensor of the model and no random state.
+
+        Raises:
+            ConfigError: a keyword that is none of the loaders', as for :meth:`train`.
+        """
+        check_loader_options(loader_options, f"{type(self).__name__}.eval")
         state = self._save_train_state()
         try:
-            with isolated(self.device), self.timings.part("eval"):
+            with isolated(self.device), uncached_autocast(), self.timings.part("eval"):
                 return super().eval(experiences, **loader_options)
         except BaseException:
             self._eval_cleanup()
@@ -564,6 +602,8 @@ class AdapterStrategy(SupervisedTemplate):
         self.model.check_task(labels)
         self._check_returning(labels)
         self._check_whole()
+        with isolated(self.device):
+            check_first(self.experience.dataset.eval(), self.model.backbone)
         self._task_classes.check(self.experience, self.task_incremental)
         task = self.model.num_tasks
         seed_globals(derive(self.seed, "loader", task))
@@ -574,19 +614,31 @@ class AdapterStrategy(SupervisedTemplate):
         self._visits = 0
         data = self.adapted_dataset
         if not self.explicit_order and (lengths_of(data) is None or not kwargs.get("shuffle", True)):
-            super().make_train_dataloader(**kwargs)
+            whole = len(data) >= self.train_mb_size  # the only batch is not left out
+            super().make_train_dataloader(**kwargs | {"drop_last": whole and kwargs.get("drop_last", False)})
+            loader: Any = self.dataloader
+            if type(loader) is DataLoader:  # Avalanche leaves it out, though not in evaluation
+                loader.collate_fn = collate_of(data) or loader.collate_fn
+            if kwargs.get("persistent_workers") and kwargs.get("num_workers"):
+                self.dataloader = Persistent(loader)
         else:
-            self.dataloader = training_loader(
-                data,
-                self.train_mb_size,
-                self.next_order,
-                num_workers=kwargs.get("num_workers", 0),
-                drop_last=kwargs.get("drop_last", False),
-            )
+            self.dataloader = training_loader(data, self.train_mb_size, self.next_order, kwargs)
         self._own_images = self.dataloader
 
     def model_adaptation(self, model: Any = None) -> Any:
-        """Grow for the experience, in training only: Avalanche calls this in evaluation too."""
+        """Grow for the experience, in training only: Avalanche calls this in evaluation too.
+
+        Args:
+            model: the strategy's own, or None, which means the same.
+
+        Raises:
+            ConfigError: another model.
+        """
+        if model is not None and model is not self.model:
+            raise ConfigError(
+                f"{type(self).__name__} grows strategy.model alone, got another {type(model).__name__}: make a "
+                "strategy of its own for that model"
+            )
         if self.is_training:
             labels = experience_classes(self.experience)
             self.model.add_task(labels)
@@ -612,6 +664,7 @@ class AdapterStrategy(SupervisedTemplate):
             self.model.trained, self.model.trained_routes = True, self.routes()
             self._trained = {id(p): p for group in phase.groups for p in group.params} | self._trained
             self._schedules.reset()
+            begin_early_stopping(self)
             self.trainable_parameters = max(self.trainable_parameters, phase.num_parameters)
             steps = len(self.dataloader)
             for epoch in range(phase.epochs):
@@ -626,6 +679,7 @@ class AdapterStrategy(SupervisedTemplate):
                 self._after_training_epoch(**kwargs)
                 self._schedules.after_epoch()
                 self.report(phase.name, (epoch + 1) * steps, phase.epochs * steps)
+            self._stop_training = False  # a plugin that stopped the last epoch meant this phase
             if self._cache is not None:
                 self._cache.changed(phase.start or 0)
         self._phase = None
@@ -653,6 +707,9 @@ class AdapterStrategy(SupervisedTemplate):
             self.progress(phase, done, total)
 
     # --- Avalanche's loop: one batch ----------------------------------------------------------------------------------
+
+    def _unpack_minibatch(self) -> None:
+        self.mbatch = on_device(self.mbatch, self.device)
 
     def forward(self) -> Tensor:
         """Logits [B, L] indexed by class label; see :class:`ByLabel`."""

@@ -19,6 +19,12 @@ torch.set_num_threads(1)
 ROOT = Path(__file__).resolve().parents[1]
 
 
+@pytest.fixture(autouse=True)
+def seeded() -> None:
+    """Strategies without a ``seed`` take that of torch, which is another in every process unless it is set."""
+    torch.manual_seed(0)
+
+
 @pytest.fixture(scope="session")
 def repo_root() -> Path:
     return ROOT

@@ -9,6 +9,7 @@ from avalanche.benchmarks import benchmark_from_datasets
 from avalanche.benchmarks.scenarios.generic_scenario import CLScenario
 from avalanche.benchmarks.scenarios.supervised import with_classes_timeline
 from avalanche.benchmarks.utils import AvalancheDataset, DataAttribute, TaskLabels
+from avalanche.benchmarks.utils.classification_dataset import TaskAwareSupervisedClassificationDataset
 from avalanche.benchmarks.utils.flat_data import ConstantSequence
 from avalanche.benchmarks.utils.transform_groups import TransformGroups
 
@@ -74,7 +75,7 @@ def _experience(
     attributes = [DataAttribute(dataset.targets, "targets"), TaskLabels(ConstantSequence(0, len(dataset)))]
     if isinstance(dataset, TextDataset):
         attributes.append(DataAttribute(dataset.lengths, "lengths"))
-    return AvalancheDataset(
+    return TaskAwareSupervisedClassificationDataset(  # with ``task_set``, as those of Avalanche have
         [dataset],
         data_attributes=attributes,
         # One object per data set: Avalanche keeps the current group inside it.

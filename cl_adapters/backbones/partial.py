@@ -241,15 +241,22 @@ def checked_inputs(encoder: nn.Module, given: Any, preprocessing: Any, name: str
         pixels = x.get(str(getattr(encoder, "main_input_name", None)))
         if isinstance(pixels, Tensor):
             check_finite(pixels, name)
+        try:
+            inspect.signature(encoder.forward).bind(**x)
+        except TypeError as error:
+            raise DataError(
+                f"backbone {name!r} does not take a dictionary of {list(x)} ({error}): give what its forward takes"
+            ) from error
         return x
-    expected = _shape_of_input(encoder, preprocessing)
-    if expected is not None and not (x.is_floating_point() and _fits(x, expected)):
-        raise DataError(
-            f"backbone {name!r} takes {'images' if len(expected) == 3 else 'spectrograms'} "
-            f"[B, {', '.join(map(str, expected))}], got {list(x.shape)} of type {str(x.dtype).removeprefix('torch.')}: "
-            "batches of float32 (a single one needs a first axis, x[None]), pixels scaled to [0, 1] and normalised "
-            "as in the model's training; use backbone.preprocessing.eval_transform() on each image"
-        )
+    for expected in _shapes_of_input(encoder, preprocessing):
+        if not (x.is_floating_point() and _fits(x, expected)):
+            raise DataError(
+                f"backbone {name!r} takes {'images' if len(expected) == 3 else 'spectrograms'} "
+                f"[B, {', '.join(map(str, expected))}], got {list(x.shape)} of type "
+                f"{str(x.dtype).removeprefix('torch.')}: batches of float32 (a single one needs a first axis, "
+                "x[None]), pixels scaled to [0, 1] and normalised as in the model's training; use "
+                "backbone.preprocessing.eval_transform() on each image"
+            )
     if x.is_floating_point():
         # an encoder of transformers is handed its own type anyway
         if modality_of(encoder) is None and x.dtype not in (torch.float32, dtype_of(encoder)):
@@ -266,11 +273,21 @@ def _fits(x: Tensor, expected: tuple[int | str, ...]) -> bool:
     )
 
 
-def _shape_of_input(encoder: nn.Module, preprocessing: Any) -> tuple[int | str, ...] | None:
-    """Shape of one image or spectrogram, with names for any length; None: an encoder that may take anything."""
+def _shapes_of_input(encoder: nn.Module, preprocessing: Any) -> list[tuple[int | str, ...]]:
+    """Shapes that one image or spectrogram has to fit, with names for any length; none: it may take anything."""
     if isinstance(preprocessing, Preprocessing):
-        return preprocessing.input_size
+        return [preprocessing.input_size]
     if modality_of(encoder) == "audio":
-        return ("T", "F")
+        return [("T", "F")]
     of_timm = any(kind.__module__.startswith("timm.") for kind in type(encoder).__mro__)
-    return ("C", "H", "W") if of_timm or modality_of(encoder) == "image" else None
+    if of_timm:
+        return [("C", "H", "W"), _shape_of_timm(encoder)]
+    return [("C", "H", "W")] if modality_of(encoder) == "image" else []
+
+
+def _shape_of_timm(encoder: nn.Module) -> tuple[int | str, ...]:
+    """Channels of the first convolution, and the sides where patches of other images are refused."""
+    patches: Any = getattr(encoder, "patch_embed", None)
+    first = next((module for module in encoder.modules() if isinstance(module, nn.Conv2d)), None)
+    sides = patches.img_size if getattr(patches, "strict_img_size", False) else None
+    return ("C" if first is None else first.in_channels, *(sides or ("H", "W")))

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from cl_adapters._precision import full_precision
 from cl_adapters.config import check_range
 from cl_adapters.model.heads import LinearHead
 from cl_adapters.model.statistics import ClassStatistics
@@ -69,14 +70,15 @@ def align(
     device = head.weight.device
     weight, bias = head.weight.detach().cpu().clone(), head.bias.detach().cpu().clone()
     pace = _Momentum(settings.momentum, weight_decay)
-    for epoch in range(settings.epochs):
-        lr = cosine_lr(settings.lr, epoch, settings.epochs)
-        features, labels = statistics.sample(n, generator)
-        order = torch.randperm(len(labels), generator=generator)
-        features, labels = features[order], labels[order]
-        for step in range(classes):
-            batch = slice(step * n, (step + 1) * n)
-            _step(weight, bias, features[batch], labels[batch], lr, pace)
+    with full_precision(weight.device):
+        for epoch in range(settings.epochs):
+            lr = cosine_lr(settings.lr, epoch, settings.epochs)
+            features, labels = statistics.sample(n, generator)
+            order = torch.randperm(len(labels), generator=generator)
+            features, labels = features[order], labels[order]
+            for step in range(classes):
+                batch = slice(step * n, (step + 1) * n)
+                _step(weight, bias, features[batch], labels[batch], lr, pace)
     head.weight.copy_(weight.to(device))
     head.bias.copy_(bias.to(device))
 

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from cl_adapters._precision import full_precision
 from cl_adapters.errors import ClAdaptersError, DataError
 from cl_adapters.parts.base import Part, parts
 
@@ -27,7 +28,8 @@ class Ridge(Part):
     """A ridge classifier that learns class after class and forgets none: its sums do not depend on the order.
 
     Source: RanPAC (McDonnell et al. 2023), algorithm 1; released code at 698e00c, RanPAC.py, ``replace_fc``.
-    The sums are float32; they are solved in float64, on the CPU, since not every accelerator has it.
+    The sums are float32, under autocast too; they are solved in float64, on the CPU, since not every accelerator has
+    it.
 
     Args:
         projection_DM: W, float32 [D, M]; see :func:`random_projection`.
@@ -76,11 +78,13 @@ class Ridge(Part):
 
     def forward(self, f_BD: Tensor) -> Tensor:
         """Logits [B, C] of features [B, D]."""
-        return F.linear(self.expand(f_BD), self.weights_CM)
+        with full_precision(self.weights_CM.device):
+            return F.linear(self.expand(f_BD), self.weights_CM)
 
     def expand(self, f_BD: Tensor) -> Tensor:
         """relu(f W), float32 [B, M], on this part's device."""
-        return (f_BD.to(self.projection_DM) @ self.projection_DM).relu_()
+        with full_precision(self.projection_DM.device):
+            return (f_BD.to(self.projection_DM) @ self.projection_DM).relu_()
 
     @torch.no_grad()
     def grow(self, new_classes: int) -> None:
@@ -95,8 +99,9 @@ class Ridge(Part):
         gram_MM = self.gram.new_zeros(self.width, self.width)
         for f_BD, columns_B in zip(f_ND.split(ROWS), columns_N.split(ROWS), strict=True):
             h_BM = self.expand(f_BD)
-            gram_MM.addmm_(h_BM.T, h_BM)
-            self.sums_CM += F.one_hot(columns_B, len(self.sums_CM)).to(h_BM).T @ h_BM
+            with full_precision(h_BM.device):
+                gram_MM.addmm_(h_BM.T, h_BM)
+                self.sums_CM += F.one_hot(columns_B, len(self.sums_CM)).to(h_BM).T @ h_BM
         self.gram += pack(gram_MM)
 
     @torch.no_grad()

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import tempfile
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -20,11 +20,12 @@ from torch import Tensor
 from torch.utils.data import DataLoader
 
 from cl_adapters._seeding import isolated, seed_globals
+from cl_adapters.backbones.inputs import Inputs, to_device
 from cl_adapters.bank.bank import Routes
 from cl_adapters.config import counted
 from cl_adapters.errors import ClAdaptersError
 from cl_adapters.model.facade import AdapterModel
-from cl_adapters.strategies._loop.order import Draw, length_batches, lengths_of
+from cl_adapters.strategies._loop.order import Draw, collate_of, length_batches, lengths_of, reading_options
 
 
 class ActivationCache:
@@ -38,7 +39,8 @@ class ActivationCache:
         seeds: one per view, for the augmentation.
         batch: images per forward pass.
         memory_mb: limit per depth, see :class:`HiddenStore`.
-        num_workers: of the data loader.
+        options: of the data loader: ``num_workers``, ``pin_memory``, and ``shuffle`` (False: passes come in the order
+            of the data set).
 
     Attributes:
         labels: int64 [N], class labels.
@@ -52,7 +54,7 @@ class ActivationCache:
         seeds: list[int],
         batch: int,
         memory_mb: float,
-        num_workers: int = 0,
+        options: Mapping[str, Any] | None = None,
     ) -> None:
         self.model = model
         self.labels = torch.tensor([int(label) for label in dataset.targets])
@@ -61,7 +63,7 @@ class ActivationCache:
         self._seeds = seeds if self._lengths_N is None else seeds[:1]  # texts are not augmented: views would be equal
         self._batch = counted(batch, "batch")
         self._memory_mb = memory_mb
-        self._num_workers = num_workers
+        self._options = options or {}
         self._stores: dict[int, HiddenStore] = {}
 
     def __len__(self) -> int:
@@ -92,7 +94,7 @@ class ActivationCache:
 
     def draw(self, generator: torch.Generator) -> Tensor:
         """A new order of the samples with a view for each, as places in :meth:`everything`; int64 [N]."""
-        order = torch.randperm(len(self), generator=generator)
+        order = torch.randperm(len(self), generator=generator) if self._shuffled else torch.arange(len(self))
         chosen = torch.randint(self.views, (len(order),), generator=generator)
         return chosen * len(self) + order
 
@@ -102,12 +104,16 @@ class ActivationCache:
         Returns:
             Places in :meth:`everything`, int64.
         """
-        if self._lengths_N is None:
+        if self._lengths_N is None or not self._shuffled:
             parts: Sequence[Tensor] = self.draw(generator).split(batch)
             return parts[: len(self) // batch] if drop_last else parts
         rows = length_batches(self._lengths_N, batch, generator, drop_last=drop_last)
         chosen = torch.randint(self.views, (len(self),), generator=generator)
         return [chosen[part] * len(self) + part for part in rows]
+
+    @property
+    def _shuffled(self) -> bool:
+        return bool(self._options.get("shuffle", True))
 
     def changed(self, block: int) -> None:
         """Forget what lies behind a block whose adapters changed."""
@@ -122,18 +128,19 @@ class ActivationCache:
                 start = 0
                 for x in self._images(view) if not known else self._hidden(view, max(known)):
                     source = None if not known else max(known)
-                    h = self.model.features(x.to(device), routes, start=source, stop=block)
+                    h = self.model.features(to_device(x, device), routes, start=source, stop=block)
                     yield view, start, h
                     start += len(h)
 
-    def _images(self, view: int) -> Iterator[Tensor]:
+    def _images(self, view: int) -> Iterator[Inputs]:
         with isolated(self.model.device):
             seed_globals(self._seeds[view])
-            loader = DataLoader(self._dataset, batch_size=self._batch, num_workers=self._num_workers)
-            for x, *_ in loader:
+            reading = reading_options(self._options) | {"persistent_workers": False}  # it is read once
+            collate = collate_of(self._dataset)
+            for x, *_ in DataLoader(self._dataset, batch_size=self._batch, collate_fn=collate, **reading):
                 yield x
 
-    def _hidden(self, view: int, depth: int) -> Iterator[Tensor]:
+    def _hidden(self, view: int, depth: int) -> Iterator[Inputs]:
         for rows in torch.arange(len(self)).split(self._batch):
             yield self._stores[depth].read(torch.full_like(rows, view), rows)
 

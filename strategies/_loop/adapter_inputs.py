@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 import torch
 from torch import Tensor
 
+from cl_adapters.backbones.inputs import to_device
 from cl_adapters.bank.bank import Routes
 from cl_adapters.model.facade import AdapterModel
 from cl_adapters.parts.descriptors import pooled
@@ -54,8 +55,8 @@ class AdapterInputs:
                     seen[self._block_of[site]] = pooled(x_BND)
 
             with torch.no_grad():
-                x = x.to(self._model.device)
-                self._model.features(x, self._routes(), start=start, stop=self._stop, watch=watch)
+                inputs = to_device(x, self._model.device)
+                self._model.features(inputs, self._routes(), start=start, stop=self._stop, watch=watch)
             yield seen
 
     def passes(

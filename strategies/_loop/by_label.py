@@ -77,12 +77,13 @@ class ByLabel(AdapterModel):
 
         Raises:
             DataError: logits would be wider than :data:`WIDEST`, for all others.
-            ClAdaptersError: no class is known yet.
         """
         own = run or Pass(training=self.training and self.trained, routes=self.trained_routes)
         if own.training and self.head.num_classes == len(self.classes):
             own.features = self.features(x, own.routes, own.dropout, start=own.start)
             own.logits = self.head(own.features)
+        elif not self.classes:  # Avalanche's metrics ask for a pass before the first task
+            own.logits = self.features(x, None).float()[:, :0]
         else:
             with torch.inference_mode(not torch.is_grad_enabled()):
                 own.logits = self.answer_with_grad(x).logits.float()
@@ -96,8 +97,8 @@ class ByLabel(AdapterModel):
         Raises:
             DataError: that.
         """
-        width = max(*self.classes, width - 1) + 1
-        labels = torch.tensor(self.classes, device=logits_BC.device)
+        width = max([*self.classes, width - 1, -1]) + 1
+        labels = torch.tensor(self.classes, dtype=torch.long, device=logits_BC.device)
         if width > WIDEST:
             if exact:
                 raise DataError(
