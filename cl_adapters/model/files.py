@@ -313,9 +313,10 @@ def _assemble(cls: type[M], path: Path, card: _Card, backbone: FrozenBackbone) -
         raise StorageError(
             f"{where} is damaged: {shown(strange[0])} in its files belongs to nothing in it; restore a copy"
         )
-    model.head.weight = nn.Parameter(heads["linear.weight"].to(model.device))
-    model.head.bias = nn.Parameter(heads["linear.bias"].to(model.device))
-    model.prototypes.prototypes = heads["prototypes"].to(model.device)
+    own = next(backbone.encoder.parameters()).dtype  # half precision under wider features would fail at the first input
+    heads = {key: value.to(model.device, torch.promote_types(value.dtype, own)) for key, value in heads.items()}
+    model.head.weight, model.head.bias = nn.Parameter(heads["linear.weight"]), nn.Parameter(heads["linear.bias"])
+    model.prototypes.prototypes = heads["prototypes"]
     if card.adapter is not None:
         tasks = card.adapter.tasks
         model.task_of_slot = list(range(model.num_slots) if tasks is None else tasks)

@@ -9,13 +9,16 @@ from typing import Any
 
 import pytest
 import torch
-from avalanche.benchmarks import nc_benchmark
+from avalanche.benchmarks import benchmark_from_datasets, nc_benchmark
+from avalanche.benchmarks.scenarios.supervised import with_classes_timeline
+from avalanche.benchmarks.utils import as_classification_dataset
+from avalanche.evaluation.metrics import accuracy_metrics
 from avalanche.models.generator import MlpVAE
 from avalanche.training import plugins as avalanche
 from avalanche.training.supervised import VAETraining
 from torch import Tensor, nn
 
-from cl_adapters.errors import ConfigError
+from cl_adapters.errors import ConfigError, DataError
 from cl_adapters.model.facade import AdapterModel
 from cl_adapters.strategies import MOS
 from cl_adapters.strategies.base import strategies
@@ -176,6 +179,39 @@ def test_hooks_fire_and_a_copy_stays_as_it_was(name: str, vit: Vit) -> None:
             strategy.train(stream()[1])
         assert torch.equal(kept.train(training)(x), before) or not training
     assert 6 in seen
+
+
+@pytest.mark.parametrize("name", ["mos", "ranpac", "sequential", "simple_cil"])
+def test_labels_of_millions_make_no_logits_of_that_width(name: str, vit: Vit) -> None:
+    x, _ = images()
+    sets, labels = [], torch.tensor([30_000_000, 7, 12_345_678, 3])
+    for pair in (labels[:2], labels[2:]):
+        data: Any = torch.utils.data.TensorDataset(x[:12], pair.repeat(6))
+        data.targets = data.tensors[1].tolist()
+        sets.append(as_classification_dataset(data))
+    experiences: Any = list(with_classes_timeline(benchmark_from_datasets(train=sets)).train_stream)
+    widest = avalanche.EvaluationPlugin(accuracy_metrics(epoch=True, stream=True), loggers=[])
+    settings: dict[str, Any] = {} if name == "simple_cil" else {"train_epochs": 1}
+    strategy: Any = strategies.get(name)(vit(), train_mb_size=6, evaluator=widest, seed=0, **settings)
+    shapes: set[tuple[int, ...]] = set()
+    seen: list[int] = []
+
+    class Shapes(avalanche.SupervisedPlugin[Any]):
+        def after_eval_iteration(self, strategy: Any, **_: Any) -> None:
+            shapes.add(tuple(strategy.mb_output.shape))
+            seen.extend(strategy.mb_output.tolist())
+
+    strategy.plugins.append(Shapes())
+    for experience in experiences:
+        strategy.train(experience)
+    found = strategy.eval(experiences)
+    assert shapes == {(12,)} and set(seen) <= set(labels.tolist())
+    columns = strategy.model.predict(torch.cat([x[:12], x[:12]])).argmax(1)
+    right = torch.tensor(strategy.model.classes)[columns] == torch.cat([labels[:2].repeat(6), labels[2:].repeat(6)])
+    (accuracy,) = (value for key, value in found.items() if key.startswith("Top1_Acc_Stream"))
+    assert accuracy == pytest.approx(float(right.float().mean()))
+    with pytest.raises(DataError, match="logits by class label would be 30,000,001 wide: number the classes from 0"):
+        strategy.model(x)
 
 
 def test_a_model_that_the_user_holds_is_the_same_in_columns(vit: Vit) -> None:

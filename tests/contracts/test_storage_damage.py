@@ -465,3 +465,14 @@ def test_half_a_character_in_json(saved: Path, backbone: MakeBackbone) -> None:
     plain["classes"][0]["name"] = "\U0001f600"
     (saved / "model.json").write_text(json.dumps(sealed({k: v for k, v in plain.items() if k != "sha256"})))
     assert "\U0001f600" in AdapterModel.load(saved, backbone()).class_names.values()
+
+
+def test_heads_in_half_precision_answer_as_their_numbers_say(saved: Path, backbone: MakeBackbone) -> None:
+    """Whoever halves a file on disk gets rounded numbers, and no error at the first input."""
+    heads = saved / "heads.safetensors"
+    halved = {key: value.half() for key, value in load_file(heads).items()}
+    heads.write_bytes(safetensors(halved))
+    edit(saved, lambda plain: plain["files"].update({heads.name: sha256(heads.read_bytes()).hexdigest()}))
+    model = AdapterModel.load(saved, backbone())
+    assert torch.equal(model.head.weight, halved["linear.weight"].float())
+    assert model(torch.zeros(2, 3, 16, 16)).isfinite().all()
