@@ -122,8 +122,8 @@ class AdapterStrategy(SupervisedTemplate):
             seeding anew share it. Where nobody has seeded, torch has drawn one, another in every process.
         config: settings; default the strategy's own.
         device: where to compute.
-        plugins, evaluator, eval_every, peval_mode: as in Avalanche. Plugins that are added to ``strategy.plugins`` later
-            are looked at when ``train`` is called.
+        plugins, evaluator, eval_every, peval_mode: as in Avalanche. Plugins that are added to ``strategy.plugins``
+            later are looked at when ``train`` is called.
         task_incremental: the task label of a test sample restricts the answer to the classes of that task. Without it
             task labels are ignored, with a warning.
         class_names: class label to name, recorded with the model.
@@ -631,6 +631,11 @@ class AdapterStrategy(SupervisedTemplate):
         else:
             self.dataloader = training_loader(data, self.train_mb_size, self.next_order, kwargs)
         self._own_images = self.dataloader
+
+    def check_model_and_optimizer(self, **kwargs: Any) -> None:
+        """Grow for every experience; Avalanche does so for the first alone of parts that know they belong together."""
+        self.model = self.model_adaptation()
+        self.make_optimizer(**kwargs)
 
     def model_adaptation(self, model: Any = None) -> Any:
         """Grow for the experience, in training only: Avalanche calls this in evaluation too.

@@ -1,7 +1,7 @@
 """Training accuracy over the classes of the experience alone, beside Avalanche's over all classes so far.
 
-A method that masks its loss to the new classes leaves the logits of old ones where they are, so that Avalanche's training
-accuracy says little of what is being learned.
+A method that masks its loss to the new classes leaves the logits of old ones where they are, so that Avalanche's
+training accuracy says little of what is being learned.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from cl_adapters.strategies._loop.experiences import experience_classes
 class OwnClassAccuracy(GenericPluginMetric[float, Mean]):
     """Share of the samples of the experience's classes for which, among these, the right one has the largest logit.
 
-    Samples of other classes, such as those of a replay, are left out. NaN where no sample is left, and where the strategy
-    gives labels in place of logits (labels beyond 65,535).
+    Samples of other classes, such as those of a replay, are left out. NaN where no sample is left, and where the
+    strategy gives labels in place of logits (labels beyond 65,535).
 
     Args:
         every: what it is reset before and measured after, "iteration" or "epoch" of training.
@@ -44,7 +44,8 @@ class OwnClassAccuracy(GenericPluginMetric[float, Mean]):
         own_B = torch.isin(y_B, labels)
         if output.dim() == 2 and own_B.any():
             answers_M = labels[output[own_B][:, self._labels].argmax(1)]
-            self._metric.update((answers_M == y_B[own_B]).float().mean().item(), int(own_B.sum()))
+            right = int((answers_M == y_B[own_B]).sum())
+            self._metric.update(right / len(answers_M), len(answers_M))
 
     def result(self) -> float:
         """The accuracy since the last reset."""
@@ -57,7 +58,7 @@ class OwnClassAccuracy(GenericPluginMetric[float, Mean]):
 def own_class_accuracy_metrics(*, minibatch: bool = False, epoch: bool = False) -> list[OwnClassAccuracy]:
     """Training accuracies over the classes of the experience, for Avalanche's ``EvaluationPlugin``.
 
-    Their names say what they count, beside those of Avalanche's ``accuracy_metrics``, which count over all classes so far.
+    Their names say what they count; those of Avalanche's ``accuracy_metrics`` count over all classes so far.
 
     Args:
         minibatch: of every batch, "Top1_Acc_OwnClasses_MB".

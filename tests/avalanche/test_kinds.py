@@ -1,40 +1,41 @@
 """The kinds of test that Avalanche applies to its own strategies, with every strategy here.
 
-Those without a test here have one elsewhere (``contracts`` is tests/contracts/strategies, the others are beside this file):
+Some have their test elsewhere (``contracts`` is tests/contracts/strategies, the other files are beside this one):
 
-=====================================================  ===============================================================
-one experience, every style of experience              contracts/test_life_cycle.py: test_learns_every_style_of_experience
-several experiences in one call, one at a time         test_several_experiences_in_one_call
-every callback in order, with clock, batch and output  test_callbacks_come_as_in_avalanche
-forward hooks                                          test_plugins.py: test_hooks_fire_*; test_forward_without_labels
-steps and parameter groups of the optimizer            test_every_step_is_one_of_the_optimizer
-periodic evaluation by epoch, iteration, at the end    test_periodic_evaluation
-streams of evaluation, grouped by name                 test_streams_of_evaluation
-evaluation before training                             contracts/test_life_cycle.py: test_before_the_first_task
-stop_training()                                        test_stop_training_ends_a_phase
-EarlyStoppingPlugin                                    test_conventions.py: test_early_stopping*
-LRSchedulerPlugin, by epoch, iteration and metric      test_recipe.py: test_a_schedule_*; test_a_schedule_that_*_is_refused
-optimizer, criterion, by position                      test_recipe.py: test_an_own_*, test_by_position_as_in_avalanche
-unknown keywords                                       contracts/test_bad_input.py: test_unknown_option_gets_a_suggestion
-loggers, also ones that come later                     test_loggers_write_what_was_measured; contracts/test_life_cycle.py
-metrics: every usual one, points and their places      test_conventions.py: test_metrics_*; test_curves_have_a_point_*
-strict checks of the evaluator's streams               test_a_stream_that_is_not_whole
-training accuracy of the task's own classes            test_own_class_accuracy.py
-plugins of unknown callbacks                           test_unknown_callbacks_are_warned_of
-plugins that are added later                           test_a_plugin_that_is_added_later_*
-ReplayPlugin                                           test_replay.py: test_replay_brings_old_classes_into_training
-storage policies of ReplayPlugin                       test_memory_is_as_full_as_it_can_be
-EWC (separate, online), MAS, LwF, AGEM, GEM, MIR, ...  test_plugins.py: test_what_protects_*, test_where_nothing_*
-GDumb, LFL, NCM, RWalk, FeatureDistillation, ...       test_plugins.py: test_what_cannot_work_is_refused_by_name
-task labels                                            test_task_labels.py
-online streams, instances and classes that return      test_returning_classes.py: test_every_strategy_learns, *_online
-transforms of training and evaluation                  test_each_side_has_its_transform
-arguments of the data loader, collate functions        test_loader_options.py; test_conventions.py: test_samples_that_are_*
-mini-batches that are dictionaries                     test_conventions.py: test_samples_that_are_taken_as_plain_ones
-what is left behind by train and eval                  test_nothing_is_left_behind
-checkpoints, saving and going on                       test_save_and_load.py: test_a_checkpoint_of_avalanche_goes_on_too
-reproducibility                                        contracts/test_life_cycle.py: test_another_seed_*, test_styles_*
-=====================================================  ===============================================================
+============================================  ======================================================================
+one experience of every style                 contracts/test_life_cycle.py: test_learns_every_style_of_experience
+several experiences in one call               test_several_experiences_in_one_call
+every callback, with clock, batch and output  test_callbacks_come_as_in_avalanche
+forward hooks                                 test_plugins.py: test_hooks_fire_*; test_forward_without_labels
+steps and groups of the optimizer             test_every_step_is_one_of_the_optimizer
+periodic evaluation                           test_periodic_evaluation
+streams of evaluation, grouped by name        test_streams_of_evaluation
+evaluation before training                    contracts/test_life_cycle.py: test_before_the_first_task
+stop_training()                               test_stop_training_ends_a_phase
+EarlyStoppingPlugin                           test_conventions.py: test_early_stopping*
+LRSchedulerPlugin                             test_recipe.py: test_a_schedule_*; test_a_schedule_that_*_is_refused
+optimizer, criterion, by position             test_recipe.py: test_an_own_*, test_by_position_as_in_avalanche
+unknown keywords                              contracts/test_bad_input.py: test_unknown_option_gets_a_suggestion
+loggers                                       test_loggers_write_what_was_measured; contracts/test_life_cycle.py
+metrics, points of their curves               test_conventions.py: test_metrics_*; test_curves_have_a_point_*
+strict checks of the evaluator's streams      test_a_stream_that_is_not_whole
+accuracy of the task's own classes            test_own_class_accuracy.py
+plugins of unknown callbacks                  test_unknown_callbacks_are_warned_of
+plugins that are added later                  test_a_plugin_that_is_added_later_*
+ReplayPlugin                                  test_replay.py: test_replay_brings_old_classes_into_training
+storage policies of ReplayPlugin              test_memory_is_as_full_as_it_can_be
+EWC, MAS, LwF, AGEM, GEM, MIR, ...            test_plugins.py: test_what_protects_*, test_where_nothing_*
+GDumb, LFL, NCM, RWalk, ...                   test_plugins.py: test_what_cannot_work_is_refused_by_name
+task labels                                   test_task_labels.py
+online streams, classes that return           test_returning_classes.py: test_every_strategy_learns, *_online
+online streams that know their whole          test_parts_that_know_their_whole_are_experiences_too
+transforms of training and evaluation         test_each_side_has_its_transform
+data loader and collate functions             test_loader_options.py; test_conventions.py: test_samples_that_are_*
+mini-batches that are dictionaries            test_conventions.py: test_samples_that_are_taken_as_plain_ones
+what is left behind by train and eval         test_nothing_is_left_behind
+checkpoints, saving and going on              test_save_and_load.py: test_a_checkpoint_of_avalanche_goes_on_too
+reproducibility                               contracts/test_life_cycle.py: test_another_seed_*, test_styles_*
+============================================  ======================================================================
 """
 
 from __future__ import annotations
@@ -49,7 +50,7 @@ from typing import Any
 
 import pytest
 import torch
-from avalanche.benchmarks import nc_benchmark
+from avalanche.benchmarks import nc_benchmark, split_online_stream
 from avalanche.evaluation.metrics import accuracy_metrics, loss_metrics
 from avalanche.logging import CSVLogger, TensorboardLogger, TextLogger
 from avalanche.training import plugins as avalanche
@@ -86,7 +87,7 @@ def make(name: str, model: nn.Module, **options: Any) -> Any:
     """Two epochs in batches of six."""
     cls: Any = strategies.get(name)
     small: dict[str, Any] = {"train_epochs": 2, "train_mb_size": 6, "eval_mb_size": 6, "alignment": {"epochs": 1}}
-    small |= {"projection": 24, "seed": 0, "evaluator": None}
+    small |= {"projection": 24, "descriptor_epochs": 1, "seed": 0, "evaluator": None}
     known = {key: value for key, value in small.items() if key in cls.__signature__.parameters}
     return cls(model, **(known | options))
 
@@ -153,10 +154,11 @@ def test_callbacks_come_as_in_avalanche(name: str, vit: Vit, benchmark: Any) -> 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # that a plugin has no effect where nothing is trained
         strategy = make(name, vit(), plugins=[ours], eval_every=0)
-    net = AdaptedNet(vit(), num_classes=4, seed=0)
+    net, criterion = AdaptedNet(vit(), num_classes=4, seed=0), nn.CrossEntropyLoss()
     options: dict[str, Any] = {"train_mb_size": 6, "eval_mb_size": 6, "eval_every": 0, "evaluator": None}
     kind: Any = Cumulative if name == "joint" else Naive
-    reference = kind(model=net, optimizer=torch.optim.SGD(net.parameters(), lr=0.1), plugins=[theirs], **options)
+    rate = torch.optim.SGD(net.parameters(), lr=0.1)
+    reference = kind(model=net, optimizer=rate, criterion=criterion, plugins=[theirs], **options)
     for experience in benchmark.train_stream:
         ours.calls.clear(), theirs.calls.clear()
         strategy.train(experience, eval_streams=[benchmark.test_stream])
@@ -172,16 +174,14 @@ def test_callbacks_come_as_in_avalanche(name: str, vit: Vit, benchmark: Any) -> 
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_every_step_is_one_of_the_optimizer(name: str, vit: Vit, benchmark: Any) -> None:
-    """The same optimizer for life, one step for each batch, and in its groups what gets gradients."""
+    """One step for each batch; in the groups are parameters of the model, of which some have gradients."""
     steps: list[int] = []
 
     class Groups(avalanche.SupervisedPlugin[Any]):
         def before_update(self, strategy: Any, **_: Any) -> None:
             groups = strategy.optimizer.param_groups
             parameters = [parameter for group in groups for parameter in group["params"]]
-            trained = {id(p) for p in strategy.model.parameters()}
-            assert parameters and all(group["lr"] >= 0 for group in groups)
-            assert {id(p) for p in parameters} <= trained, "all of them are of the model and need gradients"
+            assert {id(p) for p in parameters} <= {id(p) for _, p in strategy.model.named_parameters()}
             assert any(p.grad is not None and p.grad.any() for p in parameters)
 
     strategy = make(name, vit(), plugins=[Groups()])
@@ -509,3 +509,19 @@ def test_each_side_has_its_transform(name: str, vit: Vit) -> None:
     assert corners == {True: {3.0} if strategy.trains else set(), False: {-3.0}}
     assert seen["train"] == trained, "evaluation takes none of training"
     assert seen["eval"] >= 24
+
+
+@pytest.mark.parametrize("name", [name for name in strategies.names() if name != "mos"])
+@pytest.mark.filterwarnings("ignore::UserWarning")  # that the first experience is small
+def test_parts_that_know_their_whole_are_experiences_too(name: str, vit: Vit, benchmark: Any) -> None:
+    """Avalanche adapts a model to the first of them alone, which may not have all classes."""
+    found = []
+    for boundaries in (False, True):
+        strategy = make(name, vit(), train_epochs=1) if name != "simple_cil" else make(name, vit())
+        parts = split_online_stream(
+            benchmark.train_stream, experience_size=4, shuffle=False, access_task_boundaries=boundaries
+        )
+        strategy.train(parts)
+        found.append(weights(strategy))
+        assert sorted(strategy.model.classes) == [0, 1, 2, 3]
+    assert same(*found)
