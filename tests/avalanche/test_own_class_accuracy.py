@@ -57,10 +57,10 @@ class Counts(SupervisedPlugin[Any]):
     def after_training_iteration(self, strategy: Any, **_: Any) -> None:
         own = [strategy.model.classes[column] for column in strategy.columns]
         right = total = 0
-        for logits_L, label in zip(strategy.mb_output, strategy.mb_y.tolist(), strict=True):
+        for logits, label in zip(strategy.mb_output.tolist(), strategy.mb_y.tolist(), strict=True):
             if label in own:
                 total += 1
-                right += max(own, key=lambda each, logits_L=logits_L: float(logits_L[each])) == label
+                right += max(own, key=logits.__getitem__) == label
         self.batches.append((right, total))
 
     def after_training_epoch(self, strategy: Any, **_: Any) -> None:
