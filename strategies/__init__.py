@@ -2,6 +2,7 @@
 
 A file of this folder that registers a strategy makes its class a name of this package: there is no list to edit.
 ``AdaptedNet`` is no strategy, but what Avalanche's own strategies train; it needs no Avalanche.
+``own_class_accuracy_metrics`` measures training for Avalanche's evaluator.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ if TYPE_CHECKING:  # what a type checker cannot find by reading files; a name th
     from cl_adapters.strategies.joint import Joint as Joint
     from cl_adapters.strategies.lae import LAE as LAE
     from cl_adapters.strategies.mos import MOS as MOS
+    from cl_adapters.strategies.own_class_accuracy import own_class_accuracy_metrics as own_class_accuracy_metrics
     from cl_adapters.strategies.ranpac import RanPAC as RanPAC
     from cl_adapters.strategies.sema import SEMA as SEMA
     from cl_adapters.strategies.sequential import Sequential as Sequential
@@ -27,7 +29,8 @@ if TYPE_CHECKING:  # what a type checker cannot find by reading files; a name th
 
 else:
     _REGISTERED = re.compile(r"^@strategies\.register\(.*\)\nclass (\w+)", re.M)  # read, since importing takes seconds
-    _FOUND = {"AdaptedNet": "adapted_net"} | {
+    _OTHERS = {"AdaptedNet": "adapted_net", "own_class_accuracy_metrics": "own_class_accuracy"}
+    _FOUND = _OTHERS | {
         name: file.stem
         for file in sorted(Path(__file__).parent.glob("[!_]*.py"))
         for name in _REGISTERED.findall(file.read_text(encoding="utf-8"))

@@ -23,9 +23,11 @@ from typing import TYPE_CHECKING, Any, ClassVar, Literal, TypeVar
 import torch
 from avalanche.benchmarks.scenarios.online import OnlineCLExperience
 from avalanche.core import BasePlugin
-from avalanche.training.plugins import EvaluationPlugin
+from avalanche.training.plugins import EvaluationPlugin, LRSchedulerPlugin
+from avalanche.training.plugins.clock import Clock
 from avalanche.training.plugins.evaluation import default_evaluator
 from avalanche.training.templates import SupervisedTemplate
+from avalanche.training.templates.base_sgd import PeriodicEval
 from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.utils.data import DataLoader
@@ -120,7 +122,8 @@ class AdapterStrategy(SupervisedTemplate):
             seeding anew share it. Where nobody has seeded, torch has drawn one, another in every process.
         config: settings; default the strategy's own.
         device: where to compute.
-        plugins, evaluator, eval_every, peval_mode: as in Avalanche.
+        plugins, evaluator, eval_every, peval_mode: as in Avalanche. Plugins that are added to ``strategy.plugins``
+            later are looked at when ``train`` is called.
         task_incremental: the task label of a test sample restricts the answer to the classes of that task. Without it
             task labels are ignored, with a warning.
         class_names: class label to name, recorded with the model.
@@ -170,6 +173,7 @@ class AdapterStrategy(SupervisedTemplate):
     dataloader: Any
     mbatch: Any
     _visits: int = 0
+    _checked: Sequence[BasePlugin] = ()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         super().__init_subclass__(**kwargs)
@@ -239,6 +243,7 @@ class AdapterStrategy(SupervisedTemplate):
         if getattr(self.config, "cached_views", 0):
             model.backbone.check_resumable()
             check_image_plugins([*(plugins or ()), *self.evaluator.metrics], type(self).__name__)
+        self._checked = list(self.plugins)
 
     # --- the four questions --------------------------------------------------------------------------------------
 
@@ -550,12 +555,13 @@ class AdapterStrategy(SupervisedTemplate):
                 workers where there are some.
 
         Raises:
-            ConfigError: another keyword.
+            ConfigError: another keyword; or a plugin was added to ``plugins`` that cannot work here.
             ClAdaptersError: the model was made from a pool of adapters; or a task is in training.
         """
         self._check_between_tasks()
         self._go_back()  # where going back was itself interrupted
         self._check_complete()
+        self._take_plugins()
         check_loader_options(loader_options, f"{type(self).__name__}.train")
         self._loader_options = loader_options
         self.expansions = []
@@ -590,7 +596,8 @@ class AdapterStrategy(SupervisedTemplate):
     def _before_training_exp(self, **kwargs: Any) -> None:
         self._forget_pass()
         backbone = self.model.backbone
-        apart = [*backbone.modules(), *backbone.parameters(), self.plugins, self.timings]  # the time it took stays true
+        apart = [*backbone.modules(), *backbone.parameters(), self.plugins, self._checked]
+        apart.append(self.timings)  # the time it took stays true
         finished = self.model.bank.parameters() if self.model.bank is not None and self.frozen_after_task else ()
         self._snapshot = Snapshot(self, apart, [each for each in finished if not each.requires_grad])
         super()._before_training_exp(**kwargs)
@@ -624,6 +631,11 @@ class AdapterStrategy(SupervisedTemplate):
         else:
             self.dataloader = training_loader(data, self.train_mb_size, self.next_order, kwargs)
         self._own_images = self.dataloader
+
+    def check_model_and_optimizer(self, **kwargs: Any) -> None:
+        """Grow for every experience; Avalanche does so for the first alone of parts that know they belong together."""
+        self.model = self.model_adaptation()
+        self.make_optimizer(**kwargs)
 
     def model_adaptation(self, model: Any = None) -> Any:
         """Grow for the experience, in training only: Avalanche calls this in evaluation too.
@@ -713,8 +725,8 @@ class AdapterStrategy(SupervisedTemplate):
 
     def forward(self) -> Tensor:
         """Logits [B, L] indexed by class label; see :class:`ByLabel`."""
-        width = int(self.mb_y.max()) + 1
-        if not self.model.classes:
+        width = 0 if self.mb_y is None else int(self.mb_y.max()) + 1
+        if not self.model.classes and width:
             return torch.zeros(len(self.mb_y), *([width] if width <= WIDEST else []), device=self.device)
         run = self._run = Pass(training=self.is_training, width=width)
         if self.is_training:
@@ -814,6 +826,29 @@ class AdapterStrategy(SupervisedTemplate):
             for parameter in rested:
                 parameter.requires_grad_(False)
             self._trained = {}
+
+    def _take_plugins(self) -> None:
+        """Check plugins that were added since the last call as the constructor does, and give them a place as it does.
+
+        Raises:
+            ConfigError: one cannot work here, by name; none of them is taken.
+        """
+        added = [plugin for plugin in self.plugins if not any(plugin is each for each in self._checked)]
+        if not added:
+            return
+        name, later = type(self).__name__, self.trains and not self.trains_once
+        if any(isinstance(plugin, LRSchedulerPlugin) for plugin in added):
+            raise ConfigError(f"LRSchedulerPlugin was added to a {name} that is there already: pass it in plugins=")
+        if self.trains:
+            (periodic,) = (plugin for plugin in self.plugins if isinstance(plugin, PeriodicEval))
+            measured = bool(self.evaluator.metrics)
+            check_early_stopping(added, periodic.eval_every, periodic.peval_mode, measured=measured)
+        check_plugins(added, name, self.device, trains=self.trains, later=later, expands=self.expands)
+        if getattr(self.config, "cached_views", 0):
+            check_image_plugins(added, name)
+        # Avalanche's own come last: behind its clock a plugin would take an experience for the next one
+        self.plugins.sort(key=lambda plugin: plugin is self.evaluator or isinstance(plugin, PeriodicEval | Clock))
+        self._checked = list(self.plugins)
 
     def _check_between_tasks(self) -> None:
         if self._snapshot is not None and self.experience is not None:

@@ -123,11 +123,18 @@ class Schedules:
         plugins: of the strategy; those that schedule are found.
 
     Raises:
-        ConfigError: a schedule of another optimizer, or one that cannot be stepped by epoch.
+        ConfigError: a schedule of another optimizer, one that cannot be stepped by epoch, or one that would not begin
+            anew.
     """
 
     def __init__(self, dial: Dial | None, scheduler: MakeScheduler | None, plugins: Sequence[BasePlugin]) -> None:
-        found = [plugin.scheduler for plugin in plugins if isinstance(plugin, LRSchedulerPlugin)]
+        owners = [plugin for plugin in plugins if isinstance(plugin, LRSchedulerPlugin)]
+        if not all(plugin.reset_scheduler and plugin.reset_lr for plugin in owners):
+            raise ConfigError(
+                "schedules begin anew in every phase of every experience, so LRSchedulerPlugin cannot have "
+                "reset_scheduler=False or reset_lr=False: leave them out"
+            )
+        found = [plugin.scheduler for plugin in owners]
         for each in found:
             if dial is None or each.optimizer is not dial.optimizer:
                 raise ConfigError(

@@ -13,11 +13,12 @@ from avalanche.training.plugins import EarlyStoppingPlugin, LRSchedulerPlugin
 from torch import Tensor
 
 from cl_adapters.errors import ConfigError
+from cl_adapters.strategies.own_class_accuracy import OwnClassAccuracy
 
 State = dict[str, Any]
 
-_BEGIN_ANEW = (EarlyStoppingPlugin, LRSchedulerPlugin)
-"""Plugins whose counters begin anew in every experience, the latter's because schedules do in every phase."""
+_BEGIN_ANEW = (EarlyStoppingPlugin, LRSchedulerPlugin, OwnClassAccuracy)
+"""What begins anew in every experience; ``LRSchedulerPlugin`` because schedules do in every phase."""
 _RESET = {
     "accuracy",
     "class_accuracy",
