@@ -1,11 +1,11 @@
-"""The strategies of this package inside Avalanche: recipes of the user's own, plugins, and streams in which classes return.
+"""The strategies of this package inside Avalanche: own recipes, plugins, and streams in which classes return.
 
     python -m cl_adapters.benchmarks.bench.avalanche_table --seeds 0
 
-Accuracy in percent on all test images in the end (mean ± standard deviation over the seeds, which set class order, initial
-values, order of the images and augmentation), on the first images of each class of a benchmark of images. "own recipe" are
-the settings of the preset with fewer epochs, and so are those of every column that brings no optimizer. A dash is what is
-refused; its note is the message. A number with a note is what was warned of. One thread.
+Accuracy in percent on all test images in the end, mean ± standard deviation over the seeds, which set class order,
+initial values, order of the images and augmentation. Trained on the first images of each class of an image benchmark.
+"own recipe" is the strategy's preset with fewer epochs, and every column that brings no optimizer has it too. A dash is
+what is refused; its note is the message. A number with a note is what was warned of. One thread.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ LR = 2e-3
 """Of AdamW."""
 
 
-# --- recipes and plugins: keywords of a strategy, by the number of epochs -----------------------------------------------
+# --- recipes and plugins: keywords of a strategy, by the number of epochs -------------------------------------------
 
 
 def warm_up(epochs: int) -> dict[str, Any]:
@@ -80,7 +80,7 @@ def ewc(epochs: int) -> dict[str, Any]:
     return {"plugins": [EWCPlugin(ewc_lambda=1000.0)]}
 
 
-# --- streams, of what a benchmark has and a backbone takes --------------------------------------------------------------
+# --- streams, of what a benchmark has and a backbone takes -----------------------------------------------------------
 
 
 def tasks(data: BenchmarkData, backbone: FrozenBackbone) -> Stream:

@@ -107,9 +107,8 @@ def check_task_labels(given: Sequence[BasePlugin], owner: str, dataset: Any) -> 
     for plugin in given:
         if isinstance(plugin, READ_TASK_LABELS) and not hasattr(dataset, "targets_task_labels"):
             raise ConfigError(
-                f"{owner} cannot use {type(plugin).__name__} on this stream: it reads task labels, and the samples have "
-                "none. Make the benchmark with class_incremental_benchmark, or nc_benchmark(..., task_labels=False), "
-                "which give them 0"
+                f"{owner} cannot use {type(plugin).__name__} on this stream: it reads task labels, and the samples "
+                "have none. Take nc_benchmark(..., task_labels=False), which gives them 0, or with_task_labels"
             )
 
 

@@ -49,6 +49,7 @@ def images() -> tuple[Tensor, Tensor]:
 @pytest.mark.parametrize("plugin", ["LwF", "GSS_greedy", "GenerativeReplay"])
 def test_what_reads_task_labels_is_refused_where_there_are_none(plugin: str, vit: Vit) -> None:
     (given,) = PLUGINS[plugin].options()["plugins"]
+    message = f"MOS cannot use {type(given).__name__} on this stream: it reads task labels"
     strategy: Any = MOS(vit(), plugins=[given], train_mb_size=4, train_epochs=1, evaluator=None)
     with pytest.raises(
         ConfigError, match=f"MOS cannot use {type(given).__name__} on this stream: it reads task labels"
