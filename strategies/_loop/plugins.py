@@ -108,7 +108,7 @@ def check_task_labels(given: Sequence[BasePlugin], owner: str, dataset: Any) -> 
         if isinstance(plugin, READ_TASK_LABELS) and not hasattr(dataset, "targets_task_labels"):
             raise ConfigError(
                 f"{owner} cannot use {type(plugin).__name__} on this stream: it reads task labels, and the samples "
-                "have none. Take nc_benchmark(..., task_labels=False), which gives them 0, or with_task_labels"
+                "have none. Take nc_benchmark(..., task_labels=False), which gives them 0"
             )
 
 

@@ -35,7 +35,7 @@ def plain() -> dict[Any, Any]:
 def split(page: str, kind: str) -> tuple[str, str, str]:
     """What is before a matrix, the matrix, and what comes after it."""
     before, mark, rest = page.partition(MARKS[kind] + "\n")
-    found, end, after = rest.partition(END)
+    found, end, after = rest.partition("\n" + END)
     assert mark and end, f"docs/avalanche.md has no {MARKS[kind]}"
     return before + mark, found, end + after
 

@@ -51,9 +51,7 @@ def test_what_reads_task_labels_is_refused_where_there_are_none(plugin: str, vit
     (given,) = PLUGINS[plugin].options()["plugins"]
     message = f"MOS cannot use {type(given).__name__} on this stream: it reads task labels"
     strategy: Any = MOS(vit(), plugins=[given], train_mb_size=4, train_epochs=1, evaluator=None)
-    with pytest.raises(
-        ConfigError, match=f"MOS cannot use {type(given).__name__} on this stream: it reads task labels"
-    ):
+    with pytest.raises(ConfigError, match=message):
         strategy.train(two_experiences()[0])
     assert strategy.model.classes == [] and strategy.clock.train_iterations == 0
 

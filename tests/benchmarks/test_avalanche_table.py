@@ -20,7 +20,9 @@ def test_a_number_or_a_note_in_each_column() -> None:
     assert name == "simple_cil" and len(cells) == len(avalanche_table.COLUMNS) == 9
     refused = [re.fullmatch(r"– \[\d\]", cell) is not None for cell in cells]
     assert refused == [False, True, True, True, False, True, False, False, False]
-    assert all(re.fullmatch(r"\d+\.\d ± \d+\.\d( \[2\])?", cell) for cell, no in zip(cells, refused, strict=True) if not no)
+    assert all(
+        re.fullmatch(r"\d+\.\d ± \d+\.\d( \[2\])?", cell) for cell, no in zip(cells, refused, strict=True) if not no
+    )
     assert lines[6].startswith("[1] SimpleCIL trains nothing here, so optimizer= has no effect")
     assert lines[7].startswith("[2] SimpleCIL trains nothing here, so ReplayPlugin has no effect in training")
     assert lines[8].startswith("[3] SimpleCIL cannot use EWCPlugin: it protects earlier tasks")
