@@ -61,7 +61,7 @@ from cl_adapters.strategies._loop.order import (
     reading_loader,
     training_loader,
 )
-from cl_adapters.strategies._loop.plugins import check_plugins
+from cl_adapters.strategies._loop.plugins import check_plugins, check_task_labels
 from cl_adapters.strategies._loop.saving import load_strategy, save_strategy
 from cl_adapters.strategies._loop.snapshot import Snapshot
 from cl_adapters.strategies._loop.task_labels import TaskClasses
@@ -612,6 +612,7 @@ class AdapterStrategy(SupervisedTemplate):
         with isolated(self.device):
             check_first(self.experience.dataset.eval(), self.model.backbone)
         self._task_classes.check(self.experience, self.task_incremental)
+        check_task_labels(self.plugins, type(self).__name__, self.experience.dataset)
         task = self.model.num_tasks
         seed_globals(derive(self.seed, "loader", task))
         super().train_dataset_adaptation(**kwargs)

@@ -115,7 +115,7 @@ def test_every_command_of_the_readme_exists(repo_root: Path) -> None:
     assert {"pool create", "pool merge", "pool compress", "pool forget", "index build", "index query"} <= used
 
 
-@pytest.mark.parametrize("name", ["docs/results.md", "CONTRIBUTING.md"])
+@pytest.mark.parametrize("name", ["docs/results.md", "docs/avalanche.md", "CONTRIBUTING.md"])
 def test_links_lead_somewhere(repo_root: Path, name: str) -> None:
     assert f"({name})" in (repo_root / "README.md").read_text(encoding="utf-8")
     assert (repo_root / name).is_file()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from avalanche.core import BasePlugin, SupervisedPlugin
@@ -46,6 +47,8 @@ PROTECTING: tuple[type[BasePlugin], ...] = (
     plugins.GenerativeReplayPlugin,
 )
 """What protects earlier tasks while a later one is trained."""
+READ_TASK_LABELS = (plugins.LwFPlugin, plugins.GSS_greedyPlugin, plugins.GenerativeReplayPlugin)
+"""What fails in the middle of training where samples have none, in Avalanche's own strategies too."""
 IN_TRAINING = tuple(
     f"{when}_{what}"
     for what in ("training_epoch", "training_iteration", "forward", "backward", "update")
@@ -93,6 +96,20 @@ def check_plugins(
             )
         if (not later and isinstance(plugin, plugins.ReplayPlugin)) or (not trains and _acts_in_training(plugin)):
             warnings.warn(f"{owner} trains {idle}, so {name} has no effect in training", stacklevel=4)
+
+
+def check_task_labels(given: Sequence[BasePlugin], owner: str, dataset: Any) -> None:
+    """Check that a data set has the task labels that plugins of the strategy ``owner`` read.
+
+    Raises:
+        ConfigError: names the plugin.
+    """
+    for plugin in given:
+        if isinstance(plugin, READ_TASK_LABELS) and not hasattr(dataset, "targets_task_labels"):
+            raise ConfigError(
+                f"{owner} cannot use {type(plugin).__name__} on this stream: it reads task labels, and the samples "
+                "have none. Take nc_benchmark(..., task_labels=False), which gives them 0"
+            )
 
 
 def _acts_in_training(plugin: BasePlugin) -> bool:

@@ -1,27 +1,26 @@
-"""Avalanche's plugins with every strategy: they act, or are refused by name; and the model that they ask."""
+"""The model that Avalanche's plugins ask, in every strategy."""
 
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from avalanche.benchmarks import benchmark_from_datasets, nc_benchmark
+from avalanche.benchmarks import benchmark_from_datasets
 from avalanche.benchmarks.scenarios.supervised import with_classes_timeline
 from avalanche.benchmarks.utils import as_classification_dataset
 from avalanche.evaluation.metrics import accuracy_metrics
-from avalanche.models.generator import MlpVAE
 from avalanche.training import plugins as avalanche
-from avalanche.training.supervised import VAETraining
 from torch import Tensor, nn
 
 from cl_adapters.errors import ConfigError, DataError
 from cl_adapters.model.facade import AdapterModel
 from cl_adapters.strategies import MOS
 from cl_adapters.strategies.base import strategies
+from tests.avalanche.matrix import PLUGINS
+from tests.avalanche.streams import pairs, two_experiences
 
 Vit = Callable[[], nn.Module]
 IDLE_LATER = ["aper", "ranpac", "simple_cil"]
@@ -29,50 +28,9 @@ IDLE_LATER = ["aper", "ranpac", "simple_cil"]
 GOES_ON = [name for name in strategies.names() if name not in IDLE_LATER]
 
 
-def generative_replay() -> Any:
-    generator: Any = MlpVAE((3, 16, 16), nhid=4)
-    rate = torch.optim.Adam(generator.parameters(), lr=0.01)
-    return avalanche.GenerativeReplayPlugin(
-        generator_strategy=VAETraining(model=generator, optimizer=rate, train_mb_size=6, evaluator=None)
-    )
-
-
-PROTECT: dict[str, Callable[[], Any]] = {
-    "EWC": lambda: avalanche.EWCPlugin(50.0),
-    "EWC online": lambda: avalanche.EWCPlugin(50.0, mode="online", decay_factor=0.5),
-    "MAS": lambda: avalanche.MASPlugin(lambda_reg=5.0),
-    "SynapticIntelligence": lambda: avalanche.SynapticIntelligencePlugin(5.0),
-    "LwF": lambda: avalanche.LwFPlugin(1.0, 2.0),
-    "AGEM": lambda: avalanche.AGEMPlugin(6, 6),
-    "GEM": lambda: avalanche.GEMPlugin(6, 0.5),
-    "MIR": lambda: avalanche.MIRPlugin(batch_size_mem=3, mem_size=16, subsample=6),
-    "GenerativeReplay": generative_replay,
-}
-REFUSED: dict[str, tuple[Callable[[], Any], str]] = {
-    "GDumb": (avalanche.GDumbPlugin, "puts an untrained model in the place"),
-    "FromScratch": (lambda: avalanche.FromScratchTrainingPlugin(), "puts an untrained model in the place"),
-    "LFL": (lambda: avalanche.LFLPlugin(0.1), "brings a loss, head or model of its own"),
-    "FeatureDistillation": (avalanche.FeatureDistillationPlugin, "brings a loss, head or model of its own"),
-    "NCM": (avalanche.CurrentDataNCMUpdate, "brings a loss, head or model of its own"),
-    "RWalk": (avalanche.RWalkPlugin, "keeps numbers of the parameters that the model has before it grows"),
-    "RAR": (lambda: avalanche.RARPlugin(4, 8), "traces the model's layers"),
-}
-
-
 @pytest.fixture
 def vit(tiny_vit: Callable[..., nn.Module]) -> Vit:
     return lambda: tiny_vit(width=16, heads=2, img_size=16, depth=2)
-
-
-def stream(shuffled: bool = False, classes: int = 4) -> list[Any]:
-    """Experiences of two classes and 12 images with task label 0; shuffled: [3, 1] comes first."""
-    labels, draw = torch.arange(classes).repeat(6), torch.Generator().manual_seed(1)
-    images = torch.randn(classes, 3, 16, 16, generator=draw)[labels]
-    images = images + 0.3 * torch.randn(6 * classes, 3, 16, 16, generator=draw)
-    data: Any = torch.utils.data.TensorDataset(images, labels)
-    data.targets = labels.tolist()
-    order = [3, 1, 0, 2] if shuffled else list(range(classes))
-    return list(nc_benchmark(data, data, classes // 2, task_labels=False, fixed_class_order=order).train_stream)
 
 
 def trained(name: str, vit: Vit, plugins: list[Any], experiences: list[Any] | None = None, **options: Any) -> Any:
@@ -80,59 +38,27 @@ def trained(name: str, vit: Vit, plugins: list[Any], experiences: list[Any] | No
     strategy: Any = strategies.get(name)(
         vit(), train_mb_size=6, evaluator=None, plugins=plugins, seed=0, **settings, **options
     )
-    for experience in experiences or stream(shuffled=True):
+    for experience in experiences or pairs(shuffled=True):
         strategy.train(experience)
     return strategy
 
 
 def images() -> tuple[Tensor, Tensor]:
-    items = [item for experience in stream(shuffled=True) for item in experience.dataset]
+    items = [item for experience in pairs(shuffled=True) for item in experience.dataset]
     return torch.stack([item[0] for item in items]), torch.tensor([int(item[1]) for item in items])
 
 
-# --- plugins ----------------------------------------------------------------------------------------------------------
+# --- plugins (all of them with every strategy: test_matrix.py) -------------------------------------------------------
 
 
-@pytest.mark.parametrize("plugin", PROTECT)
-@pytest.mark.parametrize("name", GOES_ON)
-def test_what_protects_earlier_tasks_acts(name: str, plugin: str, vit: Vit) -> None:
-    """The first task is trained as without it, the second is not, and nothing is left behind."""
-    if plugin == "SynapticIntelligence":
-        if name == "sema":
-            with pytest.raises(ConfigError, match="SEMA cannot use SynapticIntelligencePlugin: it keeps"):
-                trained(name, vit, [PROTECT[plugin]()])
-            return
-        with pytest.warns(UserWarning, match="Avalanche's SynapticIntelligencePlugin has no effect on a CPU"):
-            trained(name, vit, [PROTECT[plugin]()])
-        return
-    experiences = stream(shuffled=True) if plugin != "MIR" else stream(classes=6)  # it acts from the third one on
-    plain = trained(name, vit, [], experiences)
-    protected = trained(name, vit, [PROTECT[plugin]()], experiences)
-    before, after = dict(plain.model.named_parameters()), dict(protected.model.named_parameters())
-    assert before.keys() == after.keys()
-    assert any(not torch.equal(before[key], after[key]) for key in before)
-    assert all(before[key].requires_grad == after[key].requires_grad for key in before)
-    x, _ = images()
-    assert protected.model.predict(x).isfinite().all()
-
-
-@pytest.mark.parametrize("plugin", PROTECT)
-@pytest.mark.parametrize("name", IDLE_LATER)
-def test_where_nothing_can_be_protected_it_is_refused(name: str, plugin: str, vit: Vit) -> None:
-    cls, given = strategies.get(name), PROTECT[plugin]()
-    idle = "nothing here" if name == "simple_cil" else "in the first task only"
-    message = f"{cls.__name__} cannot use {type(given).__name__}: it protects earlier tasks .* trains {idle}. Train cl_"
+@pytest.mark.parametrize("plugin", ["LwF", "GSS_greedy", "GenerativeReplay"])
+def test_what_reads_task_labels_is_refused_where_there_are_none(plugin: str, vit: Vit) -> None:
+    (given,) = PLUGINS[plugin].options()["plugins"]
+    message = f"MOS cannot use {type(given).__name__} on this stream: it reads task labels"
+    strategy: Any = MOS(vit(), plugins=[given], train_mb_size=4, train_epochs=1, evaluator=None)
     with pytest.raises(ConfigError, match=message):
-        cls(vit(), plugins=[given])
-
-
-@pytest.mark.parametrize("plugin", REFUSED)
-@pytest.mark.parametrize("name", strategies.names())
-def test_what_cannot_work_is_refused_by_name(name: str, plugin: str, vit: Vit) -> None:
-    cls, (make, why) = strategies.get(name), REFUSED[plugin]
-    given = make()
-    with pytest.raises(ConfigError, match=f"{cls.__name__} cannot use {type(given).__name__}: it {re.escape(why)}"):
-        cls(vit(), plugins=[given])
+        strategy.train(two_experiences()[0])
+    assert strategy.model.classes == [] and strategy.clock.train_iterations == 0
 
 
 # --- the model --------------------------------------------------------------------------------------------------------
@@ -148,7 +74,7 @@ def test_the_strategys_model_answers_by_class_label(name: str, vit: Vit) -> None
     columns_BC = strategy.model.predict(x)
     assert torch.equal(logits_BL[:, strategy.model.classes], columns_BC)
     assert torch.equal(AdapterModel.predict(model, x), columns_BC), "outside Avalanche columns stay columns"
-    half = trained(name, vit, [], stream(shuffled=True)[:1]).model.eval()(x)
+    half = trained(name, vit, [], pairs(shuffled=True)[:1]).model.eval()(x)
     assert half.shape == (24, 4) and bool((half[:, [0, 2]] == -1000).all()), "labels 0 and 2 were not learned"
 
 
@@ -167,7 +93,7 @@ def test_gradients_reach_the_head_in_both_modes(name: str, vit: Vit) -> None:
 
 @pytest.mark.parametrize("name", GOES_ON)
 def test_hooks_fire_and_a_copy_stays_as_it_was(name: str, vit: Vit) -> None:
-    strategy = trained(name, vit, [], stream()[:1])
+    strategy = trained(name, vit, [], pairs()[:1])
     seen: list[int] = []
     strategy.model.register_forward_hook(lambda module, given, output: seen.append(len(given[0])))
     x, _ = images()
@@ -176,7 +102,7 @@ def test_hooks_fire_and_a_copy_stays_as_it_was(name: str, vit: Vit) -> None:
         before = kept.train(training)(x).detach()
         assert before.isfinite().all()
         if training:
-            strategy.train(stream()[1])
+            strategy.train(pairs()[1])
         assert torch.equal(kept.train(training)(x), before) or not training
     assert 6 in seen
 
@@ -215,11 +141,11 @@ def test_labels_of_millions_make_no_logits_of_that_width(name: str, vit: Vit) ->
 
 
 def test_a_model_that_the_user_holds_is_the_same_in_columns(vit: Vit) -> None:
-    held = trained("mos", vit, [], stream()[:1]).model
+    held = trained("mos", vit, [], pairs()[:1]).model
     own: Any = AdapterModel.__new__(AdapterModel)
     object.__setattr__(own, "__dict__", held.__dict__)
     strategy: Any = MOS(own, train_epochs=1, train_mb_size=6, evaluator=None)
-    strategy.train(stream()[1])
+    strategy.train(pairs()[1])
     assert own.classes == strategy.model.classes == [0, 1, 2, 3]
     assert own.bank is strategy.model.bank and strategy.model is not own
     assert isinstance(strategy.model, AdapterModel)
@@ -229,8 +155,8 @@ def test_parameters_are_those_of_adapters_and_heads(vit: Vit) -> None:
     strategy = trained("mos", vit, [])
     names = [name for name, _ in strategy.model.named_parameters()]
     assert names and not any(name.startswith("backbone.") for name in names)
-    first = [name for name, _ in trained("mos", vit, [], stream()[:1]).model.named_parameters()]
-    again: Any = trained("mos", vit, [], stream()[:1])
+    first = [name for name, _ in trained("mos", vit, [], pairs()[:1]).model.named_parameters()]
+    again: Any = trained("mos", vit, [], pairs()[:1])
     list(again.model.parameters())
-    again.train(stream()[1])
+    again.train(pairs()[1])
     assert [name for name, _ in again.model.named_parameters()][: len(first)] == first, "what is new comes last"

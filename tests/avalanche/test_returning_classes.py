@@ -2,27 +2,14 @@
 
 from __future__ import annotations
 
-import dataclasses
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from avalanche.benchmarks import (
-    benchmark_from_datasets,
-    benchmark_with_validation_stream,
-    class_incremental_benchmark,
-    data_incremental_benchmark,
-    nc_benchmark,
-    new_instances_benchmark,
-    ni_benchmark,
-    split_online_stream,
-    with_classes_timeline,
-)
-from avalanche.benchmarks.utils import as_classification_dataset
 from avalanche.evaluation.metrics import accuracy_metrics
 from avalanche.training.plugins import EvaluationPlugin, ReplayPlugin
 from torch import Tensor, nn
@@ -38,86 +25,11 @@ from cl_adapters.parts.keys import CLASS_KEYS, Keys, KeysConfig
 from cl_adapters.predictors.nearest_key import NearestKey
 from cl_adapters.strategies.base import AdapterStrategy, strategies
 from cl_adapters.strategies.phases import Batch, current_task_loss
+from tests.avalanche.small import differing, make, state, train
+from tests.avalanche.streams import PATTERNS, benchmark, domains, halves, images, online, repetition
 
 NAMES = strategies.names()
 ONLINE = [name for name in NAMES if name != "mos"]
-PATTERNS = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(9))
-SMALL: dict[str, Any] = {
-    "train_epochs": 3,
-    "train_mb_size": 6,
-    "lr": 0.05,
-    "adapter": {"type": "bottleneck", "bottleneck": 4},
-    "alignment": {"epochs": 2},
-    "projection": 24,
-    "descriptor_epochs": 2,
-}
-
-
-def images(labels: Sequence[int], each: int, seed: int, light: float = 0.0) -> Any:
-    """``each`` noisy images [3, 16, 16] of every label's pattern, ``light`` brighter."""
-    rows = torch.tensor([label for _ in range(each) for label in labels])
-    noise = torch.randn(len(rows), 3, 16, 16, generator=torch.Generator().manual_seed(seed))
-    data: Any = TensorDataset(PATTERNS[rows] + 0.3 * noise + light, rows)
-    data.targets = rows.tolist()
-    return data
-
-
-def benchmark(*parts: Any, test: Any = None) -> Any:
-    """Of these data sets, one experience each."""
-    test = images(range(4), 6, 99) if test is None else test
-    sets = {"train": [as_classification_dataset(part) for part in parts], "test": [as_classification_dataset(test)]}
-    return with_classes_timeline(benchmark_from_datasets(**sets))
-
-
-def domains() -> Any:
-    """All four classes in each of three lights."""
-    return benchmark(*(images(range(4), 3, seed, light=0.3 * seed) for seed in range(3)))
-
-
-def repetition() -> Any:
-    """Classes come, some again, some new: the third experience has no new class."""
-    return benchmark(*(images(labels, 4, seed) for seed, labels in enumerate(([2, 0], [0, 1], [2], [3, 0, 1]))))
-
-
-def halves() -> Any:
-    """Two experiences of two classes."""
-    sets = {"train": images(range(4), 12, 0), "test": images(range(4), 6, 99)}
-    return class_incremental_benchmark(
-        {key: as_classification_dataset(value) for key, value in sets.items()},
-        class_order=[2, 0, 1, 3],
-        num_experiences=2,
-    )
-
-
-def online(whole: Any) -> list[Any]:
-    return list(split_online_stream(whole.train_stream, experience_size=8, seed=0))
-
-
-def new_instances() -> Any:
-    parts = (images(range(4), 9, 0), images(range(4), 6, 99))
-    return new_instances_benchmark(*map(as_classification_dataset, parts), num_experiences=3, seed=0)
-
-
-def parts() -> Any:
-    """Of two experiences of two classes, three each; one without task labels in the old style of Avalanche."""
-    whole = nc_benchmark(images(range(4), 12, 0), images(range(4), 6, 99), 2, task_labels=False, seed=0)
-    return data_incremental_benchmark(whole, 8)
-
-
-def with_validation() -> Any:
-    return benchmark_with_validation_stream(halves(), 0.25, shuffle=True, seed=0)
-
-
-STREAMS: dict[str, Callable[[], Any]] = {
-    "domains": domains,
-    "ni_benchmark": lambda: ni_benchmark(
-        images(range(4), 9, 0), images(range(4), 6, 99), 3, seed=0, balance_experiences=True
-    ),
-    "new_instances": new_instances,
-    "repetition": repetition,
-    "parts of experiences": parts,
-    "validation": with_validation,
-}
 
 
 @pytest.fixture
@@ -125,59 +37,7 @@ def backbone(tiny_vit: Callable[..., nn.Module]) -> FrozenBackbone:
     return FrozenBackbone.wrap(tiny_vit(width=16, heads=2, img_size=16, depth=2))
 
 
-def make(name: str, model: Any, **options: Any) -> Any:
-    """A small strategy of that registered name."""
-    cls: Any = strategies.get(name)
-    known = {field.name for field in dataclasses.fields(cls.Config)}
-    small = {key: value for key, value in SMALL.items() if key in known}
-    return cls(model, seed=0, **{"evaluator": None, **small, **options})
-
-
-def train(strategy: Any, stream: Iterable[Any]) -> Any:
-    for experience in stream:
-        strategy.train(experience)
-    return strategy
-
-
-def state(model: AdapterModel) -> dict[str, Any]:
-    """Every tensor of a model, and what it knows of its classes."""
-    found: dict[str, Any] = {key: value.clone() for key, value in model.state_dict().items()}
-    if model.statistics is not None:
-        found |= {f"statistics.{key}": value.clone() for key, value in model.statistics.tensors().items()}
-    found["classes"] = (list(model.classes), model.task_of_column.tolist(), dict(model.returned), dict(model.samples))
-    return found
-
-
-def differing(one: dict[str, Any], other: dict[str, Any]) -> list[str]:
-    """What differs between two states, bit for bit."""
-
-    def same(a: Any, b: Any) -> bool:
-        return torch.equal(a, b) if isinstance(a, Tensor) and isinstance(b, Tensor) else bool(a == b)
-
-    return [key for key in one.keys() | other.keys() if not same(one.get(key), other.get(key))]
-
-
-# --- every strategy on every stream ----------------------------------------------------------------------------------
-
-
-@pytest.mark.parametrize("setting", STREAMS)
-@pytest.mark.parametrize("name", NAMES)
-def test_every_strategy_learns(name: str, setting: str, backbone: FrozenBackbone) -> None:
-    made = STREAMS[setting]()
-    stream = list(made.train_stream)
-    validation = list(made.streams["valid"]) if setting == "validation" else []
-    strategy = make(name, backbone, evaluator=EvaluationPlugin(accuracy_metrics(stream=True)))
-    for tasks, experiences in enumerate((stream, validation), 1):
-        if not experiences:
-            continue
-        train(strategy, experiences)
-        (reached,) = strategy.eval(validation or made.test_stream).values()
-        assert reached > 0.4, "chance is 0.25"
-        model = strategy.model
-        assert sorted(model.classes) == [0, 1, 2, 3], "no class has two columns"
-        assert model.num_tasks == tasks * len(stream), "refitted on the validation stream: as many again"
-        assert {model.head.num_classes, model.prototypes.num_classes} <= {0, 4}
-        assert model.predict(PATTERNS).shape == (4, 4)
+# --- parts of experiences (every strategy on every stream: test_matrix.py) -------------------------------------------
 
 
 @pytest.mark.parametrize("name", ONLINE)
@@ -200,19 +60,6 @@ def test_mos_refuses_a_part_of_an_experience(backbone: FrozenBackbone) -> None:
         strategy.train(online(halves())[0])
     assert not differing(before, state(strategy.model))
     strategy.train(halves().train_stream[0])
-
-
-@pytest.mark.parametrize("name", ["aper", "ranpac", "sema", "simple_cil", "sequential", "lae"])
-def test_a_first_adapter_of_a_few_images_is_warned_of(name: str, backbone: FrozenBackbone) -> None:
-    strategy = make(name, backbone)
-    with warnings.catch_warnings(record=True) as caught:
-        warnings.simplefilter("always")
-        strategy.train(online(halves())[0])
-    found = [str(w.message) for w in caught if "OnlineCLExperience" in str(w.message)]
-    if name in ("aper", "ranpac", "sema"):
-        assert len(found) == 1 and found[0].startswith(f"{type(strategy).__name__} trains its first adapter on")
-    else:
-        assert not found
 
 
 def test_a_part_that_names_the_classes_of_the_whole(backbone: FrozenBackbone) -> None:
