@@ -96,7 +96,8 @@ def domains(data: BenchmarkData, backbone: FrozenBackbone) -> Stream:
         return ImageSet([as_domain(image) for image in images.images], images.labels)
 
     changes: list[Callable[[Any], Any]] = [lambda x: x, lambda x: x // 2 + 64, lambda x: 255 - x]
-    train, test = [], []
+    train: list[Any] = []
+    test: list[Any] = []
     for change in changes:
         domain = dataclasses.replace(data, train=seen(data.train, change), test=seen(data.test, change))
         for found, stream in zip((train, test), tasks(domain, backbone), strict=True):
@@ -187,7 +188,7 @@ def run(
     """Accuracy in the end, percent, or None where the strategy refuses; and what it said."""
     recipe, stream = COLUMNS[column]
     brought = recipe(1 if column == "online" else epochs)
-    settings = next(
+    settings: dict[str, Any] = next(
         (found.read()["strategy"] for found in presets() if (found.strategy, found.name) == (name, data.name)), {}
     )
     if "optimizer" in brought:

@@ -6,6 +6,7 @@ import re
 
 from typer.testing import CliRunner
 
+from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.benchmarks.bench import avalanche_table
 from cl_adapters.benchmarks.bench._command import command_of
 
@@ -31,7 +32,7 @@ def test_a_number_or_a_note_in_each_column() -> None:
 
 def test_a_strategy_that_trains() -> None:
     """On a stream in which classes return, with another recipe."""
-    backbone = avalanche_table.FrozenBackbone.load("vit_glyph_tiny")
+    backbone = FrozenBackbone.load("vit_glyph_tiny")
     data = avalanche_table.loaded("digits", 0, 2, 1)
     for column in ("by iteration", "repetition"):
         reached, said = avalanche_table.run("lae", column, backbone, data, 1, 0)
