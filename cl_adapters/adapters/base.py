@@ -34,6 +34,10 @@ class AdapterType(ABC):
     def site_kinds(self) -> tuple[str, ...]:
         """Kinds of :class:`cl_adapters.sites.sites.Site` that it attaches to, in every block."""
 
+    def at(self, site: Site) -> AdapterType:
+        """The type at work at one of its sites: this one, unless it is made of several."""
+        return self
+
     @abstractmethod
     def shapes(self, site: Site) -> dict[str, tuple[int, ...]]:
         """Names and shapes of the tensors of one adapter at this site."""
