@@ -24,10 +24,13 @@ class AdapterType(ABC):
     Attributes:
         layout: how the type wants activations: "tokens" ([B, N, D], from every site) or "map" ([B, D, H, W], only from
             sites whose tokens lie on a grid).
+        aligned: whether equal positions mean the same in adapters that were trained apart, so that they may be merged
+            number by number.
     """
 
     summary: ClassVar[str] = ""
     layout: ClassVar[Layout] = "tokens"
+    aligned: ClassVar[bool] = False
 
     @property
     @abstractmethod

@@ -31,6 +31,8 @@ class LNTuning(AdapterType):
 
     summary: ClassVar[str] = "scale and shift of what the norms put out (LayerNorm tuning, SSF)"
 
+    aligned: ClassVar[bool] = True
+
     place: Literal["both", "attn", "ffn"] = "both"
 
     @property
