@@ -61,7 +61,7 @@ class Seen(SupervisedPlugin[Any]):
 def trained(cls: type[AdapterStrategy], model: nn.Module, **options: Any) -> tuple[Any, Seen]:
     """A strategy after one experience: by default two epochs of two steps."""
     seen = Seen()
-    values = {"train_mb_size": 6, "train_epochs": 2, "lr": 0.08, "plugins": [seen]}
+    values: dict[str, Any] = {"train_mb_size": 6, "train_epochs": 2, "lr": 0.08, "plugins": [seen]}
     strategy = cls(model=model, evaluator=None, seed=3, **values | options)
     strategy.train(two_experiences()[0])
     return strategy, seen
