@@ -40,7 +40,6 @@ from cl_adapters.backbones.inputs import to_device
 from cl_adapters.bank.bank import AdapterBank, Routes
 from cl_adapters.config import build, renamed_keyword, to_plain
 from cl_adapters.errors import ClAdaptersError, ConfigError, DataError, TrainingDiverged
-from cl_adapters.model.alignment import cosine_lr
 from cl_adapters.model.facade import AdapterModel
 from cl_adapters.model.heads import Init, PrototypeHead
 from cl_adapters.model.state import Origin
@@ -65,9 +64,19 @@ from cl_adapters.strategies._loop.plugins import check_plugins, check_task_label
 from cl_adapters.strategies._loop.saving import load_strategy, save_strategy
 from cl_adapters.strategies._loop.snapshot import Snapshot
 from cl_adapters.strategies._loop.task_labels import TaskClasses
-from cl_adapters.strategies.config import StrategyConfig, TrainingConfig, resolve
-from cl_adapters.strategies.phases import Batch, Loss, ParamGroup, Phase
-from cl_adapters.strategies.recipe import Criterion, Dial, MakeOptimizer, MakeScheduler, Schedules, check_criterion
+from cl_adapters.strategies.config import OptimizerName, StrategyConfig, TrainingConfig, resolve
+from cl_adapters.strategies.phases import Batch, Loss, ParamGroup, Phase, Schedule
+from cl_adapters.strategies.recipe import (
+    Criterion,
+    Dial,
+    MakeOptimizer,
+    MakeScheduler,
+    Pace,
+    Schedules,
+    check_criterion,
+    check_unused,
+    own_optimizer,
+)
 
 if TYPE_CHECKING:
     from cl_adapters.pool import AdapterPool
@@ -111,7 +120,8 @@ class AdapterStrategy(SupervisedTemplate):
         model: a :class:`FrozenBackbone`, your own ``nn.Module`` (it is wrapped), or an :class:`AdapterModel` that
             this strategy made before.
         optimizer: instead of the method's: an optimizer, its class, or a function that makes one from parameters. Its
-            class and settings are taken in every phase; which parameters are trained stays the method's matter.
+            class and settings are taken in every phase; which parameters are trained stays the method's matter. A name
+            is the field ``optimizer`` of ``config``.
         criterion: instead of cross-entropy, on the logits of the columns that the method trains, such as
             ``torch.nn.CrossEntropyLoss(label_smoothing=0.1)``.
         scheduler: makes a schedule of torch from an optimizer; it is stepped after every epoch, begins anew in every
@@ -166,6 +176,7 @@ class AdapterStrategy(SupervisedTemplate):
     _trained: Mapping[int, nn.Parameter] = MappingProxyType({})
     _snapshot: Snapshot | None = None
     _phase: Phase | None = None
+    _pace: Pace | None = None
     _dropout_generator: torch.Generator | None = None
     _cache: ActivationCache | None = None
     _images: Any = None
@@ -179,13 +190,14 @@ class AdapterStrategy(SupervisedTemplate):
         super().__init_subclass__(**kwargs)
         _own_check_only(cls)
         own = [p for p in inspect.signature(AdapterStrategy.__init__).parameters.values() if p.name != "options"]
-        fields = inspect.signature(cls.Config).parameters.values()
+        names = {parameter.name for parameter in own}
+        fields = [p for p in inspect.signature(cls.Config).parameters.values() if p.name not in names]
         cls.__signature__ = inspect.Signature([*own[1:], *fields])
 
     def __init__(
         self,
         model: nn.Module,
-        optimizer: Optimizer | MakeOptimizer | None = None,
+        optimizer: Optimizer | MakeOptimizer | OptimizerName | None = None,
         criterion: Criterion | None = None,
         *,
         scheduler: MakeScheduler | None = None,
@@ -205,6 +217,8 @@ class AdapterStrategy(SupervisedTemplate):
     ) -> None:
         if "inference" in options:
             predictor = renamed_keyword("inference", "predictor", options.pop("inference"), predictor)
+        if isinstance(optimizer, str) and issubclass(self.Config, TrainingConfig):
+            options, optimizer = options | {"optimizer": optimizer}, None
         self.config = resolve(
             type(self).__name__, self.Config, config, options, list(type(self).__signature__.parameters)
         )
@@ -222,7 +236,9 @@ class AdapterStrategy(SupervisedTemplate):
         super().__init__(
             model=ByLabel.of(model).to(device),
             optimizer=self._new_optimizer() if self._dial is None else self._dial.new_optimizer(),
-            criterion=nn.CrossEntropyLoss() if criterion is None else criterion,
+            criterion=nn.CrossEntropyLoss(label_smoothing=getattr(self.config, "label_smoothing", 0.0))
+            if criterion is None
+            else criterion,
             train_mb_size=self.config.train_mb_size,
             train_epochs=getattr(self.config, "train_epochs", 0),
             eval_mb_size=self.config.eval_mb_size,
@@ -364,11 +380,12 @@ class AdapterStrategy(SupervisedTemplate):
         adapter: Sequence[nn.Parameter],
         loss: Loss,
         start: int | None = None,
-        schedule: Callable[[float, int, int], float] = cosine_lr,
+        schedule: Schedule | None = None,
     ) -> Phase:
         """All epochs of the task on adapter parameters and the linear head.
 
-        ``start`` is the first block in which anything is trained; default the first with adapters.
+        ``start`` is the first block in which anything is trained; default the first with adapters. ``schedule`` is
+        another than that of the settings.
         """
         config = self._training_config()
         live = ParamGroup(params=adapter, lr=config.lr, weight_decay=config.weight_decay)
@@ -680,9 +697,10 @@ class AdapterStrategy(SupervisedTemplate):
             begin_early_stopping(self)
             self.trainable_parameters = max(self.trainable_parameters, phase.num_parameters)
             steps = len(self.dataloader)
+            self._pace = Pace(phase, self.config, steps)
             for epoch in range(phase.epochs):
                 if not self._schedules:
-                    phase.set_epoch(self.optimizer, epoch)
+                    self._pace.begin_epoch(self.optimizer, epoch)
                 self.before_epoch(epoch)
                 self._before_training_epoch(**kwargs)
                 if self._stop_training:
@@ -779,7 +797,12 @@ class AdapterStrategy(SupervisedTemplate):
         if self._schedules:
             assert self._dial is not None and self._phase is not None
             self._dial.turn(self.optimizer, [group.lr for group in self._phase.groups])
+        elif self._pace is not None:
+            self._pace.before_step(self.optimizer)
         self.before_step()
+        longest: float | None = getattr(self.config, "clip_norm", None)
+        if longest is not None:
+            nn.utils.clip_grad_norm_([p for group in self.optimizer.param_groups for p in group["params"]], longest)
         super().optimizer_step()
         self.after_step()
 
@@ -787,7 +810,7 @@ class AdapterStrategy(SupervisedTemplate):
 
     def _bring_recipe(
         self,
-        optimizer: Optimizer | MakeOptimizer | None,
+        optimizer: Any,
         scheduler: MakeScheduler | None,
         criterion: Criterion | None,
         plugins: Sequence[BasePlugin],
@@ -795,7 +818,7 @@ class AdapterStrategy(SupervisedTemplate):
         """Take what the user brings.
 
         Raises:
-            ConfigError: it cannot be used, or has no effect because nothing is trained.
+            ConfigError: it cannot be used, has no effect because nothing is trained, or leaves a setting without one.
         """
         given = {"optimizer": optimizer, "scheduler": scheduler, "criterion": criterion}
         for name, value in given.items():
@@ -811,8 +834,11 @@ class AdapterStrategy(SupervisedTemplate):
             own.param_groups[0]["lr"] = self._training_config().lr
             self._dial = Dial(own)
         self._schedules = Schedules(self._dial, scheduler, plugins)
+        if self._schedules:
+            check_unused(self.config, "scheduler")
         if criterion is not None:
             check_criterion(criterion)
+            check_unused(self.config, "criterion")
 
     @contextmanager
     def _as_trained(self) -> Iterator[None]:
@@ -862,7 +888,7 @@ class AdapterStrategy(SupervisedTemplate):
 
     def _forget_pass(self) -> None:
         """Drop what belongs to the passes over one experience."""
-        self._phase = self._run = self._dropout_generator = self._cache = None
+        self._phase = self._pace = self._run = self._dropout_generator = self._cache = None
         self.mbatch = None
 
     def _check_complete(self) -> None:
@@ -961,9 +987,7 @@ class AdapterStrategy(SupervisedTemplate):
         )
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
-        """An optimizer whose parameters each phase replaces; torch refuses an empty one."""
-        placeholder = nn.Parameter(torch.zeros(1), requires_grad=False)
-        return torch.optim.SGD([placeholder], lr=1.0, momentum=getattr(self.config, "momentum", 0.0))
+        return own_optimizer(self.config)
 
 
 def begin_keys(model: AdapterModel, config: KeysConfig | None) -> None:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping, Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
 from cl_adapters.adapters.base import AdapterField
 from cl_adapters.adapters.bottleneck import Bottleneck
-from cl_adapters.config import build, check_blocks, check_range, to_plain
+from cl_adapters.config import OMITTED_AT_DEFAULT, build, check_blocks, check_range, to_plain
 from cl_adapters.errors import ConfigError, suggestion
+
+OptimizerName = Literal["sgd", "adam", "adamw"]
+ScheduleName = Literal["cosine", "constant"]
+"""How the learning rate goes from epoch to epoch of a phase: down to 0, or not at all."""
 
 LARGEST_BATCH = 2**20
 """Samples; a loader sets aside a list of that length."""
@@ -38,16 +42,25 @@ class StrategyConfig:
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class TrainingConfig(StrategyConfig):
-    """Settings of strategies that train adapters by SGD; the defaults are those of MOS on CIFAR-100.
+    """Settings of strategies that train adapters by gradients; the defaults are those of MOS on CIFAR-100.
+
+    The recipe (optimizer, learning rate, schedule, weight decay, smoothing, clipping) holds in every phase. What a user
+    brings as an object instead is in :mod:`cl_adapters.strategies.recipe`.
 
     Attributes:
         adapter: adapter type with its options.
         blocks: blocks that get adapters; None: all.
         train_epochs: E, epochs per task.
-        lr: learning rate of the adapters, cosine to 0.
+        lr: learning rate of the adapters, at the begin of the schedule.
         head_lr_factor: the head's learning rate is this times ``lr``.
-        momentum: of SGD.
-        weight_decay: on adapters and head.
+        optimizer: "sgd", "adam" or "adamw".
+        momentum: of SGD; beta_1 of the others, whose beta_2 is 0.999.
+        weight_decay: on adapters and head: an L2 factor; of "adamw" the decoupled one.
+        schedule: "cosine" to 0, or "constant"; by epoch. A phase that brings a schedule of its own keeps that.
+        warm_up: share of a phase's steps in which the learning rate rises linearly, step by step, from near 0 to what
+            the schedule says; 0: none.
+        label_smoothing: of the cross-entropy: this share of the target lies evenly on the classes that the loss sees.
+        clip_norm: longest gradient, by the 2-norm over all that a phase trains; longer ones are shortened to it.
         cached_views: K. Where the first blocks have no adapter in training, run K augmented views of every image up to
             there once and reuse them in all epochs; 0 computes everything anew, with fresh augmentation.
         cache_memory_mb: limit of one such cache in MiB; a larger one, with 0 any, is kept on disk in half precision.
@@ -58,8 +71,13 @@ class TrainingConfig(StrategyConfig):
     train_epochs: int = 20
     lr: float = 0.03
     head_lr_factor: float = 0.1
+    optimizer: OptimizerName = dataclasses.field(default="sgd", metadata=OMITTED_AT_DEFAULT)
     momentum: float = 0.9
     weight_decay: float = 5e-4
+    schedule: ScheduleName = dataclasses.field(default="cosine", metadata=OMITTED_AT_DEFAULT)
+    warm_up: float = dataclasses.field(default=0.0, metadata=OMITTED_AT_DEFAULT)
+    label_smoothing: float = dataclasses.field(default=0.0, metadata=OMITTED_AT_DEFAULT)
+    clip_norm: float | None = dataclasses.field(default=None, metadata=OMITTED_AT_DEFAULT)
     cached_views: int = 0
     cache_memory_mb: float = 2048.0
 
@@ -67,11 +85,16 @@ class TrainingConfig(StrategyConfig):
         super().__post_init__()
         check_blocks(self.blocks)
         check_range(self, "[0, 1000]", "cached_views")
+        for name, known in (("optimizer", get_args(OptimizerName)), ("schedule", get_args(ScheduleName))):
+            if getattr(self, name) not in known:
+                raise ConfigError(f"{name} must be one of {', '.join(known)}, got {getattr(self, name)!r}")
         check_range(self, "[1, inf)", "train_epochs")
-        check_range(self, "(0, inf)", "lr")
+        check_range(self, "(0, inf)", "lr", "clip_norm")
+        check_range(self, "[0, 1]", "warm_up")
+        check_range(self, "[0, 1)", "label_smoothing")
         check_range(self, "[0, inf)", "cache_memory_mb")
         check_range(self, "[0, inf)", "head_lr_factor", "weight_decay")
-        check_range(self, "[0, 1]", "momentum")
+        check_range(self, "[0, 1]" if self.optimizer == "sgd" else "[0, 1)", "momentum")
 
 
 def resolve(

@@ -21,7 +21,7 @@ from cl_adapters.adapters.base import AdapterField
 from cl_adapters.adapters.bottleneck import Bottleneck
 from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.bank.bank import AdapterBank, Route, sites_of
-from cl_adapters.config import check_range
+from cl_adapters.config import OMITTED_AT_DEFAULT, check_range
 from cl_adapters.merge.ema import ema
 from cl_adapters.model.facade import AdapterModel
 from cl_adapters.model.heads import normal
@@ -30,8 +30,8 @@ from cl_adapters.predictors.base import Predictor
 from cl_adapters.predictors.fixed import Fixed
 from cl_adapters.predictors.max_ensemble import MaxEnsemble
 from cl_adapters.strategies.base import AdapterStrategy, Returning, strategies
-from cl_adapters.strategies.config import StrategyConfig, TrainingConfig
-from cl_adapters.strategies.phases import Phase, constant_lr, current_task_loss
+from cl_adapters.strategies.config import OptimizerName, ScheduleName, StrategyConfig, TrainingConfig
+from cl_adapters.strategies.phases import Phase, current_task_loss
 
 ONLINE, OFFLINE = 0, 1
 
@@ -53,9 +53,8 @@ class LAEConfig(TrainingConfig):
             ``"conv_bottleneck"``.
         blocks: blocks that get adapters; None: the first ``first_blocks``.
         first_blocks: how many, or all where the backbone has fewer: 5 in a ViT, 10 in Swin-B, 15 in ConvNeXt-B.
-        lr: learning rate of Adam, the same in every epoch.
-        momentum: Adam's beta_1; its beta_2 is 0.999.
-        weight_decay: L2 factor; other than 0 it also moves the head's rows of finished tasks.
+        optimizer, schedule: Adam at a constant learning rate.
+        weight_decay: other than 0 it also moves the head's rows of finished tasks.
         frozen_epochs: of every task after the first, the first epochs that train the head alone; None: three fifths of
             ``train_epochs``, rounded down, as in all released configurations (3 of 5, 30 of 50).
         decay: of the offline adapter. After k steps its start still has the weight decay ** k.
@@ -68,7 +67,9 @@ class LAEConfig(TrainingConfig):
     train_epochs: int = 5
     lr: float = 0.0028125
     head_lr_factor: float = 1.0
+    optimizer: OptimizerName = dataclasses.field(default="adam", metadata=OMITTED_AT_DEFAULT)
     weight_decay: float = 0.0
+    schedule: ScheduleName = dataclasses.field(default="constant", metadata=OMITTED_AT_DEFAULT)
     frozen_epochs: int | None = None
     decay: float = 0.9999
     drop_last: bool = True
@@ -82,7 +83,6 @@ class LAEConfig(TrainingConfig):
                 "leave it out for three fifths of them"
             )
         check_range(self, "[0, 1]", "decay")
-        check_range(self, "[0, 1)", "momentum")
 
     def frozen_in(self, task: int) -> int:
         """Epochs of task ``task`` (0-based) in which the adapter is frozen."""
@@ -131,7 +131,7 @@ class LAE(AdapterStrategy):
     def phases(self, task: int) -> Iterable[Phase]:
         """One phase, so that the head's moments go on when the adapter thaws (see :meth:`before_epoch`)."""
         loss = partial(current_task_loss, known=self.known, returning=self.returning)
-        yield self.adapter_phase(self.model.bank.slot_parameters(ONLINE), loss, schedule=constant_lr)
+        yield self.adapter_phase(self.model.bank.slot_parameters(ONLINE), loss)
 
     def before_epoch(self, epoch: int) -> None:
         """Freeze or thaw the online adapter; Adam leaves out what has no gradient and keeps no moments of it."""
@@ -162,9 +162,3 @@ class LAE(AdapterStrategy):
     def predictor(self, task: int, training: bool) -> Predictor:
         """The online adapter in the first task, the ensemble from the second on."""
         return MaxEnsemble(slots=(ONLINE, OFFLINE)) if task else Fixed(slot=ONLINE)
-
-    # --- private -------------------------------------------------------------------------------------------------
-
-    def _new_optimizer(self) -> torch.optim.Optimizer:
-        placeholder = torch.nn.Parameter(torch.zeros(1), requires_grad=False)
-        return torch.optim.Adam([placeholder], lr=1.0, betas=(self.config.momentum, 0.999))

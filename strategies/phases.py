@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -30,10 +30,12 @@ class Batch:
 
 
 Loss = Callable[[Batch], Tensor]
+Schedule = Callable[[float, int, int], float]
+"""(lr, epoch, epochs) to the learning rate of that epoch, 0-based."""
 
 
 def constant_lr(lr: float, epoch: int, epochs: int) -> float:
-    """The same learning rate in every epoch (a schedule of :class:`Phase`)."""
+    """The same learning rate in every epoch (a :data:`Schedule`)."""
     return lr
 
 
@@ -55,7 +57,7 @@ class Phase:
         epochs: passes over the data.
         groups: what is trained; everything else stays as it is.
         loss: scalar loss of a batch.
-        schedule: (lr, epoch, epochs) to the learning rate of that epoch.
+        schedule: of the learning rate; None: that of the settings, without settings :func:`cosine_lr`.
         start: the first block in which anything is trained (the backbone's ``depth``: only the head is); what comes
             before it may be computed once. None: from the images every time.
     """
@@ -64,7 +66,7 @@ class Phase:
     epochs: int
     groups: Sequence[ParamGroup]
     loss: Loss
-    schedule: Callable[[float, int, int], float] = field(default=cosine_lr)
+    schedule: Schedule | None = None
     start: int | None = None
 
     @property
@@ -81,10 +83,11 @@ class Phase:
                 {"params": list(group.params), "lr": group.lr, "weight_decay": group.weight_decay}
             )
 
-    def set_epoch(self, optimizer: torch.optim.Optimizer, epoch: int) -> None:
-        """Set the learning rates of ``epoch`` (0-based)."""
+    def set_epoch(self, optimizer: torch.optim.Optimizer, epoch: int, share: float = 1.0) -> None:
+        """Set the learning rates of ``epoch`` (0-based), or a share of them."""
+        schedule = self.schedule or cosine_lr
         for group, live in zip(self.groups, optimizer.param_groups, strict=True):
-            live["lr"] = self.schedule(group.lr, epoch, self.epochs)
+            live["lr"] = share * schedule(group.lr, epoch, self.epochs)
 
 
 def current_task_loss(batch: Batch, known: int, returning: Sequence[int] = ()) -> Tensor:

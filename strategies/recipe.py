@@ -1,4 +1,4 @@
-"""What a user brings instead of a method's own training recipe: an optimizer, a schedule, a criterion."""
+"""The training recipe: what settings name, and what a user brings instead: an optimizer, a schedule, a criterion."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import inspect
 from collections import defaultdict
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any, TypeAlias, TypeVar
 
 import torch
@@ -17,7 +17,9 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler, ReduceLROnPlateau
 
 from cl_adapters.errors import ConfigError
-from cl_adapters.strategies.config import TrainingConfig
+from cl_adapters.model.alignment import cosine_lr
+from cl_adapters.strategies.config import OptimizerName, ScheduleName, StrategyConfig, TrainingConfig
+from cl_adapters.strategies.phases import Phase, Schedule, constant_lr
 
 MakeOptimizer: TypeAlias = Callable[[Iterable[nn.Parameter]], Optimizer]
 """Such as ``torch.optim.AdamW`` or ``partial(torch.optim.AdamW, lr=1e-3)``."""
@@ -27,8 +29,71 @@ Criterion: TypeAlias = Callable[[Tensor, Tensor], Tensor]
 """From logits float [B, C] and right columns int64 [B] to a scalar."""
 
 C = TypeVar("C", bound=TrainingConfig)
-SETTINGS = ("lr", "weight_decay", "momentum")
+SETTINGS = ("lr", "weight_decay", "momentum", "optimizer")
 """Fields of :class:`TrainingConfig` that an optimizer brings along."""
+BROUGHT: Mapping[str, Sequence[str]] = {
+    "optimizer": SETTINGS,
+    "scheduler": ("schedule", "warm_up"),
+    "criterion": ("label_smoothing",),
+}
+"""What may be given as an object: the fields that have no effect then."""
+OPTIMIZERS: Mapping[OptimizerName, Callable[[list[nn.Parameter], float], Optimizer]] = {
+    "sgd": lambda params, momentum: torch.optim.SGD(params, lr=1.0, momentum=momentum),
+    "adam": lambda params, momentum: torch.optim.Adam(params, lr=1.0, betas=(momentum, 0.999)),
+    "adamw": lambda params, momentum: torch.optim.AdamW(params, lr=1.0, betas=(momentum, 0.999)),
+}
+"""Learning rate and weight decay come with the groups of each phase."""
+SCHEDULES: Mapping[ScheduleName, Schedule] = {"cosine": cosine_lr, "constant": constant_lr}
+
+
+def own_optimizer(config: StrategyConfig) -> Optimizer:
+    """The optimizer of the settings. Its parameters each phase replaces; torch refuses an empty one."""
+    make = OPTIMIZERS[getattr(config, "optimizer", "sgd")]
+    return make([nn.Parameter(torch.zeros(1), requires_grad=False)], getattr(config, "momentum", 0.0))
+
+
+class Pace:
+    """The learning rates of one phase by the settings: by epoch, and in warm-up by step.
+
+    Args:
+        phase: its own schedule, where it has one, goes before that of the settings.
+        config: the settings.
+        steps: optimizer steps per epoch.
+    """
+
+    def __init__(self, phase: Phase, config: StrategyConfig, steps: int) -> None:
+        schedule = phase.schedule or SCHEDULES[getattr(config, "schedule", "cosine")]
+        self._phase = dataclasses.replace(phase, schedule=schedule)
+        self._rising = getattr(config, "warm_up", 0.0) * phase.epochs * steps
+        self._epoch = self._step = 0
+
+    def begin_epoch(self, optimizer: Optimizer, epoch: int) -> None:
+        """Set the rates of ``epoch`` (0-based)."""
+        self._epoch = epoch
+        self._phase.set_epoch(optimizer, epoch)
+
+    def before_step(self, optimizer: Optimizer) -> None:
+        """Set those of the next step while they rise; the last rising step has the schedule's own."""
+        if self._step < self._rising:
+            self._step += 1
+            self._phase.set_epoch(optimizer, self._epoch, min(1.0, self._step / self._rising))
+
+
+def check_unused(config: StrategyConfig, given: str) -> None:
+    """Check that no field was set that has no effect beside what was given.
+
+    Args:
+        config: the settings.
+        given: "optimizer", "scheduler" or "criterion".
+
+    Raises:
+        ConfigError: names the first that was.
+    """
+    defaults = {each.name: each.default for each in dataclasses.fields(config)}
+    for name in filter(defaults.__contains__, BROUGHT[given]):
+        value = getattr(config, name)
+        if value != defaults[name]:
+            raise ConfigError(f"{name} is a setting of the {given} that was given: leave {name}={value!r} out")
 
 
 class Dial:
@@ -66,7 +131,7 @@ class Dial:
         Raises:
             ConfigError: it is none of them.
         """
-        made = given if isinstance(given, Optimizer) else given([nn.Parameter(torch.zeros(1))])
+        made = given([nn.Parameter(torch.zeros(1))]) if callable(given) else given
         if not isinstance(made, Optimizer):
             raise ConfigError(f"optimizer has to be an optimizer, or a function that makes one, got {given!r}")
         return cls(made)
@@ -84,10 +149,7 @@ class Dial:
         Raises:
             ConfigError: one of them was set there too.
         """
-        defaults = {each.name: each.default for each in dataclasses.fields(config)}
-        twice = [name for name in SETTINGS if getattr(config, name) != defaults[name]]
-        if twice:
-            raise ConfigError(f"{twice[0]} is a setting of the optimizer that was given: leave {twice[0]}= out")
+        check_unused(config, "optimizer")
         own: dict[str, Any] = {"weight_decay": float(self._begin.get("weight_decay", 0.0))}
         if "momentum" in self._begin:
             own["momentum"] = float(self._begin["momentum"])

@@ -49,7 +49,7 @@ class SEMAConfig(TrainingConfig):
         threshold: of the batch mean of |error - mean| / std under the descriptor that knows the batch best.
         descriptor_dim: width inside the descriptors.
         descriptor_epochs: epochs of their training, after that of the adapter.
-        descriptor_lr: their learning rate, cosine to 0.
+        descriptor_lr: their learning rate, cosine to 0; always of SGD with ``momentum``.
         buffer: errors that a descriptor remembers.
         scan_mb_size: images per decision.
         scan: "batch" decides batch by batch, as released; "task" once on all images together, so that the decision

@@ -24,15 +24,22 @@ class AdapterType(ABC):
     Attributes:
         layout: how the type wants activations: "tokens" ([B, N, D], from every site) or "map" ([B, D, H, W], only from
             sites whose tokens lie on a grid).
+        aligned: whether equal positions mean the same in adapters that were trained apart, so that they may be merged
+            number by number.
     """
 
     summary: ClassVar[str] = ""
     layout: ClassVar[Layout] = "tokens"
+    aligned: ClassVar[bool] = False
 
     @property
     @abstractmethod
     def site_kinds(self) -> tuple[str, ...]:
         """Kinds of :class:`cl_adapters.sites.sites.Site` that it attaches to, in every block."""
+
+    def at(self, site: Site) -> AdapterType:
+        """The type at work at one of its sites: this one, unless it is made of several."""
+        return self
 
     @abstractmethod
     def shapes(self, site: Site) -> dict[str, tuple[int, ...]]:

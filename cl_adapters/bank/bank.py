@@ -60,7 +60,7 @@ class AdapterBank(nn.Module):
         self._num_slots = 0
         self._lazy: _LazySlots | None = None
         self._active = ActiveRoutes(backbone)
-        self.at = nn.ModuleList(SiteAdapters(site, adapter, self._active) for site in sites)
+        self.at = nn.ModuleList(SiteAdapters(site, adapter.at(site), self._active) for site in sites)
         for place in self._places():
             place.attach(backbone.encoder)
         self._anchor = [backbone.encoder]  # in a list: not a submodule, only a pointer to the device in use
@@ -251,7 +251,7 @@ def sites_of(backbone: FrozenBackbone, adapter: AdapterType, blocks: Sequence[in
     """
     found = [site for kind in adapter.site_kinds for site in backbone.sites(kind)]
     sites = tuple(sorted(found, key=lambda site: site.block))  # stable: kinds stay in the type's order
-    if adapter.layout == "map" and any(site.layout == "tokens" for site in sites):
+    if any(adapter.at(site).layout == "map" and site.layout == "tokens" for site in sites):
         raise IncompatibleBackbone(
             f"{type(adapter).__name__} needs feature maps, but the tokens of {backbone.name!r} lie in a row"
         )

@@ -1,4 +1,7 @@
-"""Merging whole adapters: low-rank types exactly, by what they add to a matrix; others only within one lineage."""
+"""Merging whole adapters: low-rank types exactly, by what they add to a matrix; others number by number.
+
+The latter only within one lineage, unless equal positions mean the same in all adapters of the type.
+"""
 
 from __future__ import annotations
 
@@ -98,7 +101,7 @@ def merge_adapters(
         rank: of the result, for types with a delta; default the largest of the inputs. Their sum loses nothing with
             linear methods.
         lineage: the adapters were trained one from the other (or all from one), so that equal positions mean the same.
-            Types without a delta need that.
+            Types without a delta need that, but for those that are ``aligned``.
 
     Raises:
         UnknownName: no such method.
@@ -117,8 +120,9 @@ def merge_adapters(
         return _merge_deltas(with_delta, types[0], call, rank)
     if rank is not None:
         raise ConfigError(f"adapters of type {_name(types[0])!r} have no rank; leave rank out")
-    if not lineage:
-        raise ConfigError(_no_lineage(types[factors.index(None)]))
+    apart = [one for (one, _), known in zip(given, factors, strict=True) if known is None and not one.aligned]
+    if apart and not lineage:
+        raise ConfigError(_no_lineage(apart[0]))
     if any(one != types[0] for one in types):
         raise ClAdaptersError(f"adapters of different types cannot be merged: {sorted({repr(one) for one in types})}")
     return _merge_numbers([one for _, one in given], types[0], call)

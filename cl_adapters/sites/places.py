@@ -104,6 +104,33 @@ def linear(
     }
 
 
+def norm(
+    branch: str,
+    path: str,
+    sizes: Measure | None = None,
+    *,
+    fits: Callable[[nn.Module], bool] = any_block,
+    layout: Layout | None = None,
+    rows: Tap | None = None,
+) -> dict[str, Place]:
+    """The site on what a branch's norm puts out.
+
+    Args:
+        branch: "attn" or "ffn".
+        path: of the norm.
+        sizes: measures a block; default the norm's weight.
+        fits: as in :class:`Place`.
+        layout: as in :class:`Place`.
+        rows: as ``Site.rows``.
+
+    Returns:
+        The kind attn_norm or ffn_norm.
+    """
+    kind, end = f"{branch}_norm", Tap(path, "out")
+    sizes = sizes or width_of(f"{path}.weight")
+    return {kind: Place(end, end, kind, sizes, fits, layout=layout, rows=rows)}
+
+
 def fused_qkv(path: str, output: str) -> dict[str, Place]:
     """Sites query, key and value on one fused projection, whose output is [q | k | v] of equal widths.
 
@@ -146,6 +173,7 @@ def post_norm(
     attn_end: str = "attention.output.dropout",
     ffn: str = "intermediate",
     ffn_end: str = "output.dropout",
+    norms: tuple[str, str] = ("attention.output.LayerNorm", "output.LayerNorm"),
 ) -> dict[str, Place]:
     """norm(h + branch(h)): the inputs of the branches are the residual stream, so nothing may be added to them.
 
@@ -155,6 +183,7 @@ def post_norm(
         attn_end: module whose output the attention adds to the stream.
         ffn: module whose input is that of the feed-forward network.
         ffn_end: module whose output it adds to the stream.
+        norms: of the attention and of the feed-forward network.
     """
     places = branches(
         input_width_of(layers["up"].source.module),
@@ -163,7 +192,7 @@ def post_norm(
         block=Tap(attention, "in"),
         inner=False,
     )
-    return places | layers
+    return places | norm("attn", norms[0]) | norm("ffn", norms[1]) | layers
 
 
 def pre_norm(
@@ -185,7 +214,7 @@ def pre_norm(
         block=Tap(attn[0], "in"),
         ffn_rows=rows,
     )
-    return places | layers
+    return places | norm("attn", attn[0], width) | norm("ffn", ffn[0], width, rows=rows) | layers
 
 
 def projections(attention: str, output: str = "o_proj") -> dict[str, Place]:

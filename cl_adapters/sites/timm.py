@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from cl_adapters.sites.places import branches, linear, width_of
+from cl_adapters.sites.places import branches, linear, norm, width_of
 from cl_adapters.sites.sites import Family, Place, Sizes, Tap
 
 
@@ -102,10 +102,22 @@ def _same_size(block: nn.Module) -> bool:
     return isinstance(block.get_submodule("shortcut"), nn.Identity)
 
 
+def _channels_last(block: nn.Module) -> bool:
+    """A ConvNeXt block whose norm sees [B, H, W, D]; with an MLP of convolutions it sees a map."""
+    return not getattr(block, "use_conv_mlp", False)
+
+
 def _vit(name: str, *, attn: Tap, ffn: Tap, block: Tap, refuses: tuple[str, ...] = ()) -> Family:
     """A plain ViT with these inputs of its branches and blocks."""
     places = branches(_NORM2, attn=(attn, _ATTN_END), ffn=(ffn, _FFN_END), block=block, whole=_whole)
-    places |= _fused_attention() | _prefix_attention() | linear(output="attn.proj", fits=_whole) | _MLP
+    places |= (
+        norm("attn", "norm1")
+        | norm("ffn", "norm2")
+        | _fused_attention()
+        | _prefix_attention()
+        | linear(output="attn.proj", fits=_whole)
+        | _MLP
+    )
     return Family(name, "blocks", _VIT_PARTS, places, refuses, resume=_resume_timm, resumes=_resumes_timm)
 
 
@@ -123,6 +135,8 @@ TIMM_FAMILIES: tuple[Family, ...] = (
             block=Tap("norm1", "in"),
             ffn_layout="tokens",
         )
+        | norm("attn", "norm1")
+        | norm("ffn", "norm2", layout="tokens")
         | _fused_attention(windows=True)
         | linear(output="attn.proj", windows=True)
         | _MLP,
@@ -149,7 +163,8 @@ TIMM_FAMILIES: tuple[Family, ...] = (
             "ffn_sequential": Place(Tap("drop_path", "out"), Tap("drop_path", "out"), "ffn", _MAP),
             "ffn_before": Place(Tap("conv_dw", "out"), Tap("conv_dw", "out"), "ffn", _MAP),
             "block_parallel": Place(Tap("conv_dw", "in"), Tap("drop_path", "out"), "block", _MAP, _same_size),
-        },
+        }
+        | norm("ffn", "norm", fits=_channels_last, layout="grid"),
         layout="map",
     ),
 )

@@ -18,6 +18,7 @@ from cl_adapters.sites.places import (
     input_width_of,
     inside,
     linear,
+    norm,
     post_norm,
     pre_norm,
     projections,
@@ -82,6 +83,7 @@ TEXT_ENCODERS: tuple[Family, ...] = (
             | _BERT_LAYERS
             | linear(output="attention.attn.o"),
             attn_end="attention.dropout",
+            norms=("attention.LayerNorm", "output.LayerNorm"),
         ),
     ),
     # version 4 calls the attention with keywords, so its input is read at a projection
@@ -97,6 +99,7 @@ TEXT_ENCODERS: tuple[Family, ...] = (
             attn_end="attention.out_lin",
             ffn="ffn",
             ffn_end="ffn",
+            norms=("sa_layer_norm", "output_layer_norm"),
         ),
     ),
     # the first block has no norm before its attention, but an nn.Identity in its place
@@ -181,6 +184,7 @@ TEXT_DECODERS: tuple[Family, ...] = (
             block=Tap("input_layernorm", "in"),
             inner=False,  # what the norm puts out belongs to both
         )
+        | norm("attn", "input_layernorm")
         | projections("self_attn", "dense")
         | MLP_LAYERS,
         fits=unscaled("input_layernorm", "self_attn", "mlp"),

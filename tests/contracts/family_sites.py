@@ -19,7 +19,8 @@ AROUND = ("attn_parallel", "attn_sequential", "attn_before")
 FFN = ("ffn_parallel", "ffn_sequential", "ffn_before")
 LINEAR = ("query", "key", "value")
 LAYERS = ("output", "up", "down")
-KINDS = (*AROUND, *FFN, "block_parallel", *LINEAR, *LAYERS, "gate", "attention")
+NORMS = ("attn_norm", "ffn_norm")
+KINDS = (*AROUND, *FFN, *NORMS, "block_parallel", *LINEAR, *LAYERS, "gate", "attention")
 GATED = (
     "Llama",
     "Mistral: sliding window",
@@ -51,8 +52,8 @@ LACKS: dict[str, tuple[str, ...]] = {
     "SAM: windows and a neck": (*AROUND, "block_parallel", *LINEAR, "output", "attention"),
     "Swin: shifted windows": ("attention",),
     "Swin: padded windows": ("attention",),
-    "ConvNeXt": (*AROUND, *LINEAR, *LAYERS, "attention"),
-    "ConvNeXt, MLP of convolutions": (*AROUND, *LINEAR, *LAYERS, "attention"),
+    "ConvNeXt": (*AROUND, "attn_norm", *LINEAR, *LAYERS, "attention"),
+    "ConvNeXt, MLP of convolutions": (*AROUND, *NORMS, *LINEAR, *LAYERS, "attention"),
     "BERT": SHARED,
     "DistilBERT": SHARED,
     "MPNet": (*SHARED, "attention"),
@@ -60,7 +61,7 @@ LACKS: dict[str, tuple[str, ...]] = {
     "DeBERTa-v2": (*SHARED, "attention"),
     "DeBERTa-v3": (*SHARED, "query", "key", "attention"),  # these two run once more, on the positions
     "ModernBERT": ("up",),  # up and gate are one layer
-    "Phi": SHARED,
+    "Phi": (*SHARED, "ffn_norm"),  # one norm for both
     "Phi-3": ("up",),
     "Phi-3, grouped keys": ("up", *LINEAR),  # no thirds: keys are fewer than queries
 }
@@ -73,8 +74,10 @@ def lacks_of(family: str) -> tuple[str, ...]:
 
 def layout_of(family: str, kind: str) -> Layout:
     if family.startswith("Swin"):
-        return "tokens" if kind in (*LINEAR, *LAYERS, *FFN) else "grid"
-    return "map" if family.startswith("ConvNeXt") else "tokens"
+        return "tokens" if kind in (*LINEAR, *LAYERS, *FFN, "ffn_norm") else "grid"
+    if family.startswith("ConvNeXt"):
+        return "grid" if kind in NORMS else "map"
+    return "tokens"
 
 
 def routed(bank: AdapterBank, backbone: FrozenBackbone, x: Inputs, route: Any) -> Tensor:

@@ -25,6 +25,11 @@ def site_of(adapter: AdapterType, width: int = WIDTH) -> Site:
     return Site("here", 0, kind, 3 * width if inside else width, here, here, out_width=width, heads=4 * inside)
 
 
+def applied(adapter: AdapterType, *args: Any) -> Tensor:
+    """What the type at work at that site puts out."""
+    return adapter.at(site_of(adapter)).apply(*args)
+
+
 def drawn(adapter: AdapterType, seed: int, width: int = WIDTH) -> dict[str, Tensor]:
     generator = torch.Generator().manual_seed(seed)
     return {name: torch.randn(shape, generator=generator) for name, shape in adapter.shapes(site_of(adapter)).items()}
@@ -86,7 +91,7 @@ def test_initialisation_is_a_function_of_the_generator(adapter: AdapterType) -> 
 
 def test_starts_as_the_identity(adapter: AdapterType) -> None:
     """Bit for bit, or the type says that it does not; and then it does not."""
-    delta = adapter.apply(inputs(adapter), adapter.init(site_of(adapter), torch.Generator().manual_seed(0)))
+    delta = applied(adapter, inputs(adapter), adapter.init(site_of(adapter), torch.Generator().manual_seed(0)))
     assert delta.isfinite().all()
     assert torch.equal(delta, torch.zeros_like(delta)) == adapter.starts_as_identity
 
@@ -99,13 +104,13 @@ def test_which_defaults_do_not_start_as_the_identity() -> None:
 def test_output_has_the_shape_of_the_input_and_nothing_is_written(adapter: AdapterType) -> None:
     x, params = inputs(adapter), drawn(adapter, 0)
     kept = x.clone(), {name: value.clone() for name, value in params.items()}
-    delta = adapter.apply(x, params)
+    delta = applied(adapter, x, params)
     assert delta.shape == readout_of(adapter).shape
     assert delta.isfinite().all()
     assert delta.abs().max() > 0
     assert torch.equal(x, kept[0])
     assert all(torch.equal(params[name], kept[1][name]) for name in params)
-    assert torch.equal(adapter.apply(x, params), delta)
+    assert torch.equal(applied(adapter, x, params), delta)
 
 
 @pytest.mark.parametrize("batch", [1, 3, WIDTH])
@@ -114,25 +119,25 @@ def test_one_adapter_per_sample_equals_one_by_one(adapter: AdapterType, batch: i
     x = inputs(adapter, batch)
     own = [drawn(adapter, seed) for seed in range(batch)]
     gathered = {name: torch.stack([params[name] for params in own]) for name in own[0]}
-    mixed = adapter.apply(x, gathered)
-    single = torch.cat([adapter.apply(x[i : i + 1], params) for i, params in enumerate(own)])
+    mixed = applied(adapter, x, gathered)
+    single = torch.cat([applied(adapter, x[i : i + 1], params) for i, params in enumerate(own)])
     assert (mixed - single).abs().max() <= 1e-5 * (1 + single.abs().max())
 
 
 def test_samples_do_not_see_each_other(adapter: AdapterType) -> None:
     x, params = inputs(adapter, 4), drawn(adapter, 0)
     order = torch.tensor([2, 0, 3, 1])
-    assert torch.allclose(adapter.apply(x[order], params), adapter.apply(x, params)[order], atol=1e-5)
-    assert torch.allclose(adapter.apply(x[:1], params), adapter.apply(x, params)[:1], atol=1e-5)
+    assert torch.allclose(applied(adapter, x[order], params), applied(adapter, x, params)[order], atol=1e-5)
+    assert torch.allclose(applied(adapter, x[:1], params), applied(adapter, x, params)[:1], atol=1e-5)
 
 
 def test_gradients_reach_every_tensor_and_agree_per_sample(adapter: AdapterType) -> None:
     x, readout = inputs(adapter).requires_grad_(), readout_of(adapter)
     params = {name: value.requires_grad_() for name, value in drawn(adapter, 0).items()}
-    (adapter.apply(x, params) * readout).sum().backward()
+    (applied(adapter, x, params) * readout).sum().backward()
     assert x.grad is None or x.grad.isfinite().all()  # None: a type may add the same to every token
     own = {n: v.detach().expand(3, *v.shape).clone().requires_grad_() for n, v in params.items()}
-    (adapter.apply(x, own) * readout).sum().backward()
+    (applied(adapter, x, own) * readout).sum().backward()
     shared = {name: value.grad for name, value in params.items() if value.grad is not None}
     assert shared.keys() == params.keys()
     largest = max(float(gradient.abs().max()) for gradient in shared.values())
@@ -146,8 +151,8 @@ def test_gradients_reach_every_tensor_and_agree_per_sample(adapter: AdapterType)
 def test_noise_only_from_the_given_generator(adapter: AdapterType) -> None:
     before = torch.get_rng_state()
     x, params = inputs(adapter), drawn(adapter, 0)
-    still = adapter.apply(x, params)
-    first, again, other = (adapter.apply(x, params, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
+    still = applied(adapter, x, params)
+    first, again, other = (applied(adapter, x, params, torch.Generator().manual_seed(s)) for s in (1, 1, 2))
     assert torch.equal(first, again)
     assert torch.equal(torch.get_rng_state(), before)
     rate = getattr(adapter, "dropout", 0)
@@ -155,7 +160,7 @@ def test_noise_only_from_the_given_generator(adapter: AdapterType) -> None:
         assert not torch.equal(first, still)
         assert not torch.equal(first, other)
         without: AdapterType = dataclasses.replace(adapter, dropout=0.0)  # type: ignore[type-var]
-        assert torch.equal(without.apply(x, params, torch.Generator().manual_seed(1)), still)
+        assert torch.equal(applied(without, x, params, torch.Generator().manual_seed(1)), still)
     else:
         assert torch.equal(first, still)
 
@@ -180,6 +185,10 @@ def test_attaches_once_per_block_and_kind(adapter: AdapterType, home: Any) -> No
         ("conv_bottleneck", {"bottleneck": 0}, "bottleneck must be at least 1"),
         ("bottleneck", {"bottleneck": 0}, "bottleneck must be at least 1"),
         ("bottleneck", {"dropout": -0.1}, r"dropout must be in \[0, 1\)"),
+        ("ln_tuning", {"place": "head"}, "place.*'both', 'attn' or 'ffn', got 'head'"),
+        ("pair", {"second": "lora"}, "different kinds of sites, got key twice"),
+        ("pair", {"first": {"type": "lora", "rank": 0}}, "rank must be at least 1, got 0"),
+        ("pair", {"second": "ln_tunings"}, "did you mean 'ln_tuning'"),
     ],
 )
 def test_options_out_of_range(type_name: str, options: dict[str, Any], message: str) -> None:

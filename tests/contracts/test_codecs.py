@@ -125,7 +125,7 @@ def test_vectors_only_and_a_single_number(codec: Codec) -> None:
 
 
 SIZES = {"fp16": 0.55, "int8": 0.32, "onebit": 0.09, "ternary": 0.08}
-"""Upper bounds of the file's share of the float32 file, for every adapter type."""
+"""Upper bounds of the file's share of the float32 file, for every adapter type with matrices."""
 
 
 @pytest.mark.parametrize("kind", adapters.names())
@@ -142,7 +142,8 @@ def test_every_adapter_type_gets_smaller(name: str, kind: str) -> None:
     }
     note = codec_from(name).encode(tensors)[1]
     assert note["original_bytes"] == compressed_bytes(tensors)
-    assert note["bytes"] < SIZES[name] * note["original_bytes"], note
+    matrices = any(value.ndim > 1 for value in tensors.values())  # vectors are kept as fp16 at the least
+    assert note["bytes"] < SIZES[name if matrices else "fp16"] * note["original_bytes"], note
 
 
 def matrix(seed: int = 0) -> Tensor:

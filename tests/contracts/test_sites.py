@@ -13,7 +13,7 @@ from cl_adapters.adapters.base import adapter_from
 from cl_adapters.bank.bank import AdapterBank, Route
 from cl_adapters.errors import IncompatibleBackbone
 from cl_adapters.sites.families import find_family
-from tests.contracts.family_sites import AROUND, FFN, KINDS, LAYERS, LINEAR, fitting, lacks_of, layout_of, routed
+from tests.contracts.family_sites import AROUND, FFN, KINDS, LAYERS, LINEAR, NORMS, fitting, lacks_of, layout_of, routed
 
 
 def seen_by(modules: Mapping[str, nn.Module], run: Callable[[], object]) -> dict[tuple[str, str], Tensor]:
@@ -219,6 +219,30 @@ def test_lora_sites_leave_the_other_thirds_alone(case: Any, kind: str) -> None:
             assert not torch.allclose(after, before, atol=1e-2)
         else:
             assert torch.equal(after, before)
+
+
+@pytest.mark.parametrize("kind", NORMS)
+def test_norm_sites_scale_and_shift_what_the_norm_puts_out(case: Any, kind: str) -> None:
+    """Of one block; and what follows is what a LayerNorm with the other weights gives."""
+    tuning = adapter_from({"type": "ln_tuning", "place": kind.removesuffix("_norm")})
+    bank = fitting(case, tuning, lambda: AdapterBank(case.backbone, tuning, blocks=[1]))
+    if bank is None:
+        return
+    site, generator = bank.sites[0], torch.Generator().manual_seed(0)
+    scale, shift = (0.3 * torch.randn(site.width, generator=generator) for _ in range(2))
+    bank.add_slot({f"{site.name}/scale": scale, f"{site.name}/shift": shift})
+    layer: Any = case.backbone.encoder.get_submodule(site.target.module)
+    assert "Norm" in type(layer).__name__
+    x, kept = case.inputs(3), list[Tensor]()
+    plain = seen_by({"": layer}, lambda: case.backbone.features(x))[BLOCK_OUT]
+    seen = seen_by({"": layer}, lambda: kept.append(routed(bank, case.backbone, x, Route.single(0))))[BLOCK_OUT]
+    assert torch.allclose(seen, (1 + scale) * plain + shift, atol=1e-5)
+    if not isinstance(layer, nn.LayerNorm) or layer.bias is None:
+        return  # RMS norms have no shift
+    with torch.no_grad():
+        layer.weight.copy_((1 + scale) * layer.weight)
+        layer.bias.copy_((1 + scale) * layer.bias + shift)
+    assert torch.allclose(case.backbone.features(x), kept[0], atol=1e-4)
 
 
 def test_prefix_sites_are_plain_attention(case: Any) -> None:

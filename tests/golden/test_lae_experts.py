@@ -141,6 +141,8 @@ EXCEPTIONS: dict[str, tuple[str, ...]] = {
     "lora": ("convnext",),
     "prefix": ("swin", "convnext"),
     "conv_bottleneck": ("vit",),
+    "ln_tuning": ("convnext",),  # one norm per block; with place="ffn" it trains there
+    "pair": ("convnext",),
 }
 """Which adapter types have no sites in which family."""
 
