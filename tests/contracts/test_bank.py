@@ -14,7 +14,7 @@ from cl_adapters.adapters.base import AdapterType
 from cl_adapters.adapters.bottleneck import Bottleneck
 from cl_adapters.backbones.frozen import FrozenBackbone
 from cl_adapters.bank.bank import BARE, AdapterBank, Route
-from cl_adapters.errors import ClAdaptersError
+from cl_adapters.errors import ClAdaptersError, DataError
 
 Filled = Callable[..., AdapterBank]
 SMALL = Bottleneck(bottleneck=4)
@@ -171,8 +171,14 @@ def test_routes_nest_and_are_put_back_after_an_error(backbone: FrozenBackbone, f
         with bank.route(Route.single(1)):
             assert not torch.equal(backbone.features(x), outer)
         assert torch.equal(backbone.features(x), outer)
-        with pytest.raises(RuntimeError), bank.route(Route.single(2)):
+        with pytest.raises(DataError), bank.route(Route.single(2)):
             backbone.features(torch.zeros(2, 4, 16, 16))
+        assert torch.equal(backbone.features(x), outer)
+        last = next(reversed(list(backbone.encoder.modules())))
+        failing = last.register_forward_pre_hook(lambda *_: 1 / 0)
+        with pytest.raises(ZeroDivisionError), bank.route(Route.single(2)):  # in the middle of a pass
+            backbone.features(x)
+        failing.remove()
         assert torch.equal(backbone.features(x), outer)
     assert torch.equal(backbone.features(x), plain)
 
