@@ -14,10 +14,8 @@ from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
 from avalanche.core import BasePlugin
-from avalanche.training.plugins import EvaluationPlugin, LRSchedulerPlugin
-from avalanche.training.plugins.clock import Clock
+from avalanche.training.plugins import EvaluationPlugin
 from avalanche.training.plugins.evaluation import default_evaluator
-from avalanche.training.templates.base_sgd import PeriodicEval
 from torch import nn
 from torch.optim import Optimizer
 
@@ -206,7 +204,7 @@ class AdapterStrategy(Trainer):
 
         Raises:
             ConfigError: one of Avalanche's plugins keeps what has no place there, such as ``ReplayPlugin`` samples.
-            ClAdaptersError: ``train`` or ``eval`` runs, a task is half trained, or the model was made from a pool.
+            ClAdaptersError: ``train`` or ``eval`` runs, or the model was made from a pool.
             StorageError: the place exists or cannot be written, or a number of the model is not finite.
         """
         self._check_between_tasks()
@@ -294,29 +292,6 @@ class AdapterStrategy(Trainer):
         if criterion is not None:
             check_criterion(criterion)
             check_unused(self.config, "criterion")
-
-    def _take_plugins(self) -> None:
-        """Check plugins that were added since the last call as the constructor does, and give them a place as it does.
-
-        Raises:
-            ConfigError: one cannot work here, by name; none of them is taken.
-        """
-        added = [plugin for plugin in self.plugins if not any(plugin is each for each in self._checked)]
-        if not added:
-            return
-        name, later = type(self).__name__, self.trains and not self.trains_once
-        if any(isinstance(plugin, LRSchedulerPlugin) for plugin in added):
-            raise ConfigError(f"LRSchedulerPlugin was added to a {name} that is there already: pass it in plugins=")
-        if self.trains:
-            (periodic,) = (plugin for plugin in self.plugins if isinstance(plugin, PeriodicEval))
-            measured = bool(self.evaluator.metrics)
-            check_early_stopping(added, periodic.eval_every, periodic.peval_mode, measured=measured)
-        check_plugins(added, name, self.device, trains=self.trains, later=later, expands=self.expands)
-        if getattr(self.config, "cached_views", 0):
-            check_image_plugins(added, name)
-        # Avalanche's own come last: behind its clock a plugin would take an experience for the next one
-        self.plugins.sort(key=lambda plugin: plugin is self.evaluator or isinstance(plugin, PeriodicEval | Clock))
-        self._checked = list(self.plugins)
 
     def _new_optimizer(self) -> torch.optim.Optimizer:
         return own_optimizer(self.config)

@@ -13,7 +13,10 @@ from typing import Any
 import torch
 from avalanche.benchmarks.scenarios.online import OnlineCLExperience
 from avalanche.core import BasePlugin
+from avalanche.training.plugins import LRSchedulerPlugin
+from avalanche.training.plugins.clock import Clock
 from avalanche.training.templates import SupervisedTemplate
+from avalanche.training.templates.base_sgd import PeriodicEval
 from torch import Tensor, nn
 from torch.utils.data import DataLoader
 
@@ -28,8 +31,9 @@ from cl_adapters.predictors.base import Predictor
 from cl_adapters.strategies._loop.activation_cache import ActivationCache, CachedLoader
 from cl_adapters.strategies._loop.batches import check_first, on_device, sample_batch
 from cl_adapters.strategies._loop.by_label import WIDEST, Pass
-from cl_adapters.strategies._loop.early_stopping import begin_early_stopping
+from cl_adapters.strategies._loop.early_stopping import begin_early_stopping, check_early_stopping
 from cl_adapters.strategies._loop.experiences import check_experience, experience_classes
+from cl_adapters.strategies._loop.image_plugins import check_image_plugins
 from cl_adapters.strategies._loop.order import (
     Persistent,
     check_loader_options,
@@ -38,7 +42,7 @@ from cl_adapters.strategies._loop.order import (
     reading_loader,
     training_loader,
 )
-from cl_adapters.strategies._loop.plugins import check_task_labels
+from cl_adapters.strategies._loop.plugins import check_plugins, check_task_labels
 from cl_adapters.strategies._loop.snapshot import Snapshot
 from cl_adapters.strategies._loop.task_labels import TaskClasses
 from cl_adapters.strategies.config import TrainingConfig
@@ -409,6 +413,29 @@ class Trainer(Method, SupervisedTemplate):
             for parameter in rested:
                 parameter.requires_grad_(False)
             self._trained = {}
+
+    def _take_plugins(self) -> None:
+        """Check plugins that were added since the last call as the constructor does, and give them a place as it does.
+
+        Raises:
+            ConfigError: one cannot work here, by name; none of them is taken.
+        """
+        added = [plugin for plugin in self.plugins if not any(plugin is each for each in self._checked)]
+        if not added:
+            return
+        name, later = type(self).__name__, self.trains and not self.trains_once
+        if any(isinstance(plugin, LRSchedulerPlugin) for plugin in added):
+            raise ConfigError(f"LRSchedulerPlugin was added to a {name} that is there already: pass it in plugins=")
+        if self.trains:
+            (periodic,) = (plugin for plugin in self.plugins if isinstance(plugin, PeriodicEval))
+            measured = bool(self.evaluator.metrics)
+            check_early_stopping(added, periodic.eval_every, periodic.peval_mode, measured=measured)
+        check_plugins(added, name, self.device, trains=self.trains, later=later, expands=self.expands)
+        if getattr(self.config, "cached_views", 0):
+            check_image_plugins(added, name)
+        # Avalanche's own come last: behind its clock a plugin would take an experience for the next one
+        self.plugins.sort(key=lambda plugin: plugin is self.evaluator or isinstance(plugin, PeriodicEval | Clock))
+        self._checked = list(self.plugins)
 
     def _check_between_tasks(self) -> None:
         if self._snapshot is not None and self.experience is not None:

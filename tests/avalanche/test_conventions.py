@@ -154,7 +154,8 @@ def test_metrics_of_the_machine(vit: Vit) -> None:
     strategy = small("sema", vit(), evaluator=evaluator)
     stream = two_experiences()
     strategy.eval(stream)
-    strategy.train(stream[0])
+    found = strategy.train(stream[0])
+    assert any(key.startswith("MaxRAMUsage") for key in found) and any(key.startswith("DiskUsage") for key in found)
 
 
 def test_a_model_without_classes_has_no_column(vit: Vit) -> None:

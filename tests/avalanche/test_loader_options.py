@@ -195,7 +195,8 @@ def test_an_unknown_keyword_is_refused_by_name(name: str, vit: Vit) -> None:
 
 def test_evaluations_in_between_take_the_same_keywords(vit: Vit) -> None:
     evaluator = EvaluationPlugin(metrics.accuracy_metrics(stream=True), loggers=[])
-    small("mos", vit(), evaluator=evaluator, eval_every=1).train(experience(), shuffle=False, drop_last=True)
+    found = small("mos", vit(), evaluator=evaluator, eval_every=1).train(experience(), shuffle=False, drop_last=True)
+    assert any(key.startswith("Top1_Acc_Stream/eval_phase") for key in found)
 
 
 # --- cached views -----------------------------------------------------------------------------------------------------
