@@ -122,9 +122,12 @@ class ByLabel(AdapterModel):
             for name, parameter in super().named_parameters(prefix, recurse, remove_duplicate)
             if not name.removeprefix(prefix).removeprefix(".").startswith("backbone.")
         }
-        for name in found:
+        yield from sorted(found.items(), key=lambda entry: self.places.get(entry[0], len(self.places)))
+
+    def note_places(self) -> None:
+        """Note which parameters have come by now."""
+        for name, _ in self.named_parameters():
             self.places.setdefault(name, len(self.places))
-        yield from sorted(found.items(), key=lambda entry: self.places[entry[0]])
 
     def parameters(self, recurse: bool = True) -> Iterator[nn.Parameter]:
         """Those that need gradients now."""

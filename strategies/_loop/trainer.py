@@ -228,6 +228,7 @@ class Trainer(Method, SupervisedTemplate):
             self._phase = phase
             self.dataloader = self._loader_of(phase)
             phase.install(self.optimizer)
+            self.model.note_places()
             self.model.trained, self.model.trained_routes = True, self.routes()
             self._trained = {id(p): p for group in phase.groups for p in group.params} | self._trained
             self._schedules.reset()
